@@ -1,1 +1,33 @@
-//! placeholder
+//! Numeric operations of the KTO engine on candle tensors, and the quantization codecs.
+//!
+//! Called by `kto-model` (operations) and by the tools that read or write quantized weights (codecs).
+//! Invariants: every operation takes two-dimensional row-major tensors, works in f32 and f64 (f64 is the test oracle of f32),
+//! and gives the same bits on any number of threads, because every output element is computed by one thread in one order.
+//! Deliberately absent: autograd. Backward passes are explicit functions beside their forward.
+
+mod adamw;
+mod attention;
+mod dropout;
+mod elementwise;
+mod logprob;
+mod matmul;
+mod parallel;
+pub mod quant;
+mod real;
+mod rms_norm;
+mod rope;
+mod rows;
+mod swiglu;
+mod tensor;
+
+pub use adamw::{AdamW, adamw_step};
+pub use attention::{AttentionLayout, HeadShape, Segment, attention, attention_backward};
+pub use dropout::{DropoutKey, dropout};
+pub use elementwise::{add, add_bias, first_non_finite, scale_in_place, sum_of_squares};
+pub use logprob::{LogprobStats, logprob_stats, logprob_unit_gradient};
+pub use matmul::{matmul, matmul_acc};
+pub use real::Real;
+pub use rms_norm::{rms_norm, rms_norm_backward};
+pub use rope::{RopeTable, rope};
+pub use rows::{gather_rows, scale_rows, scatter_add_rows};
+pub use swiglu::{swiglu, swiglu_backward};

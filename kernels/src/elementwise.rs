@@ -1,0 +1,63 @@
+//! Sums, biases, scaling and the checks on gradients.
+
+use crate::{
+    parallel::for_rows,
+    real::Real,
+    tensor::{matrix, read, same_type, with_type, write},
+};
+use candle_core::{Result, Tensor, bail};
+
+/// Returns `a + b`. Shapes: all (T, C).
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (t, c) = a.dims2()?;
+    same_type(a, b)?;
+    if b.dims2()? != (t, c) {
+        bail!("add: shapes {:?} and {:?}", a.shape(), b.shape());
+    }
+    with_type!(a, T => {
+        let (ra, rb) = (read(a), read(b));
+        let (x, y) = (ra.slice::<T>()?, rb.slice::<T>()?);
+        let mut out = vec![T::ZERO; t * c];
+        for_rows(&mut out, c, |i, row| {
+            for (j, v) in row.iter_mut().enumerate() {
+                *v = x[i * c + j] + y[i * c + j];
+            }
+        });
+        matrix(out, t, c, a)
+    })
+}
+
+/// Adds `bias` (C) to every row of `x` (T, C) in place.
+pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
+    let (_, c) = x.dims2()?;
+    same_type(x, bias)?;
+    if bias.dims1()? != c {
+        bail!("add_bias: bias {:?} for {:?}", bias.shape(), x.shape());
+    }
+    with_type!(x, T => {
+        let rb = read(bias);
+        let b = rb.slice::<T>()?;
+        write::<T>(x, |data| {
+            for_rows(data, c, |_, row| row.iter_mut().zip(b).for_each(|(v, b)| *v += *b));
+            Ok(())
+        })
+    })
+}
+
+/// Multiplies every element of a contiguous tensor by `factor` in place.
+pub fn scale_in_place(x: &Tensor, factor: f64) -> Result<()> {
+    with_type!(x, T => write::<T>(x, |data| {
+        data.iter_mut().for_each(|v| *v *= T::of(factor));
+        Ok(())
+    }))
+}
+
+/// Returns the sum of squares in f64, always added in element order.
+pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    with_type!(x, T => Ok(read(x).slice::<T>()?.iter().map(|v| v.wide() * v.wide()).sum()))
+}
+
+/// Returns the index of the first infinite or NaN element.
+pub fn first_non_finite(x: &Tensor) -> Result<Option<usize>> {
+    with_type!(x, T => Ok(read(x).slice::<T>()?.iter().position(|v| !v.finite())))
+}

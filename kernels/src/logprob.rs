@@ -1,0 +1,92 @@
+//! Log-probabilities of target tokens from rows of logits, and their unit-coefficient gradient.
+//!
+//! KTO's gradient of a row is one scalar times ∇Σlogp, so the gradient computed here has coefficient one
+//! and is scaled later, when the batch's KL estimate is known.
+
+use crate::{
+    parallel::for_rows,
+    real::Real,
+    tensor::{read, same_type, with_type, write},
+};
+use candle_core::{Result, Tensor, bail};
+
+/// What one row of logits says about its target.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LogprobStats {
+    /// Natural log-probability of the target.
+    pub logp: f64,
+    /// Entropy of the row's distribution in nats.
+    pub entropy: f64,
+    /// Mean of the row's logits.
+    pub mean_logit: f64,
+    /// log Σ exp(logit).
+    pub logsumexp: f64,
+}
+
+/// Returns the statistics of every row. Shapes: logits (T, V); `targets` has T entries below V.
+/// Formula: `logp = x[target] − lse`, `entropy = lse − Σ softmax(x)·x`; sums over the vocabulary in f64.
+pub fn logprob_stats(logits: &Tensor, targets: &[u32]) -> Result<Vec<LogprobStats>> {
+    let (t, v) = dims(logits, targets)?;
+    let mut out = vec![LogprobStats::default(); t];
+    with_type!(logits, T => {
+        let reader = read(logits);
+        let data = reader.slice::<T>()?;
+        // One row is a lot of work: rows are handed out singly.
+        use rayon::prelude::*;
+        out.par_iter_mut().enumerate().for_each(|(i, s)| *s = row_stats(&data[i * v..][..v], targets[i] as usize));
+    });
+    Ok(out)
+}
+
+fn row_stats<T: Real>(x: &[T], target: usize) -> LogprobStats {
+    let mut max = T::NEG_INFINITY;
+    for &v in x {
+        if v > max {
+            max = v;
+        }
+    }
+    let (mut sum, mut weighted, mut total) = (0.0f64, 0.0f64, 0.0f64);
+    for &v in x {
+        let e = (v - max).exp().wide();
+        sum += e;
+        weighted += e * v.wide();
+        total += v.wide();
+    }
+    let logsumexp = max.wide() + sum.ln();
+    LogprobStats {
+        logp: x[target].wide() - logsumexp,
+        entropy: logsumexp - weighted / sum,
+        mean_logit: total / x.len() as f64,
+        logsumexp,
+    }
+}
+
+/// Replaces every row of logits by the gradient of its target's log-probability: `onehot(target) − softmax(x)`.
+pub fn logprob_unit_gradient(logits: &Tensor, targets: &[u32], stats: &[LogprobStats]) -> Result<()> {
+    let (t, v) = dims(logits, targets)?;
+    if stats.len() != t {
+        bail!("logprob_unit_gradient: {} statistics for {t} rows", stats.len());
+    }
+    same_type(logits, logits)?;
+    with_type!(logits, T => write::<T>(logits, |data| {
+        for_rows(data, v, |i, row| {
+            let lse = T::of(stats[i].logsumexp);
+            for x in row.iter_mut() {
+                *x = -(*x - lse).exp();
+            }
+            row[targets[i] as usize] += T::ONE;
+        });
+        Ok(())
+    }))
+}
+
+fn dims(logits: &Tensor, targets: &[u32]) -> Result<(usize, usize)> {
+    let (t, v) = logits.dims2()?;
+    if targets.len() != t {
+        bail!("{} targets for {t} rows of logits", targets.len());
+    }
+    match targets.iter().find(|x| **x as usize >= v) {
+        Some(x) => bail!("target {x} is outside a vocabulary of {v}"),
+        None => Ok((t, v)),
+    }
+}

@@ -1,0 +1,66 @@
+//! Rotary position embedding in the half-split form of Llama and Qwen2.
+
+use crate::{
+    parallel::for_rows,
+    real::Real,
+    tensor::{matrix, read, with_type},
+};
+use candle_core::{Result, Tensor, bail};
+
+/// Cosines and sines for positions `0..positions`, each (positions, D/2), kept in f32 as transformers keeps them.
+pub struct RopeTable {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    /// Computes the table for heads of `head_dim` (even) and base `theta`.
+    ///
+    /// Angles are rounded as transformers rounds them (inverse frequencies and products in f32):
+    /// at position 100 an angle in f32 is off by 4e-6, which would otherwise be our largest difference.
+    pub fn new(head_dim: usize, theta: f64, positions: usize) -> Self {
+        let half = head_dim / 2;
+        let inverse: Vec<f32> = (0..half)
+            .map(|i| 1.0 / (theta as f32 as f64).powf((2 * i) as f64 / head_dim as f64) as f32)
+            .collect();
+        let angles = (0..positions).flat_map(|p| inverse.iter().map(move |f| (p as f32 * f) as f64));
+        let (sin, cos) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
+        Self { half, cos, sin }
+    }
+
+    fn row(&self, position: u32) -> Option<(&[f32], &[f32])> {
+        let start = position as usize * self.half;
+        Some((self.cos.get(start..start + self.half)?, self.sin.get(start..start + self.half)?))
+    }
+}
+
+/// Rotates every head of `x` (T, H·D) by the angle of its row's position; with `inverse` by the opposite angle,
+/// which is the backward pass. `positions` has T entries, all inside the table.
+pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], inverse: bool) -> Result<Tensor> {
+    let (t, c) = x.dims2()?;
+    let half = table.half;
+    if half == 0 || c % (2 * half) != 0 || positions.len() != t {
+        bail!("rope: input ({t}, {c}), head size {}, {} positions", 2 * half, positions.len());
+    }
+    if let Some(p) = positions.iter().find(|p| table.row(**p).is_none()) {
+        bail!("rope: position {p} is past the table");
+    }
+    with_type!(x, T => {
+        let rx = read(x);
+        let x_ = rx.slice::<T>()?;
+        let mut out = vec![T::ZERO; t * c];
+        for_rows(&mut out, c, |i, y| {
+            let Some((cos, sin)) = table.row(positions[i]) else { return };
+            for (y, x) in y.chunks_mut(2 * half).zip(x_[i * c..][..c].chunks(2 * half)) {
+                for j in 0..half {
+                    let cos = T::of(cos[j] as f64);
+                    let sin = T::of(if inverse { -sin[j] } else { sin[j] } as f64);
+                    y[j] = x[j] * cos - x[j + half] * sin;
+                    y[j + half] = x[j + half] * cos + x[j] * sin;
+                }
+            }
+        });
+        matrix(out, t, c, x)
+    })
+}
