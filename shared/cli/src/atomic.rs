@@ -1,34 +1,104 @@
 //! Files and directories that appear whole or not at all: temporary name beside the target, fsync, rename.
+//!
+//! Used by [`crate::output`] and by every format writer. A reader sees the old content or the new one, also after
+//! kill -9 or a full disk. Symbolic links are followed first, FIFOs and devices are written directly and never
+//! replaced, the umask and the mode of an existing target are kept.
 
-use crate::{Error, Result};
+mod dir;
+
+pub use dir::AtomicDir;
+
+use crate::{Error, Kind, Result, escape, stale};
 use std::{
-    fs::{self, File},
-    io::{BufWriter, Write},
+    fs::{self, File, OpenOptions, Permissions},
+    io::{self, BufWriter, Write},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
-/// A file under construction.
+/// Write size; large enough that the system call does not count.
+const BUFFER: usize = 1 << 20;
+
+/// A file under construction. Dropped without [`AtomicFile::commit`], it leaves nothing behind.
 pub struct AtomicFile {
-    target: PathBuf,
-    temporary: PathBuf,
+    /// As the user gave it, for messages.
+    shown: PathBuf,
+    /// Where the bytes go meanwhile; `None` for a FIFO or device.
+    rename: Option<Rename>,
     writer: BufWriter<File>,
+}
+
+/// The step that makes a file final.
+struct Rename {
+    from: PathBuf,
+    to: PathBuf,
+    mode: Option<u32>,
+    done: bool,
 }
 
 impl AtomicFile {
     /// Starts writing `target` under a temporary name in the same directory.
     pub fn create(target: &Path) -> Result<Self> {
-        let temporary = target.with_extension("kto-tmp");
-        let file = File::create(&temporary).map_err(|e| Error::writing(target, &e))?;
-        Ok(Self { target: target.into(), temporary, writer: BufWriter::with_capacity(1 << 20, file) })
+        let fail = |e: io::Error| creating(target, &e);
+        let to = resolve(target).map_err(fail)?;
+        let existing = match fs::metadata(&to) {
+            Ok(metadata) => Some(metadata),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(fail(e)),
+        };
+        let shown = target.to_path_buf();
+        match existing {
+            Some(metadata) if metadata.is_dir() => Err(fail(io::ErrorKind::IsADirectory.into())),
+            Some(metadata) if !metadata.is_file() => {
+                let file = OpenOptions::new().write(true).open(&to).map_err(fail)?;
+                Ok(Self { shown, rename: None, writer: BufWriter::with_capacity(1 << 16, file) })
+            }
+            other => {
+                let (from, file) = stale::create(&to, |path| File::create_new(path)).map_err(fail)?;
+                let mode = other.map(|metadata| metadata.permissions().mode() & 0o777);
+                let rename = Some(Rename { from, to, mode, done: false });
+                Ok(Self { shown, rename, writer: BufWriter::with_capacity(BUFFER, file) })
+            }
+        }
     }
     /// Appends `bytes`.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.writer.write_all(bytes).map_err(|e| Error::writing(&self.target, &e))
+        self.writer.write_all(bytes).map_err(|e| Error::writing(&self.shown, &e))
     }
     /// Makes the file final: flush, fsync, rename, fsync of the directory.
     pub fn commit(mut self) -> Result<()> {
-        self.writer.flush().map_err(|e| Error::writing(&self.target, &e))?;
-        fs::rename(&self.temporary, &self.target).map_err(|e| Error::writing(&self.target, &e))
+        self.make_final().map_err(|e| Error::writing(&self.shown, &e))
+    }
+
+    fn make_final(&mut self) -> io::Result<()> {
+        self.writer.flush()?;
+        let file = self.writer.get_ref();
+        let Some(rename) = &mut self.rename else { return tolerate_unsupported(file.sync_all()) };
+        if let Some(mode) = rename.mode {
+            file.set_permissions(Permissions::from_mode(mode))?;
+        }
+        tolerate_unsupported(file.sync_all())?;
+        fs::rename(&rename.from, &rename.to)?;
+        rename.done = true;
+        sync_dir(&stale::folder_of(&rename.to))
+    }
+}
+
+/// The same file for serializers; convert errors with [`crate::output::error`].
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.writer.write(bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
+}
+
+impl Drop for Rename {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = fs::remove_file(&self.from);
+        }
     }
 }
 
@@ -39,26 +109,113 @@ pub fn write(target: &Path, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
-/// A directory under construction: write into [`AtomicDir::path`], then [`AtomicDir::commit`].
-pub struct AtomicDir {
-    target: PathBuf,
-    temporary: PathBuf,
+/// Returns the error of starting an output: 73, unless the disk itself failed.
+fn creating(target: &Path, error: &io::Error) -> Error {
+    let made = Error::writing(target, error);
+    if error.kind() == io::ErrorKind::NotFound && !stale::folder_of(target).exists() {
+        let folder = stale::folder_of(target);
+        return made.with_hint(format!("mkdir -p {}", escape(&folder.display().to_string())));
+    }
+    if error.kind() == io::ErrorKind::Other { made.with_kind(Kind::CantCreate) } else { made }
 }
 
-impl AtomicDir {
-    /// Starts a directory that will become `target`. Refuses (73) when `target` exists and `force` is not set.
-    pub fn create(target: &Path, force: bool) -> Result<Self> {
-        let _ = force;
-        let temporary = target.with_extension("kto-tmp");
-        fs::create_dir_all(&temporary).map_err(|e| Error::writing(target, &e))?;
-        Ok(Self { target: target.into(), temporary })
+/// Follows symbolic links of the last component, also to a target that does not exist yet.
+fn resolve(target: &Path) -> io::Result<PathBuf> {
+    let mut path = target.to_path_buf();
+    for _ in 0..40 {
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_symlink() => {
+                // Links under /proc and /dev lead to open files that have no name to rename over.
+                if path.starts_with("/proc") || path.starts_with("/dev") {
+                    return Ok(path);
+                }
+                let next = fs::read_link(&path)?;
+                path = stale::folder_of(&path).join(next);
+            }
+            Ok(_) => return Ok(path),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && path.file_name().is_some() => return Ok(path),
+            Err(e) => return Err(e),
+        }
     }
-    /// The temporary directory to write into.
-    pub fn path(&self) -> &Path {
-        &self.temporary
+    Err(io::Error::other("too many symbolic links"))
+}
+
+fn sync_dir(folder: &Path) -> io::Result<()> {
+    tolerate_unsupported(File::open(folder)?.sync_all())
+}
+
+/// FIFOs and some network file systems know no fsync.
+fn tolerate_unsupported(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+        other => other,
     }
-    /// Makes the directory final: fsync of every file, rename, fsync of the parent.
-    pub fn commit(self) -> Result<()> {
-        fs::rename(&self.temporary, &self.target).map_err(|e| Error::writing(&self.target, &e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn nothing_appears_before_commit_and_nothing_stays_without_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out.jsonl");
+        let mut file = AtomicFile::create(&target).unwrap();
+        file.write(b"half").unwrap();
+        assert_eq!(names(dir.path()), [format!(".out.jsonl.{}.kto-tmp", std::process::id())]);
+        drop(file);
+        assert!(names(dir.path()).is_empty());
+        write(&target, b"whole").unwrap();
+        assert_eq!(names(dir.path()), ["out.jsonl"]);
+        assert_eq!(fs::read(&target).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn links_are_followed_and_modes_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().join("real");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("real", &link).unwrap();
+        write(&link, b"1").unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        fs::set_permissions(&real, Permissions::from_mode(0o640)).unwrap();
+        write(&link, b"2").unwrap();
+        assert_eq!(fs::read(&real).unwrap(), b"2");
+        assert_eq!(fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(names(dir.path()), ["link", "real"]);
+        let around = dir.path().join("around");
+        std::os::unix::fs::symlink("around", &around).unwrap();
+        assert_eq!(write(&around, b"").unwrap_err().kind(), Kind::CantCreate);
+    }
+
+    #[test]
+    fn devices_are_written_and_survive() {
+        use std::os::unix::fs::FileTypeExt;
+        write(Path::new("/dev/null"), b"x").unwrap();
+        assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+        let error = write(Path::new("/dev/full"), b"x").unwrap_err();
+        assert_eq!(
+            (error.kind(), error.to_string().as_str()),
+            (Kind::Io, "/dev/full: no space left on device")
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_created_is_73() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(write(dir.path(), b"").unwrap_err().kind(), Kind::CantCreate);
+        let error = write(&dir.path().join("no/such/x"), b"").unwrap_err();
+        assert_eq!(error.kind(), Kind::CantCreate);
+        assert!(error.hint().is_some_and(|h| h.starts_with("mkdir -p ")));
+        write(&dir.path().join("file"), b"").unwrap();
+        assert_eq!(write(&dir.path().join("file/x"), b"").unwrap_err().kind(), Kind::CantCreate);
+        assert_eq!(write(Path::new(""), b"").unwrap_err().kind(), Kind::CantCreate);
     }
 }

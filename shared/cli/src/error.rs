@@ -87,20 +87,37 @@ impl Error {
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Kind::Internal, message)
     }
-    /// Returns the error of opening or reading an input: 66 when it is missing or not to be opened, else 74.
+    /// Returns the error of opening or reading an input: 66 when it is missing or not to be opened, 65 when the bytes
+    /// are not what they should be (a cut or corrupt gzip stream), else 74.
     pub fn reading(path: &Path, error: &io::Error) -> Self {
         use io::ErrorKind as E;
         let kind = match error.kind() {
-            E::NotFound | E::PermissionDenied | E::IsADirectory | E::NotADirectory | E::FilesystemLoop => Kind::NoInput,
+            E::NotFound
+            | E::PermissionDenied
+            | E::IsADirectory
+            | E::NotADirectory
+            | E::InvalidFilename
+            | E::InvalidInput => Kind::NoInput,
+            E::InvalidData | E::UnexpectedEof => Kind::Data,
+            E::OutOfMemory => Kind::OutOfMemory,
             _ => Kind::Io,
         };
         Self::new(kind, format!("{}: {}", escape(&path.display().to_string()), io_text(error)))
     }
-    /// Returns the error of creating an output (73 when it cannot be created, 74 on I/O failure).
+    /// Returns the error of writing an output: 73 when it cannot be created, [`Kind::ClosedPipe`] when its reader is
+    /// gone, else 74.
     pub fn writing(path: &Path, error: &io::Error) -> Self {
         use io::ErrorKind as E;
         let kind = match error.kind() {
-            E::NotFound | E::PermissionDenied | E::AlreadyExists | E::IsADirectory | E::NotADirectory | E::ReadOnlyFilesystem => Kind::CantCreate,
+            E::NotFound
+            | E::PermissionDenied
+            | E::AlreadyExists
+            | E::IsADirectory
+            | E::NotADirectory
+            | E::InvalidFilename
+            | E::InvalidInput
+            | E::ReadOnlyFilesystem => Kind::CantCreate,
+            E::BrokenPipe => Kind::ClosedPipe,
             _ => Kind::Io,
         };
         Self::new(kind, format!("{}: {}", escape(&path.display().to_string()), io_text(error)))
@@ -114,6 +131,11 @@ impl Error {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+    /// Returns the same error with another kind.
+    pub fn with_kind(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
     /// Returns the hint.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
@@ -121,7 +143,7 @@ impl Error {
 }
 
 /// The operating system's words without Rust's "(os error 2)".
-fn io_text(error: &io::Error) -> String {
+pub(crate) fn io_text(error: &io::Error) -> String {
     let text = error.to_string();
     match text.rfind(" (os error") {
         Some(at) => text[..at].to_lowercase(),
@@ -152,9 +174,52 @@ impl<T> Context<T> for Result<T> {
     }
 }
 
-/// Makes a text from a file safe for a terminal: control characters become `\u{…}` escapes.
+/// Makes a text from a file safe for a terminal: control characters, and the marks that reorder or hide text,
+/// become escapes like `\n` or `\u{1b}`.
 pub fn escape(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
-        .collect()
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_from_files_cannot_reach_the_terminal() {
+        assert_eq!(escape("a\u{1b}[2Jb\n\0é漢"), "a\\u{1b}[2Jb\\n\\u{0}é漢");
+        assert_eq!(escape("x\u{202e}y"), "x\\u{202e}y");
+    }
+
+    #[test]
+    fn operating_system_errors_get_their_codes() {
+        let os = io::Error::from_raw_os_error;
+        let at = Path::new("x");
+        assert_eq!(Error::reading(at, &os(2)).to_string(), "x: no such file or directory");
+        assert_eq!(Error::reading(at, &os(2)).kind(), Kind::NoInput);
+        assert_eq!(Error::reading(at, &os(5)).kind(), Kind::Io);
+        assert_eq!(Error::writing(at, &os(28)).kind(), Kind::Io);
+        assert_eq!(Error::writing(at, &os(13)).kind(), Kind::CantCreate);
+        assert_eq!(Error::writing(at, &os(32)).kind(), Kind::ClosedPipe);
+        assert_eq!(Error::reading(at, &io::Error::from(io::ErrorKind::UnexpectedEof)).kind(), Kind::Data);
+    }
+
+    #[test]
+    fn places_are_put_in_front() {
+        let failed: Result<()> = Err(Error::data("label missing").with_hint("--label-map"));
+        let error = failed.at("a.jsonl:3").unwrap_err();
+        assert_eq!(
+            (error.to_string().as_str(), error.hint()),
+            ("a.jsonl:3: label missing", Some("--label-map"))
+        );
+    }
 }

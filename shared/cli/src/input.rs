@@ -1,37 +1,227 @@
 //! Inputs: named files or standard input, plain or gzip by their first bytes.
+//!
+//! Every byte that a tool reads comes through here, so that messages carry the name and sizes are bounded.
 
-use crate::{Error, Result};
+use crate::{Error, Kind, Result, escape};
+use flate2::read::MultiGzDecoder;
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader},
+    io::{self, BufRead, BufReader, Cursor, IsTerminal, Read},
     path::{Path, PathBuf},
 };
 
+/// Read size of a plain file; large enough that the system call does not count.
+const BUFFER: usize = 256 << 10;
+
 /// An open input and the name that messages use for it.
 pub struct Input {
-    /// `<stdin>` or the path as given.
+    /// `<stdin>` or the path as given, safe for a terminal.
     pub name: String,
-    /// The decoded bytes.
+    /// The decoded bytes. Errors of a cut or corrupt gzip stream have kind `InvalidData`; [`error`] maps them.
     pub reader: Box<dyn BufRead + Send>,
 }
 
-/// Opens `path`; `-` is standard input. Gzip is recognised by its first two bytes and decoded.
+/// Opens `path`; `-` is standard input. Gzip is recognised by its first bytes and decoded; other archives and UTF-16
+/// are refused (65). Missing files, directories and unreadable files are 66.
 pub fn open(path: &Path) -> Result<Input> {
     if path == Path::new("-") {
-        return Ok(Input { name: "<stdin>".into(), reader: Box::new(BufReader::new(io::stdin())) });
+        return decode("<stdin>".into(), io::stdin());
     }
-    let file = File::open(path).map_err(|e| Error::reading(path, &e))?;
-    Ok(Input { name: path.display().to_string(), reader: Box::new(BufReader::with_capacity(1 << 20, file)) })
+    decode(escape(&path.display().to_string()), open_file(path)?)
+}
+
+/// Opens a file as it is, for mapping into memory. Directories and whatever cannot be opened are 66.
+pub fn open_file(path: &Path) -> Result<File> {
+    let file = File::open(path).map_err(|e| Error::reading(path, &e).with_kind(Kind::NoInput))?;
+    if file.metadata().map_err(|e| Error::reading(path, &e))?.is_dir() {
+        return Err(Error::new(
+            Kind::NoInput,
+            format!("{}: is a directory", escape(&path.display().to_string())),
+        ));
+    }
+    Ok(file)
 }
 
 /// Returns the inputs to read: the given files, or standard input when none is given.
 /// Usage error when `-` appears twice, or when standard input would be a terminal.
 pub fn or_stdin(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    Ok(if paths.is_empty() { vec![PathBuf::from("-")] } else { paths.to_vec() })
+    if paths.iter().filter(|p| p.as_path() == Path::new("-")).count() > 1 {
+        return Err(Error::usage("standard input (-) can be read only once"));
+    }
+    if !paths.is_empty() {
+        return Ok(paths.to_vec());
+    }
+    if io::stdin().is_terminal() {
+        return Err(
+            Error::usage("no input").with_hint("name a FILE, or pipe data in (--help shows examples)")
+        );
+    }
+    Ok(vec![PathBuf::from("-")])
 }
 
-/// Reads a whole file of at most `cap` bytes.
+/// Reads a whole input of at most `cap` bytes (after decoding); a larger one is bad data (65).
 pub fn read(path: &Path, cap: u64) -> Result<Vec<u8>> {
-    let _ = cap;
-    std::fs::read(path).map_err(|e| Error::reading(path, &e))
+    let Input { name, reader } = open(path)?;
+    let mut bytes = Vec::new();
+    reader.take(cap.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| error(&name, &e))?;
+    if bytes.len() as u64 > cap {
+        return Err(Error::data(format!("{name}: larger than {cap} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Reads a whole UTF-8 text of at most `cap` bytes, like [`read`]; other bytes are bad data (65) with their offset.
+pub fn read_text(path: &Path, cap: u64) -> Result<String> {
+    String::from_utf8(read(path, cap)?).map_err(|e| {
+        let (name, at) = (escape(&path.display().to_string()), e.utf8_error().valid_up_to());
+        Error::data(format!("{name}: invalid UTF-8 at byte {at}"))
+    })
+}
+
+/// Returns the error of reading from an open input: 65 when its bytes are wrong, else 74.
+pub fn error(name: &str, error: &io::Error) -> Error {
+    let error = Error::reading(Path::new(name), error);
+    if error.kind() == Kind::NoInput { error.with_kind(Kind::Io) } else { error }
+}
+
+fn decode(name: String, mut raw: impl Read + Send + 'static) -> Result<Input> {
+    let mut head = Vec::with_capacity(6);
+    raw.by_ref().take(6).read_to_end(&mut head).map_err(|e| error(&name, &e))?;
+    if let Some((what, hint)) = refused(&head) {
+        return Err(Error::data(format!("{name}: {what}")).with_hint(hint));
+    }
+    let gzip = head.starts_with(&[0x1f, 0x8b]);
+    let whole = Cursor::new(head).chain(raw);
+    let reader: Box<dyn BufRead + Send> = if gzip {
+        let counted = Counted { inner: BufReader::with_capacity(BUFFER, whole), read: 0 };
+        Box::new(BufReader::with_capacity(BUFFER, Gunzip { decoder: MultiGzDecoder::new(counted) }))
+    } else {
+        Box::new(BufReader::with_capacity(BUFFER, whole))
+    };
+    Ok(Input { name, reader })
+}
+
+/// Forms we recognise only to say what to do about them.
+fn refused(head: &[u8]) -> Option<(&'static str, &'static str)> {
+    const FORMS: [(&[u8], &str, &str); 7] = [
+        (b"PK\x03\x04", "this is a zip archive, which is not read", "unzip -p FILE"),
+        (b"\xfd7zXZ\0", "this is xz data, which is not read", "xz -dc FILE"),
+        (b"\x28\xb5\x2f\xfd", "this is Zstandard data, which is not read", "zstd -dc FILE"),
+        (b"BZh", "this is bzip2 data, which is not read", "bzip2 -dc FILE"),
+        (b"7z\xbc\xaf\x27\x1c", "this is a 7z archive, which is not read", "7z x -so FILE"),
+        (b"\xff\xfe", "this looks like UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8 FILE"),
+        (b"\xfe\xff", "this looks like UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8 FILE"),
+    ];
+    FORMS.iter().find(|(magic, ..)| head.starts_with(magic)).map(|(_, what, hint)| (*what, *hint))
+}
+
+/// Counts compressed bytes, for the message about a cut stream.
+struct Counted<R> {
+    inner: R,
+    read: u64,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.read += n as u64;
+        Ok(n)
+    }
+}
+
+/// Says in our words what is wrong with a gzip stream.
+struct Gunzip<R> {
+    decoder: MultiGzDecoder<Counted<R>>,
+}
+
+impl<R: Read> Read for Gunzip<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.decoder.read(buffer).map_err(|e| {
+            let at = self.decoder.get_ref().read;
+            match e.kind() {
+                io::ErrorKind::UnexpectedEof => {
+                    io::Error::new(io::ErrorKind::InvalidData, format!("gzip stream ends early at byte {at}"))
+                }
+                io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("corrupt gzip stream before byte {at} ({e})"),
+                ),
+                _ => e,
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flate2::{Compression, write::GzEncoder};
+    use std::io::Write;
+
+    fn gzip(text: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(text).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn read_bytes(bytes: Vec<u8>) -> Result<Vec<u8>> {
+        let mut input = decode("x".into(), Cursor::new(bytes))?;
+        let mut out = Vec::new();
+        input.reader.read_to_end(&mut out).map_err(|e| error(&input.name, &e))?;
+        Ok(out)
+    }
+
+    #[test]
+    fn plain_short_and_gzip_bytes_come_out_the_same() {
+        for text in [&b""[..], b"\x1f", b"{}", b"a\nb\n", &[b'z'; 700_000]] {
+            assert_eq!(read_bytes(text.to_vec()).unwrap(), text);
+            assert_eq!(read_bytes(gzip(text)).unwrap(), text);
+        }
+        let members = [gzip(b"one\n"), gzip(b"two\n")].concat();
+        assert_eq!(read_bytes(members).unwrap(), b"one\ntwo\n");
+    }
+
+    #[test]
+    fn gzip_cut_anywhere_or_damaged_is_bad_data() {
+        let whole = gzip(b"some text that is long enough to have a body");
+        for cut in 2..whole.len() {
+            let error = read_bytes(whole[..cut].to_vec()).unwrap_err();
+            assert_eq!(error.kind(), Kind::Data);
+            assert!(error.to_string().contains("gzip stream ends early at byte"), "{cut}: {error}");
+        }
+        let mut bad_sum = whole.clone();
+        let at = whole.len() - 6;
+        bad_sum[at] ^= 1;
+        assert_eq!(read_bytes(bad_sum).unwrap_err().kind(), Kind::Data);
+        assert_eq!(read_bytes([whole, b"garbage".to_vec()].concat()).unwrap_err().kind(), Kind::Data);
+    }
+
+    #[test]
+    fn other_forms_are_named_with_the_command_that_helps() {
+        for (bytes, hint) in
+            [(&b"PK\x03\x04...."[..], "unzip"), (b"\x28\xb5\x2f\xfd....", "zstd"), (b"\xff\xfea\0", "iconv")]
+        {
+            let error = read_bytes(bytes.to_vec()).unwrap_err();
+            assert_eq!(error.kind(), Kind::Data);
+            assert!(error.hint().is_some_and(|h| h.contains(hint)), "{error}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_capped_after_decoding() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bomb.gz");
+        std::fs::write(&path, gzip(&vec![0; 1 << 20])).unwrap();
+        assert_eq!(read(&path, 1 << 20).unwrap().len(), 1 << 20);
+        assert_eq!(read(&path, (1 << 20) - 1).unwrap_err().kind(), Kind::Data);
+        assert_eq!(read(dir.path(), 1).unwrap_err().kind(), Kind::NoInput);
+        assert_eq!(read(&dir.path().join("none"), 1).unwrap_err().kind(), Kind::NoInput);
+    }
+
+    #[test]
+    fn standard_input_is_named_once() {
+        let dash = PathBuf::from("-");
+        assert_eq!(or_stdin(&[dash.clone(), dash.clone()]).unwrap_err().kind(), Kind::Usage);
+        assert_eq!(or_stdin(&["a".into(), dash.clone()]).unwrap(), [PathBuf::from("a"), dash]);
+    }
 }

@@ -1,17 +1,28 @@
-//! How every KTO tool behaves: arguments, exit codes, messages, streams, atomic outputs, signals.
+//! How every KTO tool behaves: arguments, exit codes, messages, streams, atomic outputs, locks, signals.
 //!
 //! Called by every tool and, for its error type and file wrappers, by `kto-formats` and `kto-model`.
 //! Only this crate may print, exit or read the environment. It knows no file format and no device.
 
+#![forbid(unsafe_code)]
+
 pub mod atomic;
 mod error;
 mod exit;
+mod generate;
+pub mod guard;
+pub mod hash;
 pub mod input;
+pub mod lock;
 pub mod output;
+mod progress;
 mod run;
+pub mod signal;
+mod stale;
 mod ui;
+pub mod version;
 
 pub use error::{Context, Error, Kind, Result, escape};
-pub use exit::Exit;
+pub use exit::{EXIT_STATUS, Exit};
+pub use progress::Progress;
 pub use run::run;
-pub use ui::{Common, Progress, Ui};
+pub use ui::{Common, Ui, When};

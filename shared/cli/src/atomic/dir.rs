@@ -1,0 +1,178 @@
+//! A directory that appears whole or not at all.
+
+use super::{creating, resolve, sync_dir, tolerate_unsupported};
+use crate::{Error, Kind, Result, escape, stale};
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    io::Errno,
+};
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+/// A directory under construction: write into [`AtomicDir::path`], then [`AtomicDir::commit`].
+/// Dropped without commit, it leaves nothing behind.
+pub struct AtomicDir {
+    shown: PathBuf,
+    target: PathBuf,
+    temporary: PathBuf,
+    force: bool,
+    /// Open and locked while the writer lives.
+    _lock: File,
+}
+
+impl AtomicDir {
+    /// Starts a directory that will become `target`. Refuses (73) when `target` exists and `force` is not set; with
+    /// `force` an existing directory is replaced at [`AtomicDir::commit`], unless it holds the working directory.
+    pub fn create(target: &Path, force: bool) -> Result<Self> {
+        let fail = |e: io::Error| creating(target, &e);
+        let resolved = resolve(target).map_err(fail)?;
+        refuse_existing(target, &resolved, force)?;
+        let make = |path: &Path| {
+            DirBuilder::new().create(path)?;
+            File::open(path)
+        };
+        let (temporary, lock) = stale::create(&resolved, make).map_err(fail)?;
+        Ok(Self { shown: target.to_path_buf(), target: resolved, temporary, force, _lock: lock })
+    }
+    /// The temporary directory to write into.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+    /// Makes the directory final: fsync of every file, rename, fsync of the parent.
+    pub fn commit(self) -> Result<()> {
+        let fail = |e: io::Error| Error::writing(&self.shown, &e);
+        sync_tree(&self.temporary).map_err(fail)?;
+        if self.force && self.target.exists() {
+            replace(&self.temporary, &self.target).map_err(fail)?;
+        } else {
+            match rename_with(&self.temporary, &self.target, RenameFlags::NOREPLACE) {
+                Err(e) if is_unsupported(&e) => fs::rename(&self.temporary, &self.target),
+                other => other,
+            }
+            .map_err(fail)?;
+        }
+        sync_dir(&stale::folder_of(&self.target)).map_err(fail)
+        // Drop removes what is left under the temporary name: nothing, or the directory that was replaced.
+    }
+}
+
+impl Drop for AtomicDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.temporary);
+    }
+}
+
+fn refuse_existing(shown: &Path, target: &Path, force: bool) -> Result<()> {
+    let refuse = |what: &str| {
+        Error::new(Kind::CantCreate, format!("{}: {what}", escape(&shown.display().to_string())))
+    };
+    let metadata = match fs::metadata(target) {
+        Ok(metadata) => metadata,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(creating(shown, &e)),
+    };
+    if !metadata.is_dir() {
+        return Err(refuse("exists and is not a directory"));
+    }
+    if !force {
+        return Err(refuse("already exists").with_hint("--force replaces it"));
+    }
+    let whole = fs::canonicalize(target).map_err(|e| creating(shown, &e))?;
+    if std::env::current_dir().is_ok_and(|here| here.starts_with(&whole)) {
+        return Err(refuse("holds the working directory and is not replaced"));
+    }
+    Ok(())
+}
+
+/// Puts `new` in the place of the directory `old`. Where the file system can swap two names, no moment exists at which
+/// `old` is missing; the old content ends under the temporary name.
+fn replace(new: &Path, old: &Path) -> io::Result<()> {
+    match rename_with(new, old, RenameFlags::EXCHANGE) {
+        Err(e) if is_unsupported(&e) => {}
+        other => return other,
+    }
+    let aside = stale::aside(old);
+    fs::rename(old, &aside)?;
+    fs::rename(new, old).inspect_err(|_| {
+        let _ = fs::rename(&aside, old);
+    })?;
+    let _ = fs::remove_dir_all(&aside);
+    Ok(())
+}
+
+fn rename_with(from: &Path, to: &Path, flags: RenameFlags) -> io::Result<()> {
+    renameat_with(CWD, from, CWD, to, flags).map_err(io::Error::from)
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    [Errno::INVAL, Errno::NOSYS, Errno::NOTSUP].iter().any(|e| error.raw_os_error() == Some(e.raw_os_error()))
+}
+
+/// Forces every file and directory under `folder` to the disk.
+fn sync_tree(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            sync_tree(&entry.path())?;
+        } else if kind.is_file() {
+            tolerate_unsupported(File::open(entry.path())?.sync_all())?;
+        }
+    }
+    sync_dir(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn make(target: &Path, force: bool, text: &str) -> Result<()> {
+        let dir = AtomicDir::create(target, force)?;
+        fs::create_dir(dir.path().join("sub")).unwrap();
+        fs::write(dir.path().join("sub/file"), text).unwrap();
+        dir.commit()
+    }
+
+    #[test]
+    fn existing_directories_are_replaced_only_with_force() {
+        let top = tempfile::tempdir().unwrap();
+        let target = top.path().join("model");
+        make(&target, false, "1").unwrap();
+        assert_eq!(make(&target, false, "2").unwrap_err().kind(), Kind::CantCreate);
+        assert_eq!(fs::read_to_string(target.join("sub/file")).unwrap(), "1");
+        make(&target, true, "3").unwrap();
+        assert_eq!(fs::read_to_string(target.join("sub/file")).unwrap(), "3");
+        assert_eq!(fs::read_dir(top.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_drop_leaves_nothing() {
+        let top = tempfile::tempdir().unwrap();
+        drop(AtomicDir::create(&top.path().join("model"), false).unwrap());
+        assert_eq!(fs::read_dir(top.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_and_the_working_directory_are_never_replaced() {
+        let top = tempfile::tempdir().unwrap();
+        let file = top.path().join("file");
+        fs::write(&file, "x").unwrap();
+        for target in [file.as_path(), Path::new("/"), Path::new("."), Path::new("..")] {
+            let error = AtomicDir::create(target, true).map(|_| ()).unwrap_err();
+            assert_eq!(error.kind(), Kind::CantCreate, "{}", target.display());
+        }
+    }
+
+    #[test]
+    fn someone_else_was_faster() {
+        let top = tempfile::tempdir().unwrap();
+        let target = top.path().join("model");
+        let dir = AtomicDir::create(&target, false).unwrap();
+        fs::create_dir(&target).unwrap();
+        assert_eq!(dir.commit().unwrap_err().kind(), Kind::CantCreate);
+        assert_eq!(fs::read_dir(top.path()).unwrap().count(), 1);
+    }
+}
