@@ -1,0 +1,150 @@
+//! JSON Lines: one JSON value a line.
+//!
+//! Called by every tool that reads records. Only `\n` ends a line (a `\r` before it is a blank, U+2028 is text), blank
+//! lines are passed over, a byte-order mark is accepted on the first line. A line longer than the cap stops the read
+//! before it is in memory. A bad line does not end the stream: the next call goes on behind it.
+
+use crate::rows::{Place, ReadOptions, Row, parse_row, too_long};
+use kto_cli::{Result, input};
+use serde_json::Value;
+use std::io::{BufRead, Read};
+
+/// A stream of JSON values, one a line.
+pub struct JsonLines<R = Box<dyn BufRead + Send>> {
+    name: String,
+    reader: R,
+    options: ReadOptions,
+    line: u64,
+    offset: u64,
+    buffer: Vec<u8>,
+}
+
+impl JsonLines {
+    /// Reads an opened input.
+    pub fn new(input: input::Input) -> Self {
+        Self::from_reader(input.name, input.reader)
+    }
+}
+
+impl<R: BufRead> JsonLines<R> {
+    /// Reads any byte stream; `name` stands for it in messages.
+    pub fn from_reader(name: String, reader: R) -> Self {
+        Self { name, reader, options: ReadOptions::default(), line: 0, offset: 0, buffer: Vec::new() }
+    }
+
+    /// Sets the cap and the treatment of broken text.
+    pub fn with_options(mut self, options: ReadOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Returns the next value and its line; `None` at the end. Errors carry `name:line`.
+    #[allow(clippy::should_implement_trait, reason = "fallible and ends at None, as every reader here")]
+    pub fn next(&mut self) -> Result<Option<(u64, Value)>> {
+        match self.next_row()? {
+            None => Ok(None),
+            Some(row) => Ok(Some((row.line, row.value?))),
+        }
+    }
+
+    /// Returns the next row, good or bad. `Err` means that the stream itself is broken and cannot go on.
+    pub fn next_row(&mut self) -> Result<Option<Row>> {
+        loop {
+            let start = self.offset;
+            if !self.read_line()? {
+                return Ok(None);
+            }
+            self.line += 1;
+            if self.buffer.len() as u64 > self.options.max_line {
+                self.skip_line()?;
+                let error = too_long(&self.name, self.line, "line", self.options.max_line);
+                return Ok(Some(Row::bad(self.line, error)));
+            }
+            let bom = if self.line == 1 && self.buffer.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
+            let text = self.buffer[bom..].trim_ascii_end();
+            if !text.trim_ascii_start().is_empty() {
+                let place = Place { line: self.line, column: 1, offset: start + bom as u64 };
+                return Ok(Some(parse_row(&self.name, place, text, self.options)));
+            }
+        }
+    }
+
+    /// Reads up to and with the next `\n`, at most one byte over the cap. False at the end of the input.
+    fn read_line(&mut self) -> Result<bool> {
+        self.buffer.clear();
+        // A single huge line must not keep its buffer for the rest of the file.
+        self.buffer.shrink_to(1 << 20);
+        let cap = self.options.max_line.saturating_add(1);
+        let read = self.reader.by_ref().take(cap).read_until(b'\n', &mut self.buffer);
+        let read = read.map_err(|e| input::error(&format!("{}:{}", self.name, self.line + 1), &e))?;
+        self.offset += read as u64;
+        Ok(read > 0)
+    }
+
+    /// Passes over the rest of a line that was too long, a buffer at a time.
+    fn skip_line(&mut self) -> Result<()> {
+        while self.buffer.last() != Some(&b'\n') && self.read_line()? {}
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(text: &[u8]) -> Vec<Result<(u64, Value)>> {
+        let mut lines = JsonLines::from_reader("f".into(), text);
+        let mut rows = Vec::new();
+        while let Some(row) = lines.next_row().unwrap() {
+            rows.push(row.value.map(|v| (row.line, v)));
+        }
+        rows
+    }
+
+    fn good(text: &[u8]) -> Vec<(u64, Value)> {
+        read(text).into_iter().map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn lines_are_counted_as_an_editor_counts_them() {
+        let rows = good(b"\xef\xbb\xbf{\"a\":1}\r\n\n  \n{\"a\":\"x\xe2\x80\xa8\xc2\x85y\"}\n[3]");
+        assert_eq!(rows, [(1, json!({"a": 1})), (4, json!({"a": "x\u{2028}\u{85}y"})), (5, json!([3]))]);
+    }
+
+    #[test]
+    fn a_bad_line_does_not_end_the_stream() {
+        let rows = read(b"{\"a\":\n{\"a\":2}\n\xef\xbb\xbf{}\n");
+        assert_eq!(rows[0].as_ref().unwrap_err().to_string(), "f:1:5: unexpected end of the JSON text");
+        assert_eq!(rows[1].as_ref().unwrap(), &(2, json!({"a": 2})));
+        assert!(rows[2].is_err(), "a byte-order mark belongs at the very start");
+    }
+
+    #[test]
+    fn a_long_line_is_passed_over_without_being_held() {
+        let mut text = vec![b'a'; 5000];
+        text.extend_from_slice(b"\n{\"a\":1}\n");
+        let options = ReadOptions { max_line: 100, lossy: false };
+        let mut lines = JsonLines::from_reader("f".into(), &text[..]).with_options(options);
+        let row = lines.next_row().unwrap().unwrap();
+        assert_eq!(row.value.unwrap_err().to_string(), "f:1: line longer than 100 bytes");
+        assert!(lines.buffer.capacity() < 1000);
+        assert_eq!(lines.next().unwrap(), Some((2, json!({"a": 1}))));
+    }
+
+    #[test]
+    fn nul_bytes_are_named_with_their_offset() {
+        let rows = read(b"{\"a\":1}\n\0\0\0\0");
+        assert_eq!(rows[1].as_ref().unwrap_err().to_string(), "f:2: NUL bytes at offset 8");
+    }
+
+    #[test]
+    fn lossy_counts_what_it_replaces() {
+        let options = ReadOptions { lossy: true, ..ReadOptions::default() };
+        let text = b"{\"a\":\"\xff\"}\n{\"a\":\"\\ud83e\"}\n";
+        let mut lines = JsonLines::from_reader("f".into(), &text[..]).with_options(options);
+        let row = lines.next_row().unwrap().unwrap();
+        assert_eq!((row.value.unwrap(), row.replaced), (json!({"a": "\u{fffd}"}), 1));
+        assert_eq!(lines.next().unwrap(), Some((2, json!({"a": "\u{fffd}"}))));
+    }
+}

@@ -1,0 +1,240 @@
+//! The record that every KTO tool agrees on: a prompt, a completion, and whether the completion is desirable.
+//!
+//! It is TRL's unpaired preference form, one JSON object a line. kto-convert writes it, kto-tokenize reads it.
+//! Invariant: prompt and completion are both text or both message lists. Everything else a row carried stays in
+//! `extra`, in its order. What is deliberately absent: shapes other than this one (kto-convert knows them).
+
+use crate::{
+    chat,
+    json::{describe, quoted},
+};
+use kto_cli::{Context, Error, Result};
+use serde_json::{Map, Value};
+
+/// One side of a record.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    /// Plain text, to be tokenized as it is.
+    Text(String),
+    /// Message objects as given (role, content, tool_calls, …), to go through a chat template. Never empty.
+    Chat(Vec<Value>),
+}
+
+impl Content {
+    /// Takes a JSON value as text or as a checked message list; `field` names it in errors.
+    pub fn from_value(field: &str, value: Value) -> Result<Self> {
+        match value {
+            Value::String(text) => Ok(Self::Text(text)),
+            Value::Array(messages) => {
+                chat::check(&messages).at(format_args!("field {}", quoted(field)))?;
+                Ok(Self::Chat(messages))
+            }
+            other => {
+                let found = describe(&other);
+                Err(Error::data(format!(
+                    "field {} must be text or a message list, found {found}",
+                    quoted(field)
+                )))
+            }
+        }
+    }
+
+    /// True when nothing but blanks is in it: an empty text, or messages without content and without tool calls.
+    pub fn is_blank(&self) -> bool {
+        match self {
+            Self::Text(text) => text.trim().is_empty(),
+            Self::Chat(messages) => messages.iter().all(chat::is_blank),
+        }
+    }
+
+    fn write_json(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Text(text) => write_value(text, out),
+            Self::Chat(messages) => write_value(messages, out),
+        }
+    }
+}
+
+/// One row of KTO data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    /// What the model is given.
+    pub prompt: Content,
+    /// What the model is to learn to say, or not to say. The same kind as `prompt`.
+    pub completion: Content,
+    /// True when the completion is desirable.
+    pub label: bool,
+    /// Tool definitions for the chat template: a list, or a JSON text of one.
+    pub tools: Option<Value>,
+    /// Variables for the chat template, of this row only.
+    pub chat_template_kwargs: Option<Value>,
+    /// The other columns of the row, carried along.
+    pub extra: Map<String, Value>,
+}
+
+impl Record {
+    /// Takes a JSON object in TRL's unpaired form. Errors (65) name the field and what was found in it.
+    pub fn from_value(value: Value) -> Result<Self> {
+        let Value::Object(mut row) = value else {
+            return Err(Error::data(format!("a row must be a JSON object, found {}", describe(&value))));
+        };
+        let prompt = Content::from_value("prompt", take(&mut row, "prompt")?)?;
+        let completion = Content::from_value("completion", take(&mut row, "completion")?)?;
+        let label = label("label", &take(&mut row, "label")?)?;
+        if matches!(prompt, Content::Text(_)) != matches!(completion, Content::Text(_)) {
+            let what = "\"prompt\" and \"completion\" must both be text or both be message lists";
+            return Err(Error::data(what).with_hint("kto-convert makes them alike"));
+        }
+        let tools = optional(&mut row, "tools");
+        let chat_template_kwargs = optional(&mut row, "chat_template_kwargs");
+        Ok(Self { prompt, completion, label, tools, chat_template_kwargs, extra: row })
+    }
+
+    /// Appends the record as one line of JSON, keys in the order prompt, completion, label, tools,
+    /// chat_template_kwargs, then the extra columns.
+    pub fn write_json(&self, out: &mut Vec<u8>) {
+        self.write_json_exact(&[], out);
+    }
+
+    /// Like [`Record::write_json`], but the extra columns named in `exact` (name, JSON text) are written as that text.
+    pub fn write_json_exact(&self, exact: &[(String, String)], out: &mut Vec<u8>) {
+        out.extend_from_slice(b"{\"prompt\": ");
+        self.prompt.write_json(out);
+        out.extend_from_slice(b", \"completion\": ");
+        self.completion.write_json(out);
+        out.extend_from_slice(if self.label { b", \"label\": true" } else { b", \"label\": false" });
+        for (key, value) in [("tools", &self.tools), ("chat_template_kwargs", &self.chat_template_kwargs)] {
+            if let Some(value) = value {
+                write_key(key, out);
+                write_value(value, out);
+            }
+        }
+        for (key, value) in &self.extra {
+            write_key(key, out);
+            match exact.iter().find(|(name, _)| name == key) {
+                Some((_, text)) => out.extend_from_slice(text.as_bytes()),
+                None => write_value(value, out),
+            }
+        }
+        out.extend_from_slice(b"}\n");
+    }
+}
+
+/// Takes a label: exactly `true` or `false`, because 0, "no" and "false" mean different things to different tools.
+pub fn label(field: &str, value: &Value) -> Result<bool> {
+    value.as_bool().ok_or_else(|| {
+        let what = format!("field {} must be true or false, found {}", quoted(field), describe(value));
+        let error = Error::data(what);
+        match value {
+            Value::Number(n) => error.with_hint(format!("kto-convert --label-map {n}=true,…=false")),
+            Value::String(s) if !s.is_empty() && !s.contains([',', '=', '\n']) && s.len() < 20 => {
+                error.with_hint(format!("kto-convert --label-map {}=true,…=false", kto_cli::escape(s)))
+            }
+            _ => error,
+        }
+    })
+}
+
+fn take(row: &mut Map<String, Value>, field: &str) -> Result<Value> {
+    row.shift_remove(field).ok_or_else(|| {
+        let error = Error::data(format!("field {} is missing{}", quoted(field), columns(row)));
+        if row.contains_key("chosen") || row.contains_key("messages") {
+            error.with_hint("run kto-convert first")
+        } else {
+            error
+        }
+    })
+}
+
+/// Names the fields that a row has, for the message about the one it lacks.
+pub fn columns(row: &Map<String, Value>) -> String {
+    let names: Vec<String> = row.keys().take(8).map(|k| quoted(k)).collect();
+    let more = if row.len() > 8 { ", …" } else { "" };
+    if names.is_empty() {
+        " (the row has no fields)".into()
+    } else {
+        format!(" (found {}{more})", names.join(", "))
+    }
+}
+
+fn optional(row: &mut Map<String, Value>, field: &str) -> Option<Value> {
+    row.shift_remove(field).filter(|v| !v.is_null())
+}
+
+fn write_key(key: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(b", ");
+    write_value(key, out);
+    out.extend_from_slice(b": ");
+}
+
+fn write_value<T: serde::Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
+    let mut json = serde_json::Serializer::with_formatter(&mut *out, Spaced);
+    value.serialize(&mut json).expect("JSON values serialize into memory");
+}
+
+/// The spacing of Python's `json.dumps`, which the peers' files have: `, ` and `: `.
+struct Spaced;
+
+impl serde_json::ser::Formatter for Spaced {
+    fn begin_array_value<W: std::io::Write + ?Sized>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+    fn begin_object_key<W: std::io::Write + ?Sized>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+    fn begin_object_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W) -> std::io::Result<()> {
+        out.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_record_comes_back_as_it_was() {
+        let line = concat!(
+            r#"{"prompt": [{"role": "user", "content": "hé"}], "completion": [{"role": "assistant", "content": "a\u0000b"}], "#,
+            r#""label": false, "tools": [{"type": "function"}], "chat_template_kwargs": {"k": 1}, "id": "7", "score": 1.5}"#,
+            "\n"
+        );
+        let record = Record::from_value(serde_json::from_str(line).unwrap()).unwrap();
+        let mut out = Vec::new();
+        record.write_json(&mut out);
+        assert_eq!(String::from_utf8(out).unwrap(), line);
+    }
+
+    #[test]
+    fn errors_name_field_and_value() {
+        let error = |v| Record::from_value(v).unwrap_err().to_string();
+        assert_eq!(error(json!([1])), "a row must be a JSON object, found a list");
+        assert_eq!(error(json!({})), "field \"prompt\" is missing (the row has no fields)");
+        assert_eq!(
+            error(json!({"prompt": "a", "completion": "b", "label": "yes"})),
+            "field \"label\" must be true or false, found \"yes\""
+        );
+        assert_eq!(
+            error(json!({"prompt": null, "completion": "b", "label": true})),
+            "field \"prompt\" must be text or a message list, found null"
+        );
+        assert_eq!(
+            error(
+                json!({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}], "label": true})
+            ),
+            "\"prompt\" and \"completion\" must both be text or both be message lists"
+        );
+        assert_eq!(
+            error(json!({"prompt": [], "completion": [], "label": true})),
+            "field \"prompt\": the message list is empty"
+        );
+    }
+}
