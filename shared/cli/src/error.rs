@@ -100,6 +100,8 @@ impl Error {
             | E::InvalidInput => Kind::NoInput,
             E::InvalidData | E::UnexpectedEof => Kind::Data,
             E::OutOfMemory => Kind::OutOfMemory,
+            // A loop of symbolic links; its ErrorKind is not stable yet.
+            _ if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => Kind::NoInput,
             _ => Kind::Io,
         };
         Self::new(kind, format!("{}: {}", escape(&path.display().to_string()), io_text(error)))

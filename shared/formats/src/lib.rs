@@ -1,1 +1,19 @@
 //! Every file format that the KTO tools read and write. No tensors, no devices.
+#![deny(unsafe_code)]
+
+pub mod adapter;
+mod adapter_config;
+pub mod chat;
+pub mod json;
+pub mod json_array;
+pub mod jsonl;
+mod mmap;
+pub mod model_dir;
+pub mod python_json;
+pub mod record;
+pub mod rows;
+mod safetensors_header;
+pub mod safetensors_out;
+pub mod table;
+pub mod tensors;
+pub mod tokens;

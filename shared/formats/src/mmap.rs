@@ -1,0 +1,91 @@
+//! Read-only memory maps of input files: the only module of this crate with `unsafe`.
+//!
+//! Called by [`crate::tensors`]. A map never outlives its file's name check: only regular files are mapped.
+//! Deliberately absent: writable maps, and any protection against somebody cutting the file while it is mapped
+//! (our own tools replace files by rename, which keeps old maps valid).
+#![allow(unsafe_code)]
+
+use kto_cli::{Error, Kind, Result, escape};
+use std::{
+    ops::{Deref, Range},
+    path::{Path, PathBuf},
+};
+
+/// A regular file mapped into memory for reading.
+pub struct Map {
+    path: PathBuf,
+    map: memmap2::Mmap,
+}
+
+impl Map {
+    /// Maps `path`. A symbolic link is followed; what it leads to must be a regular file (else 65).
+    /// A missing file, a link loop or a lacking permission is 66.
+    pub fn open(path: &Path) -> Result<Self> {
+        let kind = std::fs::metadata(path).map_err(|e| Error::reading(path, &e))?;
+        if !kind.is_file() {
+            return Err(Error::new(Kind::Data, format!("{}: not a regular file", shown(path))));
+        }
+        let file = std::fs::File::open(path).map_err(|e| Error::reading(path, &e))?;
+        // SAFETY: the map is private and read-only and is only handed out as `&[u8]`. Another process that
+        // shortens the file could still raise SIGBUS; inputs are promised not to change while a tool runs.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::reading(path, &e))?;
+        Ok(Self { path: path.into(), map })
+    }
+
+    /// Returns the path as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives the pages of a byte range back to the system; they are read again from the file when touched.
+    /// Keeps the resident memory of a tool that walks through a large model small. Failure is harmless and ignored.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if !range.is_empty() && range.end <= self.map.len() {
+            // SAFETY: the map is shared with the file and never written, so dropping its pages loses nothing:
+            // the next access reads the same bytes from the file again.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+}
+
+impl Deref for Map {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+/// A path for a message: control characters escaped.
+pub(crate) fn shown(path: &Path) -> String {
+    escape(&path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_the_same_after_release() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = Map::open(&path).unwrap();
+        map.release(5000..90_000);
+        map.release(0..map.len());
+        map.release(99_999..200_000);
+        assert_eq!(&map[..], &bytes[..]);
+    }
+
+    #[test]
+    fn directories_and_missing_files_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Map::open(dir.path()).err().unwrap().kind(), Kind::Data);
+        assert_eq!(Map::open(&dir.path().join("none")).err().unwrap().kind(), Kind::NoInput);
+    }
+}

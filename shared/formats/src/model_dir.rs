@@ -1,0 +1,384 @@
+//! A model directory in Hugging Face form: config.json and safetensors weights, one file or sharded.
+//!
+//! Called by every tool that reads weights. Invariant: no file outside the directory is opened by a name that a
+//! file of the directory gave (symbolic links inside it are followed: that is how download caches look).
+//! Deliberately absent: pickle and GGUF weights, remote code, the meaning of config.json (see `kto-model`).
+
+use crate::{
+    mmap::{Map, shown},
+    safetensors_header::refuse_other_formats,
+    tensors::{TensorStore, TensorView},
+};
+use kto_cli::{Context, Error, Kind, Result, escape, hash::Sha256Hex};
+use serde_json::Value;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+type Object = serde_json::Map<String, Value>;
+
+/// Longest JSON file of a model directory that is read, in bytes.
+pub const MAX_JSON: u64 = 64 << 20;
+/// Bytes of each end of a tensor that go into the fingerprint.
+const SAMPLE: usize = 32 << 10;
+/// Entries of config.json that say nothing about the weights.
+const NOT_IDENTITY: [&str; 5] =
+    ["transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"];
+
+/// An open model directory.
+pub struct ModelDir {
+    /// The directory as given.
+    pub path: PathBuf,
+    /// config.json, always an object.
+    pub config: Value,
+    /// The weights.
+    pub tensors: TensorStore,
+    /// What was odd but harmless (an index with a wrong total, unused shards); for the tool to pass on.
+    pub notes: Vec<String>,
+}
+
+impl ModelDir {
+    /// Opens the directory and checks every header; reads no weights.
+    /// Errors: 66 for a missing directory, config, weight file or shard; 65 for anything malformed.
+    pub fn open(path: &Path) -> Result<Self> {
+        let kind = std::fs::metadata(path).map_err(|e| Error::reading(path, &e))?;
+        if !kind.is_dir() {
+            return Err(not_a_directory(path));
+        }
+        let config = read_json(&path.join("config.json"))?;
+        let mut notes = Vec::new();
+        let tensors = open_weights(path, &mut notes)?;
+        if tensors.is_empty() {
+            return Err(Error::data(format!("{}: the weights hold no tensor", shown(path))));
+        }
+        Ok(Self { path: path.into(), config: Value::Object(config), tensors, notes })
+    }
+
+    /// Returns the identity of the model: SHA-256 over config.json (without entries that do not touch the weights),
+    /// every tensor's name, dtype and shape, and the first and last 32 KiB of each.
+    /// Equal for one file and shards of the same weights.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256Hex::new();
+        if let Value::Object(config) = &self.config {
+            let sorted: BTreeMap<_, _> =
+                config.iter().filter(|(k, _)| !NOT_IDENTITY.contains(&k.as_str())).collect();
+            for (key, value) in sorted {
+                feed(&mut hash, key.as_bytes());
+                feed(&mut hash, canonical(value).to_string().as_bytes());
+            }
+        }
+        for view in self.tensors.views() {
+            feed(&mut hash, view.name.as_bytes());
+            feed(&mut hash, format!("{} {:?}", view.dtype, view.shape).as_bytes());
+            let (head, tail) = samples(&view);
+            feed(&mut hash, head);
+            feed(&mut hash, tail);
+            self.tensors.release(view.name);
+        }
+        hash.finish()
+    }
+}
+
+/// Feeds a length-prefixed field, so that no two sequences of fields look alike.
+fn feed(hash: &mut Sha256Hex, bytes: &[u8]) {
+    hash.update(&(bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
+}
+
+fn samples<'a>(view: &TensorView<'a>) -> (&'a [u8], &'a [u8]) {
+    let head = view.data.len().min(SAMPLE);
+    let tail = view.data.len().saturating_sub(SAMPLE).max(head);
+    (&view.data[..head], &view.data[tail..])
+}
+
+/// The value with the keys of every object sorted.
+fn canonical(value: &Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let sorted: BTreeMap<_, _> = map.iter().collect();
+            Value::Object(sorted.into_iter().map(|(k, v)| (k.clone(), canonical(v))).collect::<Object>())
+        }
+        Value::Array(items) => Value::Array(items.iter().map(canonical).collect()),
+        other => other.clone(),
+    }
+}
+
+fn not_a_directory(path: &Path) -> Error {
+    match Map::open(path).and_then(|map| refuse_other_formats(&map)) {
+        Err(e) => Error::data(format!("{}: {e}", shown(path)))
+            .with_hint("give a directory with config.json and safetensors weights"),
+        Ok(()) => Error::new(Kind::NoInput, format!("{}: not a directory", shown(path)))
+            .with_hint("give the directory that holds config.json"),
+    }
+}
+
+/// Reads a JSON file of a model or adapter directory that must hold an object.
+pub(crate) fn read_json(path: &Path) -> Result<Object> {
+    let bytes = Map::open(path)?;
+    if bytes.len() as u64 > MAX_JSON {
+        return Err(Error::data(format!(
+            "{}: {} bytes of JSON, at most {MAX_JSON}",
+            shown(path),
+            bytes.len()
+        )));
+    }
+    refuse_other_formats(&bytes).at(shown(path))?;
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(Error::data(format!("{}: not a JSON object", shown(path)))),
+        Err(e) => {
+            Err(Error::data(format!("{}:{}: not JSON: {}", shown(path), e.line(), escape(&e.to_string()))))
+        }
+    }
+}
+
+/// Opens model.safetensors, or else the shards that model.safetensors.index.json names.
+fn open_weights(dir: &Path, notes: &mut Vec<String>) -> Result<TensorStore> {
+    let single = dir.join("model.safetensors");
+    let index = dir.join("model.safetensors.index.json");
+    if std::fs::symlink_metadata(&single).is_ok() {
+        TensorStore::open_file(&single)
+    } else if std::fs::symlink_metadata(&index).is_ok() {
+        open_shards(dir, &index, notes)
+    } else {
+        Err(no_weights(dir))
+    }
+}
+
+/// Says what the directory holds instead of safetensors weights.
+fn no_weights(dir: &Path) -> Error {
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .map(|d| d.filter_map(|f| f.ok()?.file_name().into_string().ok()).collect())
+        .unwrap_or_default();
+    names.sort();
+    let found = |ends: &[&str]| names.iter().find(|n| ends.iter().any(|e| n.ends_with(e)));
+    let dir = shown(dir);
+    if let Some(name) = found(&[".bin", ".pt", ".pth", ".ckpt"]) {
+        let name = escape(name);
+        return Error::data(format!(
+            "{dir}/{name}: pickle weights can run code when loaded; only safetensors are read"
+        ));
+    }
+    if let Some(name) = found(&[".gguf"]) {
+        return Error::data(format!("{dir}/{}: GGUF weights; only safetensors are read", escape(name)));
+    }
+    if names.iter().any(|n| n == "adapter_config.json") {
+        return Error::data(format!("{dir}: an adapter, not a model"));
+    }
+    Error::new(Kind::NoInput, format!("{dir}: no model.safetensors and no model.safetensors.index.json"))
+}
+
+fn open_shards(dir: &Path, index: &Path, notes: &mut Vec<String>) -> Result<TensorStore> {
+    let place = shown(index);
+    let map = read_weight_map(index)?;
+    let shards: BTreeSet<&str> = map.weights.values().map(String::as_str).collect();
+    for shard in &shards {
+        check_shard_name(shard).at(&place)?;
+    }
+    let mut store = TensorStore::empty(shown(dir));
+    for shard in &shards {
+        store.add(&dir.join(shard))?;
+    }
+    let mut extra = 0;
+    for name in store.names() {
+        extra += usize::from(!map.weights.contains_key(name));
+    }
+    if extra > 0 {
+        notes.push(format!("{place}: {extra} tensors of the shards are not in the index"));
+    }
+    for (name, shard) in &map.weights {
+        let found = store.file_of(name).and_then(Path::file_name);
+        if found != Some(shard.as_ref()) {
+            let name = escape(name);
+            return Err(Error::data(format!(
+                "{}: no tensor \"{name}\", which the index puts there",
+                shown(&dir.join(shard))
+            )));
+        }
+    }
+    let total: u64 = store.views().map(|v| v.data.len() as u64).sum();
+    if map.total_size.is_some_and(|t| t != total) {
+        notes.push(format!(
+            "{place}: total_size says {}, the shards hold {total}",
+            map.total_size.unwrap_or(0)
+        ));
+    }
+    Ok(store)
+}
+
+struct WeightMap {
+    weights: BTreeMap<String, String>,
+    total_size: Option<u64>,
+}
+
+fn read_weight_map(index: &Path) -> Result<WeightMap> {
+    let object = read_json(index)?;
+    let bad = |what: String| Error::data(format!("{}: {what}", shown(index)));
+    let Some(Value::Object(map)) = object.get("weight_map") else {
+        return Err(bad("no object \"weight_map\"".into()));
+    };
+    let mut weights = BTreeMap::new();
+    for (name, shard) in map {
+        let Value::String(shard) = shard else {
+            return Err(bad(format!("the file of tensor \"{}\" is not a string", escape(name))));
+        };
+        weights.insert(name.clone(), shard.clone());
+    }
+    // Some writers give total_size as a float.
+    let total_size = object.get("metadata").and_then(|m| m.get("total_size")).and_then(Value::as_u64);
+    Ok(WeightMap { weights, total_size })
+}
+
+/// A shard must be a plain file name: nothing that an index says may lead out of the directory.
+fn check_shard_name(name: &str) -> Result<()> {
+    let quoted = escape(name);
+    if name.is_empty() {
+        return Err(Error::data("a tensor's file name is empty"));
+    }
+    if name.contains(['/', '\\', '\0']) || name == ".." || name == "." {
+        return Err(Error::data(format!("\"{quoted}\" points outside the model directory")));
+    }
+    if name.ends_with(".safetensors") {
+        return Ok(());
+    }
+    Err(Error::data(format!("\"{quoted}\" is not a .safetensors file")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata};
+    use safetensors::Dtype;
+
+    /// Writes tensors `(name, value)` of four equal f32 values.
+    fn weights(path: &Path, tensors: &[(&str, f32)]) {
+        let specs = tensors.iter().map(|(n, _)| TensorSpec::new(*n, Dtype::F32, [2, 2])).collect();
+        let mut writer = SafetensorsWriter::new(path, specs, &pt_metadata()).unwrap();
+        for (name, value) in tensors {
+            writer.write(name, &value.to_le_bytes().repeat(4)).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+
+    fn sharded(dir: &Path, map: &str) -> PathBuf {
+        let dir = dir.join("sharded");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("config.json"), r#"{"model_type":"llama","hidden_size":2}"#).unwrap();
+        weights(&dir.join("m-1.safetensors"), &[("a", 1.0)]);
+        weights(&dir.join("m-2.safetensors"), &[("b", 2.0), ("c", 3.0)]);
+        std::fs::write(dir.join("model.safetensors.index.json"), map).unwrap();
+        dir
+    }
+
+    const INDEX: &str = r#"{"metadata":{"total_size":48},"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors","c":"m-2.safetensors"}}"#;
+
+    fn refused(map: &str) -> (Kind, String) {
+        let top = tempfile::tempdir().unwrap();
+        let error = ModelDir::open(&sharded(top.path(), map)).err().unwrap();
+        (error.kind(), error.to_string())
+    }
+
+    #[test]
+    fn shards_and_one_file_are_the_same_model() {
+        let top = tempfile::tempdir().unwrap();
+        let shards = ModelDir::open(&sharded(top.path(), INDEX)).unwrap();
+        assert!(shards.notes.is_empty());
+        assert_eq!(shards.tensors.names().collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(shards.tensors.require("c").unwrap().to_f32().unwrap(), [3.0; 4]);
+        let whole = top.path().join("whole");
+        std::fs::create_dir(&whole).unwrap();
+        std::fs::write(
+            whole.join("config.json"),
+            r#"{"hidden_size":2,"model_type":"llama","dtype":"float32"}"#,
+        )
+        .unwrap();
+        weights(&whole.join("model.safetensors"), &[("c", 3.0), ("b", 2.0), ("a", 1.0)]);
+        let print = ModelDir::open(&whole).unwrap().fingerprint();
+        assert_eq!((print.len(), &print), (64, &shards.fingerprint()));
+        weights(&whole.join("model.safetensors"), &[("c", 3.0), ("b", 2.0), ("a", 1.5)]);
+        assert_ne!(print, ModelDir::open(&whole).unwrap().fingerprint());
+    }
+
+    #[test]
+    fn an_index_cannot_lead_out_of_the_directory() {
+        for name in [
+            "../x.safetensors",
+            "/etc/passwd",
+            "..\\\\x.safetensors",
+            "a\\u0000.safetensors",
+            "",
+            "..",
+            "sub/x.safetensors",
+        ] {
+            let (kind, text) = refused(&INDEX.replace("m-1.safetensors", name));
+            assert_eq!(kind, Kind::Data, "{name}: {text}");
+            assert!(text.contains("points outside") || text.contains("is empty"), "{name}: {text}");
+        }
+        assert!(
+            refused(&INDEX.replace("m-1.safetensors", "pytorch_model.bin")).1.contains("not a .safetensors")
+        );
+    }
+
+    #[test]
+    fn wrong_indexes_are_explained() {
+        let (kind, text) = refused(&INDEX.replace("m-1", "m-3"));
+        assert!(kind == Kind::NoInput && text.contains("m-3.safetensors"), "{text}");
+        let (kind, text) = refused(&INDEX.replace("\"a\":\"m-1", "\"a\":\"m-2"));
+        assert!(kind == Kind::Data && text.contains("m-2.safetensors: no tensor \"a\""), "{text}");
+        let (kind, text) = refused(&INDEX.replace("\"c\"", "\"d\""));
+        assert!(kind == Kind::Data && text.contains("no tensor \"d\""), "{text}");
+        assert!(refused("[]").1.contains("not a JSON object"));
+        assert!(refused("{\"weight_map\":3}").1.contains("weight_map"));
+        let top = tempfile::tempdir().unwrap();
+        let model = ModelDir::open(&sharded(top.path(), &INDEX.replace("48", "49"))).unwrap();
+        assert!(model.notes[0].contains("total_size says 49"));
+    }
+
+    #[test]
+    fn one_name_in_two_shards() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = sharded(top.path(), INDEX);
+        weights(&dir.join("m-1.safetensors"), &[("a", 1.0), ("b", 1.0)]);
+        assert!(ModelDir::open(&dir).err().unwrap().to_string().contains("is in "));
+    }
+
+    #[test]
+    fn links_to_blobs_are_followed_and_loops_refused() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = sharded(top.path(), INDEX);
+        std::fs::create_dir(top.path().join("blobs")).unwrap();
+        std::fs::rename(dir.join("m-1.safetensors"), top.path().join("blobs/0a1b")).unwrap();
+        std::os::unix::fs::symlink("../blobs/0a1b", dir.join("m-1.safetensors")).unwrap();
+        ModelDir::open(&dir).unwrap();
+        std::fs::remove_file(dir.join("m-1.safetensors")).unwrap();
+        std::os::unix::fs::symlink("m-1.safetensors", dir.join("m-1.safetensors")).unwrap();
+        assert_eq!(ModelDir::open(&dir).err().unwrap().kind(), Kind::NoInput);
+        std::fs::remove_file(dir.join("m-1.safetensors")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.join("m-1.safetensors")).unwrap();
+        assert!(ModelDir::open(&dir).err().unwrap().to_string().contains("not a regular file"));
+    }
+
+    #[test]
+    fn other_directories_are_named() {
+        let top = tempfile::tempdir().unwrap();
+        let open = || ModelDir::open(top.path()).err().unwrap();
+        assert_eq!(open().kind(), Kind::NoInput);
+        std::fs::write(top.path().join("config.json"), "{}").unwrap();
+        assert_eq!(open().kind(), Kind::NoInput);
+        std::fs::write(top.path().join("adapter_config.json"), "{}").unwrap();
+        assert!(open().to_string().contains("an adapter, not a model"));
+        std::fs::write(top.path().join("m.gguf"), "GGUF").unwrap();
+        assert!(open().to_string().contains("GGUF weights"));
+        assert!(
+            ModelDir::open(&top.path().join("m.gguf")).err().unwrap().to_string().contains("a GGUF file")
+        );
+        std::fs::write(top.path().join("pytorch_model.bin"), "").unwrap();
+        assert!(open().to_string().contains("pickle"));
+        std::fs::write(top.path().join("model.safetensors"), "version https://git-lfs.github.com/spec/v1")
+            .unwrap();
+        assert!(open().to_string().contains("git-lfs pointer"));
+        std::fs::write(top.path().join("config.json"), "{\n\"a\":").unwrap();
+        assert!(open().to_string().contains("config.json:2: not JSON"));
+    }
+}

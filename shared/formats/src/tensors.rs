@@ -1,0 +1,255 @@
+//! Tensors of one or several safetensors files, memory-mapped.
+//!
+//! [`TensorStore`] answers by tensor name and does not care about shards. Called by [`crate::model_dir`],
+//! [`crate::adapter`] and the tools. Invariant: every view lies inside its file and its length is shape × dtype.
+//! Nothing is copied until [`TensorView::to_f32`].
+
+use crate::{mmap::Map, safetensors_header};
+use half::{bf16, f16};
+use kto_cli::{Context, Error, Result, escape};
+use safetensors::Dtype;
+use std::{collections::BTreeMap, path::Path};
+
+/// The tensors of a model or adapter, by name.
+pub struct TensorStore {
+    files: Vec<Map>,
+    entries: BTreeMap<String, Entry>,
+    metadata: BTreeMap<String, String>,
+    /// What messages call the store: its file, or its directory.
+    place: String,
+}
+
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: std::ops::Range<usize>,
+}
+
+/// A tensor as it lies in the file: little-endian, row-major.
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    /// The tensor's name.
+    pub name: &'a str,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: &'a [usize],
+    /// Bytes, shape × dtype of them. No alignment is promised.
+    pub data: &'a [u8],
+}
+
+impl TensorStore {
+    /// Opens a single safetensors file.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let mut store = Self::empty(crate::mmap::shown(path));
+        store.add(path)?;
+        Ok(store)
+    }
+
+    /// Returns a store without tensors that messages call `place`.
+    pub(crate) fn empty(place: String) -> Self {
+        Self { files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new(), place }
+    }
+
+    /// Adds every tensor of `path`. A name that an earlier file had is an error (65). Returns how many came in.
+    pub(crate) fn add(&mut self, path: &Path) -> Result<usize> {
+        let map = Map::open(path)?;
+        let shown = crate::mmap::shown(path);
+        let header = safetensors_header::read(&map).at(&shown)?;
+        let count = header.tensors.len();
+        for (name, info) in header.tensors {
+            if let Some(other) = self.entries.get(&name) {
+                let other = crate::mmap::shown(self.files[other.file].path());
+                return Err(Error::data(format!("{shown}: tensor \"{}\" is in {other} too", escape(&name))));
+            }
+            let range = info.data_offsets.0..info.data_offsets.1;
+            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape, range };
+            self.entries.insert(name, entry);
+        }
+        for (key, value) in header.metadata {
+            self.metadata.entry(key).or_insert(value);
+        }
+        self.files.push(map);
+        Ok(count)
+    }
+
+    /// Returns the names in byte order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Returns the number of tensors.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Returns whether there is no tensor at all.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Returns whether there is a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// Returns the tensor `name`.
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, entry) = self.entries.get_key_value(name)?;
+        let data = &self.files[entry.file][entry.range.clone()];
+        Some(TensorView { name, dtype: entry.dtype, shape: &entry.shape, data })
+    }
+
+    /// Returns the tensor `name`, or an error (65) that names it.
+    pub fn require(&self, name: &str) -> Result<TensorView<'_>> {
+        self.get(name).ok_or_else(|| Error::data(format!("{}: no tensor \"{}\"", self.place, escape(name))))
+    }
+
+    /// Returns the views in byte order of the names.
+    pub fn views(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.names().filter_map(|name| self.get(name))
+    }
+
+    /// Returns the safetensors `__metadata__` of all files; the first file wins where they differ.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Gives the memory pages of a tensor back to the system; a later access reads the file again.
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.entries.get(name) {
+            self.files[entry.file].release(entry.range.clone());
+        }
+    }
+
+    /// Returns the file that holds `name`, for messages.
+    pub fn file_of(&self, name: &str) -> Option<&Path> {
+        self.entries.get(name).map(|e| self.files[e.file].path())
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// Returns the number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Returns whether the tensor has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns the elements as f32 (exact for f32, f16 and bf16). Other dtypes: error 65 that names the tensor.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; self.len()];
+        self.read_f32(0, &mut out)?;
+        Ok(out)
+    }
+
+    /// Writes the elements from `start` on into `out` as f32. Panics when they are fewer than `out` wants.
+    pub fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<()> {
+        let size = float_size(self.dtype).ok_or_else(|| {
+            Error::data(format!(
+                "tensor \"{}\": dtype {} where a float (F32, F16, BF16) is needed",
+                escape(self.name),
+                self.dtype
+            ))
+        })?;
+        let bytes = &self.data[start * size..(start + out.len()) * size];
+        match self.dtype {
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *o = f32::from_le_bytes(*b);
+                }
+            }
+            Dtype::BF16 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *o = bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+            _ => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *o = f16::from_le_bytes(*b).to_f32();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns an error (65) that names the tensor unless its shape is `expected`.
+    pub fn expect_shape(&self, expected: &[usize]) -> Result<()> {
+        if self.shape == expected {
+            return Ok(());
+        }
+        let name = escape(self.name);
+        Err(Error::data(format!("tensor \"{name}\": shape {:?}, expected {expected:?}", self.shape)))
+    }
+}
+
+/// Returns the bytes per element of a float dtype that the tools compute with.
+pub fn float_size(dtype: Dtype) -> Option<usize> {
+    match dtype {
+        Dtype::F32 => Some(4),
+        Dtype::F16 | Dtype::BF16 => Some(2),
+        _ => None,
+    }
+}
+
+/// Rounds f32 values to `dtype` (nearest, ties to even) and appends their little-endian bytes.
+/// F32, F16 and BF16 only; any other dtype is an internal error.
+pub fn push_floats(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    match dtype {
+        Dtype::F32 => out.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+        Dtype::BF16 => out.extend(values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes())),
+        Dtype::F16 => out.extend(values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes())),
+        other => return Err(Error::internal(format!("cannot write floats as {other}"))),
+    }
+    Ok(())
+}
+
+/// Returns an error (65) with tensor name and flat index at the first NaN or infinity. `start` is the index of
+/// the first value in its tensor.
+pub fn check_finite(name: &str, start: usize, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(i) => {
+            let what = if values[i].is_nan() { "NaN" } else { "infinity" };
+            Err(Error::data(format!("tensor \"{}\": {what} at index {}", escape(name), start + i)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_round_trip_and_other_dtypes_are_named() {
+        let values = [0.0f32, -0.0, 1.0, -2.5, 65504.0, 0.099_975_586];
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let mut data = Vec::new();
+            push_floats(dtype, &values, &mut data).unwrap();
+            let view = TensorView { name: "x", dtype, shape: &[2, 3], data: &data };
+            let back = view.to_f32().unwrap();
+            for (a, b) in values.iter().zip(&back) {
+                assert!((a - b).abs() <= a.abs() / 256.0, "{dtype}: {a} {b}");
+            }
+            let mut middle = [0.0; 2];
+            view.read_f32(3, &mut middle).unwrap();
+            assert_eq!(middle, back[3..5]);
+        }
+        let view = TensorView { name: "ids", dtype: Dtype::I64, shape: &[1], data: &[0; 8] };
+        assert_eq!(
+            view.to_f32().unwrap_err().to_string(),
+            "tensor \"ids\": dtype I64 where a float (F32, F16, BF16) is needed"
+        );
+    }
+
+    #[test]
+    fn first_non_finite_is_named() {
+        assert!(check_finite("w", 0, &[1.0, f32::MAX]).is_ok());
+        let e = check_finite("w", 10, &[1.0, f32::NAN, f32::INFINITY]).unwrap_err();
+        assert_eq!(e.to_string(), "tensor \"w\": NaN at index 11");
+    }
+}
