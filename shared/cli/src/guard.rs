@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_bad_data() {
-        let error = catch("x.arrow", || panic!("index {} out of range", 7)).map(|()| ()).unwrap_err();
+        let error = catch::<()>("x.arrow", || panic!("index {} out of range", 7)).unwrap_err();
         assert_eq!(
             (error.kind(), error.to_string().as_str()),
             (Kind::Data, "x.arrow: malformed (index 7 out of range)")
@@ -91,6 +91,6 @@ mod tests {
             if n == 0 { filler[0] } else { 1 + depth(n - 1) }
         }
         assert_eq!(on_big_stack(|| depth(20_000)), 20_000);
-        assert!(catch("template", || on_big_stack(|| panic!("inside"))).map(|()| ()).is_err());
+        assert!(catch::<()>("template", || on_big_stack(|| panic!("inside"))).is_err());
     }
 }
