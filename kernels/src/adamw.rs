@@ -2,7 +2,7 @@
 
 use crate::{
     real::Real,
-    tensor::{read, with_type, write},
+    tensor::{apart, read, same_type, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 
@@ -31,6 +31,20 @@ pub struct AdamW {
 pub fn adamw_step(p: &Tensor, m: &Tensor, v: &Tensor, g: &Tensor, o: AdamW) -> Result<()> {
     if p.shape() != g.shape() || m.shape() != g.shape() || v.shape() != g.shape() {
         bail!("adamw_step: shapes {:?}, {:?}, {:?}, {:?}", p.shape(), m.shape(), v.shape(), g.shape());
+    }
+    if o.step == 0 {
+        bail!("adamw_step: steps are counted from 1");
+    }
+    // Everything that can fail is asked before the first write, so that no update is half done.
+    let all = [p, m, v, g];
+    for (i, a) in all.iter().enumerate() {
+        if !a.is_contiguous() {
+            bail!("adamw_step: strides {:?} are not contiguous", a.stride());
+        }
+        for b in &all[i + 1..] {
+            same_type(a, b)?;
+            apart(a, b)?;
+        }
     }
     let (c1, c2) = (1.0 - o.beta1.powf(o.step as f64), (1.0 - o.beta2.powf(o.step as f64)).sqrt());
     with_type!(p, T => {

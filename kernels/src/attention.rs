@@ -323,16 +323,20 @@ fn check(
     let HeadShape { heads, kv_heads, dim } = shape;
     let ((tq, cq), (tk, ck)) = (q.dims2()?, k.dims2()?);
     if kv_heads == 0
+        || dim == 0
         || heads % kv_heads != 0
-        || cq != heads * dim
-        || ck != kv_heads * dim
+        || heads.checked_mul(dim) != Some(cq)
+        || kv_heads.checked_mul(dim) != Some(ck)
         || v.dims2()? != (tk, ck)
     {
         bail!("attention: q {:?}, k {:?}, v {:?} for {shape:?}", q.shape(), k.shape(), v.shape());
     }
     let mut taken = vec![false; tq];
+    // Sums that wrap around would pass for small ones, and unsafe code relies on this check.
+    let fits = |first: usize, n: usize, rows: usize| first.checked_add(n).is_some_and(|end| end <= rows);
     for s in &layout.segments {
-        let inside = s.query + s.queries <= tq && s.own + s.own_len() <= tk && s.prefix + s.prefix_len <= tk;
+        let own_fits = s.offset.checked_add(s.queries).is_some_and(|n| fits(s.own, n, tk));
+        let inside = own_fits && fits(s.query, s.queries, tq) && fits(s.prefix, s.prefix_len, tk);
         if !inside || s.queries == 0 {
             bail!("attention: {s:?} is outside {tq} queries and {tk} keys");
         }
@@ -345,7 +349,7 @@ fn check(
     let mut owner = vec![usize::MAX; tk];
     let mut next = 0;
     for (g, group) in layout.groups.iter().enumerate() {
-        if group.start != next || group.end > layout.segments.len() {
+        if group.start != next || group.end < group.start || group.end > layout.segments.len() {
             bail!("attention: groups do not cover the segments");
         }
         next = group.end;

@@ -2,6 +2,7 @@
 
 use crate::{
     parallel::for_rows,
+    random::mix,
     real::Real,
     tensor::{matrix, read, with_type},
 };
@@ -23,6 +24,9 @@ pub fn dropout(x: &Tensor, key: DropoutKey, rows: &[u64]) -> Result<Tensor> {
     if rows.len() != t {
         bail!("dropout: {} row keys for {t} rows", rows.len());
     }
+    if !(0.0..1.0).contains(&key.p) {
+        bail!("dropout: probability {} is outside [0, 1)", key.p);
+    }
     let keep = 1.0 - key.p;
     // 32 random bits a draw: an element survives when they lie below this bound.
     let bound = (keep * 4_294_967_296.0) as u64;
@@ -40,12 +44,4 @@ pub fn dropout(x: &Tensor, key: DropoutKey, rows: &[u64]) -> Result<Tensor> {
         });
         matrix(out, t, c, x)
     })
-}
-
-/// The finalizer of SplitMix64 (Steele, Lea, Flood 2014): a bijection that spreads every bit.
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }

@@ -3,7 +3,7 @@
 use crate::{
     parallel::for_rows,
     real::Real,
-    tensor::{matrix, read, same_type, with_type, write},
+    tensor::{apart, matrix, read, same_type, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 
@@ -31,6 +31,7 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
     let (_, c) = x.dims2()?;
     same_type(x, bias)?;
+    apart(x, bias)?;
     if bias.dims1()? != c {
         bail!("add_bias: bias {:?} for {:?}", bias.shape(), x.shape());
     }

@@ -13,6 +13,7 @@ mod logprob;
 mod matmul;
 mod parallel;
 pub mod quant;
+pub mod random;
 mod real;
 mod rms_norm;
 mod rope;

@@ -2,7 +2,7 @@
 
 use crate::{
     real::{Operand, Real, Sizes, product},
-    tensor::{matrix, read, same_type, with_type, write},
+    tensor::{apart, matrix, read, same_type, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 use gemm::Parallelism;
@@ -26,6 +26,8 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub fn matmul_acc(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<()> {
     same_type(a, b)?;
     same_type(out, a)?;
+    apart(out, a)?;
+    apart(out, b)?;
     let (m, n) = out.dims2()?;
     with_type!(a, T => {
         let (ra, rb) = (read(a), read(b));

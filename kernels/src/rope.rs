@@ -17,12 +17,12 @@ pub struct RopeTable {
 impl RopeTable {
     /// Computes the table for heads of `head_dim` (even) and base `theta`.
     ///
-    /// Angles are rounded as transformers rounds them (inverse frequencies and products in f32):
+    /// Angles are rounded as transformers rounds them (exponents, inverse frequencies and products in f32):
     /// at position 100 an angle in f32 is off by 4e-6, which would otherwise be our largest difference.
     pub fn new(head_dim: usize, theta: f64, positions: usize) -> Self {
         let half = head_dim / 2;
         let inverse: Vec<f32> = (0..half)
-            .map(|i| 1.0 / (theta as f32 as f64).powf((2 * i) as f64 / head_dim as f64) as f32)
+            .map(|i| 1.0 / (theta as f32 as f64).powf(((2 * i) as f32 / head_dim as f32) as f64) as f32)
             .collect();
         let angles = (0..positions).flat_map(|p| inverse.iter().map(move |f| (p as f32 * f) as f64));
         let (sin, cos) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();

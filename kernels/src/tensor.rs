@@ -90,6 +90,15 @@ pub(crate) fn write<T: Real>(target: &Tensor, f: impl Fn(&mut [T]) -> Result<()>
     target.inplace_op1(&Write(f, std::marker::PhantomData))
 }
 
+/// Fails when two tensors share memory: the lock to write one would wait for ever for the lock held to read the other.
+pub(crate) fn apart(target: &Tensor, operand: &Tensor) -> Result<()> {
+    let (a, b) = (target.storage_and_layout().0, operand.storage_and_layout().0);
+    if std::ptr::eq(&*a, &*b) {
+        bail!("an operation in place would overwrite its operand of shape {:?}", operand.shape());
+    }
+    Ok(())
+}
+
 /// Wraps a freshly computed row-major (rows, columns) matrix.
 pub(crate) fn matrix<T: Real>(data: Vec<T>, rows: usize, columns: usize, like: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(data, (rows, columns), like.device())

@@ -1,2 +1,7 @@
-//! placeholder
-fn main() {}
+//! `kto-train`: see `kto_train::Args`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    kto_cli::run("kto-train", |args: &kto_train::Args| &args.common, kto_train::run)
+}

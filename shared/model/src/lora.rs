@@ -1,0 +1,150 @@
+//! The trained adapter: LoRA factors of every block, their gradients, and their form on disk.
+
+use crate::{
+    architecture::{Architecture, Module},
+    block::BlockFactors,
+    numeric::Numeric,
+};
+use candle_core::{DType, Device, Tensor};
+use kto_cli::{Error, Result};
+use kto_formats::adapter::{Adapter, AdapterConfig, AdapterMeta, LoraPair};
+use kto_kernels::random;
+use std::collections::BTreeMap;
+
+pub use crate::projection::Factors;
+
+/// LoRA factors of a whole decoder.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    /// Factor of `B·A`: alpha / rank (alpha / √rank with rslora).
+    pub scale: f64,
+    /// Factors by block and module.
+    pub layers: Vec<BlockFactors>,
+}
+
+/// What a fresh adapter looks like.
+#[derive(Clone, Debug)]
+pub struct LoraSpec {
+    /// R, at least 1.
+    pub rank: usize,
+    /// alpha
+    pub alpha: f64,
+    /// The adapted modules.
+    pub modules: Vec<Module>,
+}
+
+impl Lora {
+    /// Returns a fresh adapter: A uniform in ±1/√in (PEFT's kaiming with a = √5), B zero; a pure function of `seed`.
+    pub fn fresh(architecture: &Architecture, spec: &LoraSpec, seed: u64, dtype: DType) -> Result<Self> {
+        let mut layers = Vec::with_capacity(architecture.layers);
+        for layer in 0..architecture.layers {
+            let mut block = BlockFactors::default();
+            for &module in &spec.modules {
+                let (out, input) = architecture.weight_shape(module);
+                let stream =
+                    random::key(&[seed, u64::from_le_bytes(*b"lorainit"), layer as u64, module as u64]);
+                let bound = 1.0 / (input as f64).sqrt();
+                let a = (0..spec.rank * input)
+                    .map(|i| ((2.0 * random::uniform(stream, i as u64) - 1.0) * bound) as f32);
+                let b = vec![0.0f32; out * spec.rank];
+                block[module as usize] = Some(factors(a.collect(), b, spec.rank, out, input, dtype)?);
+            }
+            layers.push(block);
+        }
+        Ok(Self { scale: spec.alpha / spec.rank as f64, layers })
+    }
+
+    /// Takes an adapter read from disk. Errors (65): a tensor that fits no module of this decoder, or has another shape.
+    pub fn from_adapter(architecture: &Architecture, adapter: &Adapter, dtype: DType) -> Result<Self> {
+        let mut layers = vec![BlockFactors::default(); architecture.layers];
+        let places: BTreeMap<String, (usize, Module)> = (0..architecture.layers)
+            .flat_map(|l| Module::ALL.into_iter().map(move |m| (m.path(l), (l, m))))
+            .collect();
+        for (name, pair) in &adapter.tensors {
+            let Some(&(layer, module)) = places.get(name) else {
+                return Err(Error::data(format!(
+                    "adapter: \"{name}\" is no linear layer of this {} model",
+                    architecture.family
+                )));
+            };
+            let (out, input) = architecture.weight_shape(module);
+            if (pair.out_features, pair.in_features) != (out, input) {
+                return Err(Error::data(format!(
+                    "adapter: \"{name}\" is made for a weight of shape [{}, {}], the model has [{out}, {input}]",
+                    pair.out_features, pair.in_features
+                )));
+            }
+            layers[layer][module as usize] =
+                Some(factors(pair.a.clone(), pair.b.clone(), pair.r, out, input, dtype)?);
+        }
+        Ok(Self { scale: adapter.config.scale(), layers })
+    }
+
+    /// Returns the form that goes to disk.
+    pub fn to_adapter(&self, config: AdapterConfig) -> Result<Adapter> {
+        let mut tensors = BTreeMap::new();
+        for (name, f) in self.named() {
+            let (r, in_features) = f.a.dims2().numeric()?;
+            let (out_features, _) = f.b.dims2().numeric()?;
+            let flat = |t: &Tensor| {
+                t.to_dtype(DType::F32)
+                    .and_then(|t| t.flatten_all())
+                    .and_then(|t| t.to_vec1::<f32>())
+                    .numeric()
+            };
+            tensors.insert(name, LoraPair { a: flat(&f.a)?, b: flat(&f.b)?, r, in_features, out_features });
+        }
+        Ok(Adapter { config, tensors, meta: AdapterMeta::default() })
+    }
+
+    /// Returns the adapted modules by their names in a checkpoint.
+    pub fn named(&self) -> impl Iterator<Item = (String, &Factors)> {
+        self.layers.iter().enumerate().flat_map(|(l, block)| {
+            Module::ALL.into_iter().filter_map(move |m| block[m as usize].as_ref().map(|f| (m.path(l), f)))
+        })
+    }
+
+    /// Returns every trained tensor in a fixed order: A then B, module by module, block by block.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flatten().flatten().flat_map(|f| [&f.a, &f.b])
+    }
+
+    /// Returns an adapter of the same shape filled with zeros (gradients, optimizer moments).
+    pub fn zeros_like(&self) -> Result<Self> {
+        self.map(|t| t.zeros_like())
+    }
+
+    /// Returns a copy that shares no memory.
+    pub fn deep_copy(&self) -> Result<Self> {
+        self.map(|t| t.copy())
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        let mut layers = vec![BlockFactors::default(); self.layers.len()];
+        for (from, to) in self.layers.iter().zip(&mut layers) {
+            for (from, to) in from.iter().zip(to) {
+                if let Some(x) = from {
+                    *to = Some(Factors { a: f(&x.a).numeric()?, b: f(&x.b).numeric()? });
+                }
+            }
+        }
+        Ok(Self { scale: self.scale, layers })
+    }
+
+    /// Returns the lowest block that has factors; below it nothing needs a gradient.
+    pub fn first_layer(&self) -> usize {
+        self.layers.iter().position(|b| b.iter().any(Option::is_some)).unwrap_or(self.layers.len())
+    }
+
+    /// Returns the number of trained parameters.
+    pub fn parameters(&self) -> usize {
+        self.tensors().map(Tensor::elem_count).sum()
+    }
+}
+
+fn factors(a: Vec<f32>, b: Vec<f32>, rank: usize, out: usize, input: usize, dtype: DType) -> Result<Factors> {
+    let tensor = |v: Vec<f32>, shape| {
+        Tensor::from_vec(v, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype)).numeric()
+    };
+    Ok(Factors { a: tensor(a, (rank, input))?, b: tensor(b, (out, rank))? })
+}

@@ -1,0 +1,138 @@
+//! Reference log-probabilities: one forward pass over every needed (prompt, completion) pair, kept beside the run.
+
+use crate::{
+    base::BaseModel,
+    lora::Lora,
+    rows::{Job, Packing, packs},
+    sweep::Sweep,
+};
+use kto_cli::{Error, Result};
+use kto_formats::{
+    safetensors_out::{SafetensorsWriter, TensorSpec},
+    tensors::TensorStore,
+    tokens::TokenSet,
+};
+use safetensors::Dtype;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+/// Rows of a pack, and of one sweep: large enough to fetch a block's weights seldom.
+const PACK_ROWS: usize = 2048;
+const SWEEP_ROWS: usize = 16384;
+
+/// Summed log-probability of the completion of one row after the prompt of another (or the same) row.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reference {
+    logps: BTreeMap<(u32, u32), f64>,
+}
+
+/// A (prompt row, completion row) pair.
+pub type Pair = (u32, u32);
+
+impl Reference {
+    /// Returns the log-probability of a pair.
+    pub fn get(&self, prompt: usize, completion: usize) -> Result<f64> {
+        let found = self.logps.get(&(prompt as u32, completion as u32)).copied();
+        found.ok_or_else(|| {
+            Error::internal(format!("no reference log-probability for rows {prompt} and {completion}"))
+        })
+    }
+
+    /// Returns whether every pair is there.
+    pub fn covers(&self, pairs: &BTreeSet<Pair>) -> bool {
+        pairs.iter().all(|p| self.logps.contains_key(p))
+    }
+
+    /// Returns the number of pairs.
+    pub fn len(&self) -> usize {
+        self.logps.len()
+    }
+
+    /// Returns whether there is no pair.
+    pub fn is_empty(&self) -> bool {
+        self.logps.is_empty()
+    }
+
+    /// Scores `pairs` with the base, or with `lora` on it. `step` is called with the number of pairs done; its error ends the pass.
+    pub fn compute(
+        base: &BaseModel,
+        lora: Option<&Lora>,
+        tokens: &TokenSet,
+        max_length: usize,
+        pairs: &BTreeSet<Pair>,
+        mut step: impl FnMut(usize) -> Result<()>,
+    ) -> Result<Self> {
+        let sweep = Sweep { base, lora, dropout: None };
+        let pairs: Vec<Pair> = pairs.iter().copied().collect();
+        let mut this = Self::default();
+        let mut start = 0;
+        while start < pairs.len() {
+            let end = chunk_end(tokens, &pairs, start);
+            let job = |(i, p): (usize, &Pair)| Job {
+                prompt: p.0 as usize,
+                completion: p.1 as usize,
+                gradient: false,
+                tag: start + i,
+            };
+            let jobs: Vec<Job> = pairs[start..end].iter().enumerate().map(job).collect();
+            let packs = packs(tokens, max_length, &jobs, Packing::Shared(PACK_ROWS));
+            for branch in sweep.forward(&packs, false)?.branches.iter().flatten() {
+                this.logps.insert(pairs[branch.tag], branch.logps);
+            }
+            step(end - start)?;
+            start = end;
+        }
+        Ok(this)
+    }
+
+    /// Writes the cache under `key`, which names base, adapter, tokens and form.
+    pub fn write(&self, path: &Path, key: &str) -> Result<()> {
+        let n = self.logps.len();
+        let metadata = BTreeMap::from([("kto.reference_key".to_string(), key.to_string())]);
+        let specs = vec![
+            TensorSpec::new("logps".to_string(), Dtype::F64, [n]),
+            TensorSpec::new("pairs".to_string(), Dtype::U32, [n, 2]),
+        ];
+        let mut writer = SafetensorsWriter::new(path, specs, &metadata)?;
+        let pairs: Vec<u8> =
+            self.logps.keys().flat_map(|p| [p.0.to_le_bytes(), p.1.to_le_bytes()]).flatten().collect();
+        let logps: Vec<u8> = self.logps.values().flat_map(|v| v.to_le_bytes()).collect();
+        writer.write("logps", &logps)?;
+        writer.write("pairs", &pairs)?;
+        writer.finish()
+    }
+
+    /// Reads a cache; `None` when there is none, it was made under another key, or it cannot be read: it is then made anew.
+    pub fn read(path: &Path, key: &str) -> Option<Self> {
+        let store = TensorStore::open_file(path).ok()?;
+        if store.metadata().get("kto.reference_key").map(String::as_str) != Some(key) {
+            return None;
+        }
+        let (logps, pairs) = (store.get("logps")?, store.get("pairs")?);
+        if logps.dtype != Dtype::F64 || pairs.dtype != Dtype::U32 || pairs.data.len() != logps.data.len() {
+            return None;
+        }
+        let number = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        let keys = pairs.data.chunks_exact(8).map(|b| (number(&b[..4]), number(&b[4..])));
+        let values = logps
+            .data
+            .chunks_exact(8)
+            .map(|b| f64::from_bits(number(&b[..4]) as u64 | (number(&b[4..]) as u64) << 32));
+        Some(Self { logps: keys.zip(values).collect() })
+    }
+}
+
+/// Returns where a sweep of about [`SWEEP_ROWS`] rows ends (prompts counted for every pair: an upper bound).
+fn chunk_end(tokens: &TokenSet, pairs: &[Pair], start: usize) -> usize {
+    let mut rows = 0;
+    for (i, pair) in pairs.iter().enumerate().skip(start) {
+        rows +=
+            tokens.row(pair.0 as usize).prompt_ids.len() + tokens.row(pair.1 as usize).completion_ids.len();
+        if i > start && rows > SWEEP_ROWS {
+            return i;
+        }
+    }
+    pairs.len()
+}

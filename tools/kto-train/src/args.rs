@@ -1,0 +1,223 @@
+//! The command line of kto-train. Flag names are stable.
+
+use clap::{Parser, ValueEnum};
+use kto_cli::Common;
+use std::path::PathBuf;
+
+/// Train a LoRA adapter on a language model with KTO
+///
+/// Reads a model directory (safetensors, dense or bitsandbytes NF4) and a token file from kto-tokenize, and writes a run
+/// directory: adapter/ (PEFT), metrics.jsonl (one line a step), run.json (the resolved plan). All numbers are f32; results are
+/// the same bits at any --threads.
+#[derive(Parser, Clone, Debug)]
+#[command(after_long_help = EXAMPLES)]
+pub struct Args {
+    /// Model directory: config.json and safetensors (llama, qwen2)
+    #[arg(long, value_name = "DIR", alias = "model-name-or-path", help_heading = "Input")]
+    pub model: PathBuf,
+
+    /// Token file (.kto.arrow); standard input is copied into the run directory
+    #[arg(long, value_name = "FILE", default_value = "-", help_heading = "Input")]
+    pub data: PathBuf,
+
+    /// Run directory to create
+    #[arg(long, short, value_name = "DIR", alias = "output-dir", help_heading = "Output")]
+    pub out: PathBuf,
+
+    /// Replace a finished run in --out
+    #[arg(long, help_heading = "Output")]
+    pub force: bool,
+
+    /// Train on although tokens or adapter were made with another tokenizer or base
+    #[arg(long, help_heading = "Input")]
+    pub force_base: bool,
+
+    /// Start from this PEFT adapter instead of a fresh one
+    #[arg(long, value_name = "DIR", help_heading = "Adapter")]
+    pub init_adapter: Option<PathBuf>,
+
+    /// What rewards are measured against
+    #[arg(long, value_name = "WHAT", default_value = "base", help_heading = "Adapter")]
+    pub reference: ReferenceKind,
+
+    /// Rank of a fresh adapter
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = "Adapter")]
+    pub lora_r: u32,
+
+    /// Alpha of a fresh adapter; the scale is alpha / rank
+    #[arg(long, value_name = "X", default_value_t = 16.0, value_parser = positive, help_heading = "Adapter")]
+    pub lora_alpha: f64,
+
+    /// Dropout on the adapter's input; prompts are then computed once for every completion
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = probability, help_heading = "Adapter")]
+    pub lora_dropout: f64,
+
+    /// Adapted layers: all-linear, or a comma-separated list such as q_proj,v_proj
+    #[arg(
+        long,
+        value_name = "LIST",
+        default_value = "all-linear",
+        alias = "lora-target-modules",
+        help_heading = "Adapter"
+    )]
+    pub target_modules: String,
+
+    /// Loss
+    #[arg(long, value_name = "NAME", default_value = "kto", alias = "loss-type", help_heading = "Loss")]
+    pub loss: LossKind,
+
+    /// Strength of the pull towards the reference
+    #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = positive, help_heading = "Loss")]
+    pub beta: f64,
+
+    /// Weight of rows with label true
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = not_negative, help_heading = "Loss")]
+    pub desirable_weight: f64,
+
+    /// Weight of rows with label false
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = not_negative, help_heading = "Loss")]
+    pub undesirable_weight: f64,
+
+    /// Peak learning rate
+    #[arg(long, value_name = "X", default_value_t = 5e-6, value_parser = not_negative, alias = "learning-rate", help_heading = "Optimizer")]
+    pub lr: f64,
+
+    /// Learning-rate schedule
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "linear",
+        alias = "lr-scheduler-type",
+        help_heading = "Optimizer"
+    )]
+    pub schedule: ScheduleKind,
+
+    /// Steps over which the learning rate rises from 0
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Optimizer")]
+    pub warmup_steps: u64,
+
+    /// The same as a share of all steps, when --warmup-steps is 0
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = probability, help_heading = "Optimizer")]
+    pub warmup_ratio: f64,
+
+    /// Decoupled weight decay of AdamW
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative, help_heading = "Optimizer")]
+    pub weight_decay: f64,
+
+    /// Largest norm of a step's gradient; 0 is no limit
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = not_negative, help_heading = "Optimizer")]
+    pub max_grad_norm: f64,
+
+    /// Passes over the data (may be a fraction)
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = positive, alias = "num-train-epochs", help_heading = "Optimizer")]
+    pub epochs: f64,
+
+    /// Stop after this many steps, whatever --epochs says
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Optimizer")]
+    pub max_steps: Option<u64>,
+
+    /// Rows per optimizer step
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..), help_heading = "Optimizer")]
+    pub batch: u32,
+
+    /// Rows per KL block with --preset trl; must divide --batch [default: --batch]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), alias = "per-device-train-batch-size", help_heading = "Optimizer")]
+    pub micro_batch: Option<u32>,
+
+    /// trl: data order, KL pairs and averages of TRL 1.16, step by step
+    #[arg(long, value_name = "NAME", help_heading = "Optimizer")]
+    pub preset: Option<Preset>,
+
+    /// Seed of data order, KL partners, fresh adapter and dropout
+    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Optimizer")]
+    pub seed: u64,
+
+    /// Worker threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Run")]
+    pub threads: Option<u32>,
+
+    /// Save a checkpoint every N steps (one is always saved on SIGINT and SIGTERM)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
+    pub checkpoint_every: Option<u64>,
+
+    /// Go on from the newest checkpoint in --out; from the start when there is none
+    #[arg(long, help_heading = "Run")]
+    pub resume: bool,
+
+    /// Check everything, print the plan, train nothing
+    #[arg(long, help_heading = "Run")]
+    pub dry_run: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// What the reference log-probabilities come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReferenceKind {
+    /// The base model without an adapter
+    Base,
+    /// The base model with --init-adapter as given
+    InitAdapter,
+}
+
+/// Names of the losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LossKind {
+    /// KTO (arXiv 2402.01306)
+    Kto,
+    /// TRL's apo_zero_unpaired: no KL term
+    #[value(alias = "apo_zero_unpaired", alias = "apo-zero-unpaired")]
+    ApoZero,
+    /// Likelihood of the completions, labels ignored
+    Sft,
+}
+
+/// Names of the schedules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleKind {
+    /// Falls to 0 in a straight line
+    Linear,
+    /// Falls to 0 along half a cosine
+    Cosine,
+    /// Stays
+    #[value(alias = "constant_with_warmup")]
+    Constant,
+}
+
+/// Bundles of settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Preset {
+    /// TRL 1.16
+    Trl,
+}
+
+fn number(text: &str) -> Result<f64, String> {
+    text.parse::<f64>().ok().filter(|x| x.is_finite()).ok_or_else(|| "not a number".to_string())
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    number(text).and_then(|x| if x > 0.0 { Ok(x) } else { Err("must be above 0".into()) })
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    number(text).and_then(|x| if x >= 0.0 { Ok(x) } else { Err("must not be below 0".into()) })
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    number(text).and_then(|x| {
+        if (0.0..1.0).contains(&x) { Ok(x) } else { Err("must be from 0 up to, not including, 1".into()) }
+    })
+}
+
+const EXAMPLES: &str = "\
+EXAMPLES
+  Train on preferences in one pipe:
+    kto-convert prefs.jsonl | kto-tokenize --model MODEL | kto-train --model MODEL --out run
+  See the plan first:
+    kto-train --model MODEL --data prefs.kto.arrow --out run --dry-run
+  The numbers of TRL's KTOTrainer:
+    kto-train --model MODEL --data prefs.kto.arrow --out run --preset trl --batch 8 --lr 1e-6 --epochs 3
+  Go on after an interruption:
+    kto-train --model MODEL --data prefs.kto.arrow --out run --resume";

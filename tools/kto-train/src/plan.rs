@@ -1,0 +1,258 @@
+//! From what the user asked for to what will be done, with every value explicit. The plan is the run's manifest.
+
+use crate::args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind};
+use kto_cli::{Error, Result, escape};
+use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
+use kto_model::{
+    architecture::{Architecture, Module},
+    loss::{Loss, LossSpec},
+};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Everything that decides the result, and nothing that does not.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// SHA-256 identity of the base.
+    pub base: String,
+    /// SHA-256 of the token rows.
+    pub data: String,
+    /// Number of rows.
+    pub rows: usize,
+    /// Tokens after which a row is cut.
+    pub max_length: usize,
+    /// SHA-256 over the initial adapter's settings and numbers, or "fresh".
+    pub init_adapter: String,
+    /// base or init-adapter.
+    pub reference: String,
+    /// Rank of the adapter.
+    pub lora_r: usize,
+    /// Alpha of the adapter.
+    pub lora_alpha: f64,
+    /// Scale by alpha/√r.
+    pub use_rslora: bool,
+    /// Dropout on the adapter's input.
+    pub lora_dropout: f64,
+    /// Adapted modules.
+    pub target_modules: Vec<String>,
+    /// kto, apo-zero or sft.
+    pub loss: String,
+    /// Strength of the pull towards the reference.
+    pub beta: f64,
+    /// Weight of rows with label true.
+    pub desirable_weight: f64,
+    /// Weight of rows with label false.
+    pub undesirable_weight: f64,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// linear, cosine or constant.
+    pub schedule: String,
+    /// Steps of rising learning rate.
+    pub warmup_steps: u64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest gradient norm; 0 is no limit.
+    pub max_grad_norm: f64,
+    /// Rows per step.
+    pub batch: usize,
+    /// Rows per KL block: the whole step, unless `preset` is trl.
+    pub micro_batch: usize,
+    /// trl or none.
+    pub preset: String,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Number of steps.
+    pub total_steps: u64,
+    /// Steps in one pass over the data.
+    pub steps_per_epoch: u64,
+    /// Parts that the trainer needs as types, not as text.
+    #[serde(skip)]
+    pub typed: Typed,
+}
+
+/// The plan's enumerations.
+#[derive(Clone, Debug)]
+pub struct Typed {
+    /// The loss.
+    pub loss: LossSpec,
+    /// The schedule.
+    pub schedule: ScheduleKind,
+    /// The adapted modules of a fresh adapter.
+    pub modules: Vec<Module>,
+    /// Whether TRL's order is asked for.
+    pub trl: bool,
+    /// Whether the reference is the initial adapter.
+    pub reference_is_adapter: bool,
+    /// As the user named it.
+    pub model: PathBuf,
+}
+
+/// The checked inputs of a plan.
+pub struct Inputs<'a> {
+    /// The base.
+    pub model: &'a ModelDir,
+    /// Its sizes.
+    pub architecture: &'a Architecture,
+    /// The rows.
+    pub tokens: &'a TokenSet,
+    /// The initial adapter.
+    pub adapter: Option<&'a Adapter>,
+}
+
+impl Plan {
+    /// Resolves the arguments. `steps_per_epoch` comes from the order of the data.
+    /// Errors: flags that contradict each other (2), data or adapter of another model (65, 78).
+    pub fn resolve(args: &Args, inputs: &Inputs, steps_per_epoch: u64) -> Result<Self> {
+        check_fit(args, inputs)?;
+        let (batch, micro) = batches(args)?;
+        let modules = modules(&args.target_modules)?;
+        let loss = match args.loss {
+            LossKind::Kto => Loss::Kto,
+            LossKind::ApoZero => Loss::ApoZero,
+            LossKind::Sft => Loss::Sft,
+        };
+        let wanted = (args.epochs * steps_per_epoch as f64).ceil().max(1.0) as u64;
+        let total_steps = args.max_steps.unwrap_or(wanted);
+        let ratio = (args.warmup_ratio * total_steps as f64).ceil() as u64;
+        let config = inputs.adapter.map(|a| &a.config);
+        let names = |m: &[Module]| m.iter().map(|m| m.name().to_string()).collect();
+        Ok(Self {
+            base: inputs.model.fingerprint(),
+            data: inputs.tokens.fingerprint(),
+            rows: inputs.tokens.len(),
+            max_length: inputs.tokens.meta.max_length as usize,
+            init_adapter: inputs.adapter.map_or("fresh".into(), fingerprint),
+            reference: value_name(args.reference),
+            lora_r: config.map_or(args.lora_r as usize, |c| c.r),
+            lora_alpha: config.map_or(args.lora_alpha, |c| c.lora_alpha),
+            use_rslora: config.is_some_and(|c| c.use_rslora),
+            lora_dropout: args.lora_dropout,
+            target_modules: config.map_or_else(|| names(&modules), |c| c.target_modules.clone()),
+            loss: value_name(args.loss),
+            beta: args.beta,
+            desirable_weight: args.desirable_weight,
+            undesirable_weight: args.undesirable_weight,
+            lr: args.lr,
+            schedule: value_name(args.schedule),
+            warmup_steps: if args.warmup_steps > 0 { args.warmup_steps } else { ratio },
+            weight_decay: args.weight_decay,
+            max_grad_norm: args.max_grad_norm,
+            batch,
+            micro_batch: micro,
+            preset: args.preset.map_or("none".into(), value_name),
+            seed: args.seed,
+            total_steps,
+            steps_per_epoch,
+            typed: Typed {
+                loss: LossSpec {
+                    loss,
+                    beta: args.beta,
+                    desirable_weight: args.desirable_weight,
+                    undesirable_weight: args.undesirable_weight,
+                },
+                schedule: args.schedule,
+                modules,
+                trl: args.preset == Some(Preset::Trl),
+                reference_is_adapter: args.reference == ReferenceKind::InitAdapter,
+                model: args.model.clone(),
+            },
+        })
+    }
+}
+
+/// Returns (rows per step, rows per KL block).
+pub fn batches(args: &Args) -> Result<(usize, usize)> {
+    let batch = args.batch as usize;
+    match (args.preset, args.micro_batch) {
+        (None, Some(_)) => Err(Error::usage("--micro-batch has a meaning with --preset trl only").with_hint(
+            "without it the KL estimate is taken over the whole --batch and nothing depends on a micro-batch",
+        )),
+        (None, None) => Ok((batch, batch)),
+        (Some(Preset::Trl), micro) => {
+            let micro = micro.map_or(batch, |m| m as usize);
+            if !batch.is_multiple_of(micro) {
+                return Err(Error::usage(format!("--micro-batch {micro} does not divide --batch {batch}")));
+            }
+            if micro < 2 && args.loss == LossKind::Kto {
+                return Err(Error::usage("TRL's KL pairs need at least 2 rows in a block")
+                    .with_hint("--batch 2 or more; without --preset trl any --batch works"));
+            }
+            Ok((batch, micro))
+        }
+    }
+}
+
+fn check_fit(args: &Args, inputs: &Inputs) -> Result<()> {
+    let meta = &inputs.tokens.meta;
+    if inputs.tokens.is_empty() {
+        return Err(Error::data("the token file has no rows")
+            .with_hint("kto-tokenize says how many rows it dropped and why"));
+    }
+    if args.reference == ReferenceKind::InitAdapter && inputs.adapter.is_none() {
+        return Err(Error::usage("--reference init-adapter needs --init-adapter"));
+    }
+    if args.lora_dropout > 0.0 && args.preset == Some(Preset::Trl) {
+        return Err(Error::usage("--preset trl trains without dropout, as TRL does (disable_dropout)"));
+    }
+    if args.force_base {
+        return Ok(());
+    }
+    let path = inputs.model.path.join("tokenizer.json");
+    if let Ok(bytes) = kto_cli::input::read(&path, 256 << 20) {
+        let own = kto_cli::hash::sha256_hex(&bytes);
+        if !meta.tokenizer.is_empty() && own != meta.tokenizer {
+            return Err(Error::config(format!(
+                "the tokens were made with another tokenizer.json (sha256 {}…) than the model's ({}…)",
+                short(&meta.tokenizer),
+                short(&own)
+            ))
+            .with_hint("kto-tokenize --model with this model, or --force-base"));
+        }
+    }
+    let base = inputs.adapter.and_then(|a| a.meta.base_fingerprint.as_deref());
+    if base.is_some_and(|f| f != inputs.model.fingerprint()) {
+        return Err(Error::config("--init-adapter was trained on another base model")
+            .with_hint("--force-base uses it all the same"));
+    }
+    Ok(())
+}
+
+fn short(hash: &str) -> String {
+    escape(&hash.chars().take(12).collect::<String>())
+}
+
+/// Returns the modules of a fresh adapter.
+fn modules(list: &str) -> Result<Vec<Module>> {
+    if list == "all-linear" {
+        return Ok(Module::ALL.to_vec());
+    }
+    let mut found = Vec::new();
+    for name in list.split(',').map(str::trim) {
+        let Some(module) = Module::ALL.into_iter().find(|m| m.name() == name) else {
+            let known: Vec<_> = Module::ALL.iter().map(|m| m.name()).collect();
+            return Err(Error::usage(format!("--target-modules: unknown module \"{}\"", escape(name)))
+                .with_hint(format!("all-linear, or a list of {}", known.join(", "))));
+        };
+        if !found.contains(&module) {
+            found.push(module);
+        }
+    }
+    Ok(found)
+}
+
+/// Returns a hash over an adapter's settings and numbers.
+fn fingerprint(adapter: &Adapter) -> String {
+    let mut hash = kto_cli::hash::Sha256Hex::new();
+    hash.update(&adapter.config.scale().to_le_bytes());
+    for (name, pair) in &adapter.tensors {
+        hash.update(name.as_bytes());
+        for value in pair.a.iter().chain(&pair.b) {
+            hash.update(&value.to_le_bytes());
+        }
+    }
+    hash.finish()
+}
+
+fn value_name(value: impl clap::ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
+}

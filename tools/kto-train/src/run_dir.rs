@@ -1,0 +1,107 @@
+//! The run directory: who may write it, what is in it, and its manifest.
+//!
+//! `run.json` plan and state, `metrics.jsonl` a line a step, `adapter/` the result, `checkpoints/step-N/`,
+//! `reference.safetensors` cached reference log-probabilities, `data.kto.arrow` when the data came through a pipe.
+
+use crate::plan::Plan;
+use kto_cli::{Error, Kind, Result, atomic, escape, lock::RunLock};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// A locked run directory.
+pub struct RunDir {
+    path: PathBuf,
+    _lock: RunLock,
+}
+
+/// What an existing directory may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Refuse when a run is in it.
+    Refuse,
+    /// Remove the run that is in it.
+    Replace,
+    /// Go on with it.
+    Resume,
+}
+
+/// Everything that a run writes; nothing else in the directory is ever touched.
+const OWN: [&str; 5] = ["run.json", "metrics.jsonl", "adapter", "checkpoints", "reference.safetensors"];
+
+impl RunDir {
+    /// Creates and locks `path`. Errors: 73 when it holds a run or cannot be created, 75 when another process uses it.
+    pub fn open(path: &Path, existing: Existing) -> Result<Self> {
+        fs::create_dir_all(path).map_err(|e| Error::writing(path, &e))?;
+        let lock = RunLock::acquire(path)?;
+        let this = Self { path: path.to_path_buf(), _lock: lock };
+        let has_run = this.file("run.json").exists();
+        match existing {
+            Existing::Refuse if has_run => {
+                let shown = escape(&path.display().to_string());
+                return Err(Error::new(
+                    Kind::CantCreate,
+                    format!("{shown}: there is a run in this directory"),
+                )
+                .with_hint("--resume to go on with it, --force to replace it"));
+            }
+            Existing::Replace => this.clear()?,
+            _ => {}
+        }
+        Ok(this)
+    }
+
+    /// Returns the path of one of the run's files.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Returns the plan of the run that is in the directory.
+    pub fn stored_plan(&self) -> Option<Value> {
+        let bytes = kto_cli::input::read(&self.file("run.json"), 16 << 20).ok()?;
+        serde_json::from_slice::<Value>(&bytes).ok()?.get("plan").cloned()
+    }
+
+    /// Writes run.json.
+    pub fn write_manifest(&self, plan: &Plan, state: &str, result: Value) -> Result<()> {
+        let manifest = json!({
+            "format": 1,
+            "tool": "kto-train",
+            "version": kto_cli::version::number(),
+            "state": state,
+            "plan": plan,
+            "model": plan.typed.model.display().to_string(),
+            "result": result,
+        });
+        let mut text =
+            serde_json::to_vec_pretty(&manifest).map_err(|e| Error::internal(format!("run.json: {e}")))?;
+        text.push(b'\n');
+        atomic::write(&self.file("run.json"), &text)
+    }
+
+    fn clear(&self) -> Result<()> {
+        for name in OWN {
+            let path = self.file(name);
+            let result = match fs::symlink_metadata(&path) {
+                Err(_) => Ok(()),
+                Ok(m) if m.is_dir() => fs::remove_dir_all(&path),
+                Ok(_) => fs::remove_file(&path),
+            };
+            result.map_err(|e| Error::writing(&path, &e))?;
+        }
+        Ok(())
+    }
+}
+
+/// Lists the fields in which two plans differ, as (field, old, new).
+pub fn differences(old: &Value, new: &Plan) -> Vec<(String, String, String)> {
+    let new = serde_json::to_value(new).unwrap_or_default();
+    let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else { return Vec::new() };
+    let differs = |(field, value): (&String, &Value)| {
+        let before = old.get(field).cloned().unwrap_or_default();
+        (before != *value).then(|| (field.clone(), before.to_string(), value.to_string()))
+    };
+    new.iter().filter_map(differs).collect()
+}

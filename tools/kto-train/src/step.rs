@@ -1,0 +1,144 @@
+//! One optimizer step's gradient: score the batch, estimate the KL, weigh every row, go back.
+
+use crate::{metrics::BlockMetrics, order::Block};
+use kto_cli::{Error, Result};
+use kto_formats::tokens::TokenSet;
+use kto_kernels::DropoutKey;
+use kto_model::{
+    base::BaseModel,
+    lora::Lora,
+    loss::{LossSpec, RowLoss, ScoredRow, kl_estimate},
+    reference::Reference,
+    rows::{Job, Packing, packs},
+    sweep::{BranchStats, Sweep},
+};
+
+/// What does not change from step to step.
+pub struct Trainer<'a> {
+    /// The frozen base.
+    pub base: &'a BaseModel,
+    /// The rows.
+    pub tokens: &'a TokenSet,
+    /// Reference log-probabilities of every pair that the order can ask for.
+    pub reference: &'a Reference,
+    /// The loss.
+    pub loss: LossSpec,
+    /// Tokens after which a row is cut.
+    pub max_length: usize,
+    /// How rows become packs.
+    pub packing: Packing,
+}
+
+/// A step's outcome.
+pub struct StepOutput {
+    /// Loss, averaged as the gradient is.
+    pub loss: f64,
+    /// One for each block.
+    pub blocks: Vec<BlockMetrics>,
+    /// Tokens of prompts and trained completions.
+    pub tokens: u64,
+}
+
+/// Scores of one block's rows, by place in the block.
+struct BlockScores {
+    rows: Vec<ScoredRow>,
+    stats: Vec<BranchStats>,
+    kl_policy: Vec<f64>,
+}
+
+impl Trainer<'_> {
+    /// Adds the step's gradient to `gradients` and returns loss and metrics.
+    pub fn step(
+        &self,
+        lora: &Lora,
+        blocks: &[Block],
+        dropout: Option<DropoutKey>,
+        gradients: &Lora,
+    ) -> Result<StepOutput> {
+        let sweep = Sweep { base: self.base, lora: Some(lora), dropout };
+        let packs = packs(self.tokens, self.max_length, &self.jobs(blocks), self.packing);
+        let forward = sweep.forward(&packs, true)?;
+        let scores = self.scores(blocks, &forward.branches)?;
+        let (mut loss, mut metrics, mut losses) = (0.0, Vec::new(), Vec::new());
+        for (block, scores) in blocks.iter().zip(&scores) {
+            let (mean, block_losses, block_metrics) = self.block_loss(block, scores)?;
+            loss += mean / blocks.len() as f64;
+            metrics.push(block_metrics);
+            // d(step loss)/dlogps: the row's share of its block's mean, the block's share of the step's.
+            let share = 1.0 / self.loss.divisor(scores.rows.iter()) / blocks.len() as f64;
+            losses.extend(block_losses.iter().map(|l| l.coefficient * share));
+        }
+        let weight = |b: &BranchStats| if b.gradient { losses[b.tag] } else { 0.0 };
+        let coefficients: Vec<Vec<f64>> =
+            forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
+        sweep.backward(&packs, forward, &coefficients, gradients)?;
+        Ok(StepOutput { loss, blocks: metrics, tokens: self.count_tokens(blocks) })
+    }
+
+    /// One trained job a row, and one KL job where the loss asks for it. Tags count the step's rows.
+    fn jobs(&self, blocks: &[Block]) -> Vec<Job> {
+        let members = || blocks.iter().flatten().enumerate();
+        let main = members().map(|(tag, m)| Job { prompt: m.row, completion: m.row, gradient: true, tag });
+        let kl = members().map(|(tag, m)| Job { prompt: m.row, completion: m.partner, gradient: false, tag });
+        main.chain(kl.filter(|_| self.loss.loss.needs_kl())).collect()
+    }
+
+    /// Sorts the sweep's branches back to blocks and rows.
+    fn scores(&self, blocks: &[Block], branches: &[Vec<BranchStats>]) -> Result<Vec<BlockScores>> {
+        let n = blocks.iter().map(Vec::len).sum();
+        let (mut main, mut kl) = (vec![BranchStats::default(); n], vec![0.0; n]);
+        for b in branches.iter().flatten() {
+            if b.gradient {
+                main[b.tag] = *b;
+            } else {
+                kl[b.tag] = b.logps;
+            }
+        }
+        let mut start = 0;
+        blocks
+            .iter()
+            .map(|block| {
+                let range = start..start + block.len();
+                start = range.end;
+                let stats = main[range.clone()].to_vec();
+                let rows = block.iter().zip(&stats).map(|(m, s)| {
+                    let reference_logps = if self.loss.loss.needs_reference() {
+                        self.reference.get(m.row, m.row)?
+                    } else {
+                        0.0
+                    };
+                    let label = self.tokens.row(m.row).label;
+                    Ok(ScoredRow { label, policy_logps: s.logps, reference_logps, tokens: s.tokens })
+                });
+                Ok(BlockScores { rows: rows.collect::<Result<_>>()?, stats, kl_policy: kl[range].to_vec() })
+            })
+            .collect()
+    }
+
+    fn block_loss(&self, block: &Block, scores: &BlockScores) -> Result<(f64, Vec<RowLoss>, BlockMetrics)> {
+        let kl_raw = if self.loss.loss.needs_kl() {
+            let pairs = block
+                .iter()
+                .zip(&scores.kl_policy)
+                .map(|(m, p)| Ok((*p, self.reference.get(m.row, m.partner)?)));
+            kl_estimate(pairs.collect::<Result<Vec<_>>>()?.into_iter())
+        } else {
+            0.0
+        };
+        let losses: Vec<RowLoss> = scores.rows.iter().map(|r| self.loss.row(r, kl_raw.max(0.0))).collect();
+        if let Some(at) = losses.iter().position(|l| !l.loss.is_finite()) {
+            return Err(Error::data(format!("row {}: the loss is not finite", block[at].row + 1)));
+        }
+        let mean = losses.iter().map(|l| l.loss).sum::<f64>() / self.loss.divisor(scores.rows.iter());
+        let metrics = BlockMetrics::new(&scores.rows, &losses, &scores.stats, kl_raw);
+        Ok((mean, losses, metrics))
+    }
+
+    fn count_tokens(&self, blocks: &[Block]) -> u64 {
+        let row = |r: usize| {
+            let row = self.tokens.row(r);
+            (row.prompt_ids.len() + row.completion_ids.len()).min(self.max_length) as u64
+        };
+        blocks.iter().flatten().map(|m| row(m.row)).sum()
+    }
+}

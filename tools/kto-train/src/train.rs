@@ -1,0 +1,273 @@
+//! The training loop: references, steps, metrics, checkpoints, the adapter.
+
+use crate::{
+    checkpoint::{self, Position},
+    metrics::{self, StepFacts},
+    optimizer::{Optimizer, OptimizerSpec, norm},
+    order::{Order, purpose},
+    plan::Plan,
+    run_dir::RunDir,
+    schedule::Schedule,
+    step::Trainer,
+};
+use kto_cli::{Error, Result, Ui, atomic::AtomicDir, hash::sha256_hex, signal};
+use kto_formats::{
+    adapter::{AdapterConfig, AdapterMeta},
+    tokens::TokenSet,
+};
+use kto_kernels::{DropoutKey, random};
+use kto_model::{
+    base::BaseModel,
+    lora::Lora,
+    reference::{Pair, Reference},
+    rows::Packing,
+};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeSet,
+    fs::{File, OpenOptions},
+    io::{Seek, SeekFrom, Write},
+    path::PathBuf,
+    time::Instant,
+};
+
+/// Rows of a pack: enough for full matrix products, few enough that a block's activations stay small.
+pub const PACK_ROWS: usize = 1024;
+
+/// The parts of a run.
+pub struct Run<'a> {
+    /// What will be done.
+    pub plan: &'a Plan,
+    /// The frozen base.
+    pub base: &'a BaseModel,
+    /// The rows.
+    pub tokens: &'a TokenSet,
+    /// Which rows make a step.
+    pub order: &'a Order,
+    /// Where it is written.
+    pub dir: &'a RunDir,
+    /// Steps between checkpoints.
+    pub checkpoint_every: Option<u64>,
+    /// The tool's voice.
+    pub ui: &'a Ui,
+}
+
+impl Run<'_> {
+    /// Trains `lora` in place and writes the run's results.
+    pub fn train(&self, lora: &Lora, resume: bool) -> Result<()> {
+        let initial = if self.plan.typed.reference_is_adapter { Some(lora.deep_copy()?) } else { None };
+        let spec =
+            OptimizerSpec { weight_decay: self.plan.weight_decay, max_grad_norm: self.plan.max_grad_norm };
+        let optimizer = Optimizer::new(spec, lora)?;
+        let warn = |line| self.ui.warn(line);
+        let start = if resume {
+            checkpoint::load(self.dir, lora, &optimizer, warn)?.unwrap_or_default()
+        } else {
+            Position::default()
+        };
+        self.dir.write_manifest(self.plan, "running", Value::Null)?;
+        let reference = self.reference(initial.as_ref())?;
+        let trainer = Trainer {
+            base: self.base,
+            tokens: self.tokens,
+            reference: &reference,
+            loss: self.plan.typed.loss,
+            max_length: self.plan.max_length,
+            packing: if self.plan.lora_dropout > 0.0 { Packing::Single } else { Packing::Shared(PACK_ROWS) },
+        };
+        let mut log = MetricsLog::open(self.dir.file("metrics.jsonl"), start.metrics_bytes)?;
+        let end = self.steps(&trainer, lora, &optimizer, start, &mut log)?;
+        log.sync()?;
+        self.save_adapter(lora)?;
+        self.dir.write_manifest(
+            self.plan,
+            "finished",
+            json!({ "steps": end.step, "num_tokens": end.num_tokens }),
+        )
+    }
+
+    /// Scores every pair that the order will ask for, or finds them beside the run.
+    fn reference(&self, initial: Option<&Lora>) -> Result<Reference> {
+        if !self.plan.typed.loss.loss.needs_reference() {
+            return Ok(Reference::default());
+        }
+        let pairs = self.pairs();
+        let adapter = if initial.is_some() { self.plan.init_adapter.as_str() } else { "base" };
+        let key = sha256_hex(
+            format!("{} {} {adapter} {}", self.plan.base, self.plan.data, self.plan.max_length).as_bytes(),
+        );
+        let path = self.dir.file("reference.safetensors");
+        if let Some(found) = Reference::read(&path, &key).filter(|r| r.covers(&pairs)) {
+            return Ok(found);
+        }
+        let progress = self.ui.progress(pairs.len() as u64, "reference rows");
+        let step = |n: usize| {
+            progress.add(n as u64);
+            signal::check()
+        };
+        let reference =
+            Reference::compute(self.base, initial, self.tokens, self.plan.max_length, &pairs, step)?;
+        reference.write(&path, &key)?;
+        Ok(reference)
+    }
+
+    fn pairs(&self) -> BTreeSet<Pair> {
+        let mut pairs: BTreeSet<Pair> = BTreeSet::new();
+        let per_epoch = self.plan.steps_per_epoch;
+        for epoch in 0..self.plan.total_steps.div_ceil(per_epoch) {
+            let rows = self.order.epoch(epoch);
+            for step in 0..per_epoch.min(self.plan.total_steps - epoch * per_epoch) {
+                for member in self.order.step(epoch, &rows, step).iter().flatten() {
+                    pairs.insert((member.row as u32, member.row as u32));
+                    if self.plan.typed.loss.loss.needs_kl() {
+                        pairs.insert((member.row as u32, member.partner as u32));
+                    }
+                }
+            }
+        }
+        pairs
+    }
+
+    fn steps(
+        &self,
+        trainer: &Trainer,
+        lora: &Lora,
+        optimizer: &Optimizer,
+        start: Position,
+        log: &mut MetricsLog,
+    ) -> Result<Position> {
+        let plan = self.plan;
+        let schedule = Schedule {
+            kind: plan.typed.schedule,
+            peak: plan.lr,
+            warmup: plan.warmup_steps,
+            total: plan.total_steps,
+        };
+        let progress = self.ui.progress(plan.total_steps, "steps");
+        progress.add(start.step);
+        let mut position = start;
+        let mut order = (u64::MAX, Vec::new());
+        while position.step < plan.total_steps {
+            let began = Instant::now();
+            let (epoch, at) = (position.step / plan.steps_per_epoch, position.step % plan.steps_per_epoch);
+            if order.0 != epoch {
+                order = (epoch, self.order.epoch(epoch));
+            }
+            let blocks = self.order.step(epoch, &order.1, at);
+            let gradients = lora.zeros_like()?;
+            let key = random::key(&[plan.seed, purpose("dropout"), position.step]);
+            let dropout = (plan.lora_dropout > 0.0).then_some(DropoutKey { p: plan.lora_dropout, key });
+            let step = position.step + 1;
+            let named = |e: Error| Error::new(e.kind(), format!("step {step}: {e}"));
+            let out = trainer.step(lora, &blocks, dropout, &gradients).map_err(named)?;
+            let grad_norm = norm(&gradients)?;
+            if !grad_norm.is_finite() {
+                let rows: Vec<String> = blocks.iter().flatten().map(|m| (m.row + 1).to_string()).collect();
+                return Err(Error::data(format!(
+                    "step {step}: the gradient is not finite (rows {})",
+                    rows.join(", ")
+                ))
+                .with_hint("a lower --lr; the last checkpoint is kept"));
+            }
+            let lr = schedule.at(position.step);
+            optimizer.step(lora, &gradients, grad_norm, lr, step)?;
+            position.step = step;
+            position.num_tokens += out.tokens;
+            let epoch = self.order.epoch_after(epoch, at);
+            let facts = StepFacts {
+                step,
+                loss: out.loss,
+                grad_norm,
+                learning_rate: lr,
+                num_tokens: position.num_tokens,
+                epoch,
+            };
+            let line = metrics::line(facts, &out.blocks, plan.typed.loss.loss.needs_kl());
+            progress.say(say(&line, out.tokens as f64 / began.elapsed().as_secs_f64()));
+            position.metrics_bytes = log.append(&line)?;
+            progress.add(1);
+            self.after_step(position, lora, optimizer, log)?;
+        }
+        Ok(position)
+    }
+
+    /// Saves when it is time to, and ends the run after a signal.
+    fn after_step(
+        &self,
+        position: Position,
+        lora: &Lora,
+        optimizer: &Optimizer,
+        log: &mut MetricsLog,
+    ) -> Result<()> {
+        let stopped = signal::check();
+        let due = self.checkpoint_every.is_some_and(|n| position.step.is_multiple_of(n));
+        if due || stopped.is_err() {
+            log.sync()?;
+            checkpoint::save(self.dir, position, lora, optimizer)?;
+        }
+        stopped.map_err(|e| {
+            let text = format!("{e} after step {}, which is saved", position.step);
+            Error::new(e.kind(), text).with_hint("--resume goes on from there")
+        })
+    }
+
+    fn save_adapter(&self, lora: &Lora) -> Result<()> {
+        let plan = self.plan;
+        let config = AdapterConfig {
+            r: plan.lora_r,
+            lora_alpha: plan.lora_alpha,
+            lora_dropout: plan.lora_dropout,
+            target_modules: plan.target_modules.clone(),
+            base_model_name_or_path: Some(plan.typed.model.display().to_string()),
+            use_rslora: plan.use_rslora,
+        };
+        let directory = AtomicDir::create(&self.dir.file("adapter"), true)?;
+        lora.to_adapter(config)?
+            .write(directory.path(), AdapterMeta { base_fingerprint: Some(plan.base.clone()) })?;
+        directory.commit()
+    }
+}
+
+fn say(line: &Value, rate: f64) -> String {
+    let get = |key: &str| line.get(key).and_then(Value::as_f64);
+    let mut text = format!("loss {:.4}", get("loss").unwrap_or(f64::NAN));
+    for (key, name) in [("rewards/margins", "margin"), ("kl", "kl")] {
+        if let Some(v) = get(key) {
+            text += &format!(" {name} {v:.3}");
+        }
+    }
+    text + &format!(" {rate:.0} tok/s")
+}
+
+/// metrics.jsonl, appended to a line at a time.
+struct MetricsLog {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl MetricsLog {
+    /// Opens the file and cuts it to `bytes`: lines of steps that will be done again go.
+    fn open(path: PathBuf, bytes: u64) -> Result<Self> {
+        let open = || {
+            let mut file = OpenOptions::new().create(true).write(true).truncate(false).open(&path)?;
+            file.set_len(bytes)?;
+            file.seek(SeekFrom::End(0))?;
+            Ok(file)
+        };
+        let file = open().map_err(|e| Error::writing(&path, &e))?;
+        Ok(Self { path, file, bytes })
+    }
+
+    /// Appends a line and returns the new length.
+    fn append(&mut self, line: &Value) -> Result<u64> {
+        let text = format!("{line}\n");
+        self.file.write_all(text.as_bytes()).map_err(|e| Error::writing(&self.path, &e))?;
+        self.bytes += text.len() as u64;
+        Ok(self.bytes)
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(|e| Error::writing(&self.path, &e))
+    }
+}
