@@ -110,9 +110,9 @@ impl Drop for Progress {
 
 fn bar(total: u64, unit: &'static str) -> ProgressBar {
     let template = if total == 0 {
-        format!("{{spinner}} {{human_pos}} {unit} {{per_sec}} {{msg}}")
+        format!("{{spinner}} {{human_pos}} {unit} {{per_sec:1}} {{msg}}")
     } else {
-        format!("{{bar:30}} {{human_pos}}/{{human_len}} {unit} {{per_sec}} {{eta}} left {{msg}}")
+        format!("{{bar:30}} {{human_pos}}/{{human_len}} {unit} {{per_sec:1}} {{eta}} left {{msg}}")
     };
     let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let target = ProgressDrawTarget::stderr_with_hz(RATE);
