@@ -97,11 +97,14 @@ impl Record {
     }
 
     /// Like [`Record::write_json`], but the extra columns named in `exact` (name, JSON text) are written as that text.
-    pub fn write_json_exact(&self, exact: &[(String, String)], out: &mut Vec<u8>) {
+    /// Returns the length in `out` up to the label: the part that holds prompt and completion, by which duplicates are
+    /// told.
+    pub fn write_json_exact(&self, exact: &[(String, String)], out: &mut Vec<u8>) -> usize {
         out.extend_from_slice(b"{\"prompt\": ");
         self.prompt.write_json(out);
         out.extend_from_slice(b", \"completion\": ");
         self.completion.write_json(out);
+        let said = out.len();
         out.extend_from_slice(if self.label { b", \"label\": true" } else { b", \"label\": false" });
         for (key, value) in [("tools", &self.tools), ("chat_template_kwargs", &self.chat_template_kwargs)] {
             if let Some(value) = value {
@@ -117,6 +120,7 @@ impl Record {
             }
         }
         out.extend_from_slice(b"}\n");
+        said
     }
 }
 

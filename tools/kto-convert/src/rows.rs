@@ -1,0 +1,125 @@
+//! From one input row to its records: columns renamed, shape found, what is odd about it named.
+//!
+//! Called by [`crate::run`] for every row. Decides nothing about the run: a [`Problem`] goes back to the caller.
+
+use crate::{
+    args::Policy,
+    plan::Plan,
+    problem::{Problem, Reason},
+    shapes::{self, Fields, Rules, Side},
+};
+use kto_cli::Error;
+use kto_formats::{
+    json::{self, quoted},
+    record::Record,
+};
+use serde_json::Value;
+
+/// Columns of other media.
+const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
+/// Columns that the output uses for itself.
+const OURS: [&str; 3] = ["prompt", "completion", "label"];
+/// Columns of shapes; null in them means "not this shape" and is not carried.
+const SHAPE_COLUMNS: [&str; 3] = ["chosen", "rejected", "messages"];
+
+/// A row, converted.
+pub struct Converted {
+    /// The shape's name.
+    pub shape: &'static str,
+    /// One record, or two: chosen, rejected.
+    pub records: Vec<Record>,
+    /// The two sides are equal.
+    pub tie: bool,
+    /// The two sides have different prompts.
+    pub differ: bool,
+    /// Text and messages were made alike, or a repeated prompt taken away.
+    pub mixed: bool,
+    /// A column gave way to the record's own of the same name.
+    pub replaced: bool,
+}
+
+/// Converts the value of a row.
+pub fn convert(value: Value, table: bool, plan: &Plan) -> Result<Converted, Problem> {
+    let Value::Object(mut row) = value else {
+        let what = format!("a row must be a JSON object, found {}", json::describe(&value));
+        return Err(Reason::Unreadable.says(what));
+    };
+    rename(&mut row, &plan.map)?;
+    refuse_media(&row)?;
+    let rules = Rules {
+        labels: &plan.labels,
+        table,
+        keep_differing: plan.rows.prompts_differ == Policy::Keep,
+        split_after: plan.split_after.as_deref(),
+    };
+    let unit = shapes::convert(&mut row, &rules)?;
+    let replaced = drop_columns(&mut row);
+    let tools = carried(&mut row, "tools", table)?;
+    let chat_template_kwargs = carried(&mut row, "chat_template_kwargs", table)?;
+    if plan.rows.drop_extra {
+        row = Fields::new();
+    }
+    let tie = matches!(unit.sides.as_slice(), [a, b] if a.prompt == b.prompt && a.completion == b.completion);
+    let record = |side: Side| Record {
+        prompt: side.prompt,
+        completion: side.completion,
+        label: side.label,
+        tools: tools.clone(),
+        chat_template_kwargs: chat_template_kwargs.clone(),
+        extra: row.clone(),
+    };
+    let records = unit.sides.into_iter().map(record).collect();
+    Ok(Converted { shape: unit.shape, records, tie, differ: unit.differ, mixed: unit.mixed, replaced })
+}
+
+/// Gives columns the names of the fields they are mapped to.
+fn rename(row: &mut Fields, map: &[(String, String)]) -> Result<(), Problem> {
+    for (field, column) in map.iter().filter(|(field, column)| field != column) {
+        let Some(value) = row.shift_remove(column) else { continue };
+        if row.get(field).is_some_and(|v| !v.is_null()) {
+            let what = format!("column {} would be covered by --map {field}={column}", quoted(field));
+            return Err(Reason::UnknownShape.says(what));
+        }
+        row.insert(field.clone(), value);
+    }
+    Ok(())
+}
+
+fn refuse_media(row: &Fields) -> Result<(), Problem> {
+    let empty = |v: &Value| match v {
+        Value::Null => true,
+        Value::Array(a) => a.is_empty(),
+        Value::String(s) => s.is_empty(),
+        _ => false,
+    };
+    match MEDIA.iter().find(|m| row.get(**m).is_some_and(|v| !empty(v))) {
+        Some(media) => {
+            Err(Reason::Multimodal.says(format!("field {}: only text can be trained on", quoted(media))))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Removes what must not stand beside the record's own fields; returns whether any held something.
+fn drop_columns(row: &mut Fields) -> bool {
+    for column in SHAPE_COLUMNS {
+        if row.get(column).is_some_and(Value::is_null) {
+            row.shift_remove(column);
+        }
+    }
+    OURS.iter().filter(|column| row.shift_remove(**column).is_some_and(|v| !v.is_null())).count() > 0
+}
+
+/// Takes a column for the chat template. A table has an empty cell where there is none, and JSON text in the others.
+fn carried(row: &mut Fields, column: &str, table: bool) -> Result<Option<Value>, Problem> {
+    match row.shift_remove(column) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) if table && text.trim().is_empty() => Ok(None),
+        Some(Value::String(text)) if table => {
+            let fault =
+                |f: json::Fault| Error::data(format!("column {} is not JSON: {}", quoted(column), f.what));
+            Ok(Some(json::parse(text.as_bytes()).map_err(|f| Reason::Content.error(fault(f)))?.value))
+        }
+        Some(value) => Ok(Some(value)),
+    }
+}

@@ -1,0 +1,35 @@
+//! TRL's implicit prompts: chosen and rejected, each with the prompt in front. Texts (HH-RLHF and others) or messages.
+
+use super::{Fields, Rules, Unit, content, split_chat, split_text};
+use crate::problem::{Problem, Reason};
+use kto_formats::record::Content;
+
+pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
+    match (content(row, "chosen")?, content(row, "rejected")?) {
+        (Content::Text(chosen), Content::Text(rejected)) => texts(&chosen, &rejected, rules),
+        (Content::Chat(chosen), Content::Chat(rejected)) => {
+            split_chat::pair("implicit conversational", chosen, rejected, rules.keep_differing)
+        }
+        _ => {
+            Err(Reason::Content
+                .says("\"chosen\" and \"rejected\" must both be text or both be message lists"))
+        }
+    }
+}
+
+fn texts(chosen: &str, rejected: &str, rules: &Rules<'_>) -> Result<Unit, Problem> {
+    let (shape, split) = if let Some(marker) = rules.split_after {
+        ("implicit text", split_text::after_marker(chosen, rejected, marker)?)
+    } else if split_text::is_dialogue(chosen) && split_text::is_dialogue(rejected) {
+        ("implicit text (HH-RLHF)", split_text::dialogue(chosen, rejected)?)
+    } else {
+        ("implicit text", split_text::plain(chosen, rejected)?)
+    };
+    if split.differ && !rules.keep_differing {
+        return Err(split_chat::differ());
+    }
+    let side = |text: &str, at: usize| (Content::Text(text[..at].into()), Content::Text(text[at..].into()));
+    let mut unit = Unit::pair(shape, side(chosen, split.chosen), side(rejected, split.rejected));
+    unit.differ = split.differ;
+    Ok(unit)
+}

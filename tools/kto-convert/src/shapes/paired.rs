@@ -1,0 +1,32 @@
+//! TRL's explicit pairs: prompt, chosen, rejected. Also UltraFeedback's, whose sides repeat the prompt.
+
+use super::{Fields, Rules, Unit, content, join, split_chat, unpaired::name};
+use crate::problem::Problem;
+use kto_formats::record::Content;
+
+pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
+    let prompt = content(row, "prompt")?;
+    let chosen = content(row, "chosen")?;
+    let rejected = content(row, "rejected")?;
+    let (chosen, rejected) = match (chosen, rejected) {
+        (Content::Chat(c), Content::Chat(r))
+            if join::is_whole(&prompt, &c) && join::is_whole(&prompt, &r) =>
+        {
+            let mut unit = split_chat::pair("paired conversational", c, r, rules.keep_differing)?;
+            unit.mixed = true;
+            return Ok(unit);
+        }
+        sides => sides,
+    };
+    let chosen = join::join(prompt.clone(), chosen, "chosen")?;
+    let rejected = join::join(prompt, rejected, "rejected")?;
+    let shape = name(&chosen.prompt, "paired text", "paired conversational");
+    let (mixed, differ) = (chosen.mixed || rejected.mixed, chosen.prompt != rejected.prompt);
+    if differ && !rules.keep_differing {
+        return Err(split_chat::differ());
+    }
+    let mut unit =
+        Unit::pair(shape, (chosen.prompt, chosen.completion), (rejected.prompt, rejected.completion));
+    (unit.mixed, unit.differ) = (mixed, differ);
+    Ok(unit)
+}
