@@ -1,0 +1,93 @@
+# The KTO tools. `make help` lists the targets.
+#
+# Everything is built with one profile (release), so that build, test and demo share one set of objects.
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+CARGO ?= cargo
+PYTHON ?= python3
+PREFIX ?= $(HOME)/.local
+DESTDIR ?=
+TOOLS := kto-convert kto-tokenize kto-quantize kto-train kto-eval kto-merge
+CASES = $(notdir $(patsubst %/,%,$(dir $(wildcard testdata/trl/*/meta.json))))
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+REVISION = $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)
+TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
+BIN := target/release
+DIST := target/release-dist
+
+.PHONY: help build demo test check fmt fmt-check lint deny golden peers doc man completions install dist clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build the six tools into target/release
+	$(CARGO) build --release --workspace --bins
+
+demo: build ## train the embedded demo model with all six tools and show what changed (two minutes)
+	scripts/demo
+
+test: ## run every test
+	$(CARGO) test --release --workspace
+
+check: fmt-check lint test demo ## everything CI does
+
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+fmt-check: ## fail if the sources are not formatted
+	$(CARGO) fmt --all -- --check
+
+lint: ## clippy, warnings are errors
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+deny: ## licences and doubled crates (needs cargo-deny)
+	$(CARGO) deny check licenses bans sources
+
+golden: ## check the fixtures against TRL and transformers (PYTHON=, versions: testdata/trl/README.md)
+	$(PYTHON) scripts/oracle/trl_golden.py $(CASES)
+	$(PYTHON) scripts/oracle/trl_float64.py $(CASES)
+	$(PYTHON) scripts/oracle/stories260k_golden.py
+
+peers: demo ## load what the demo made in PEFT, transformers and pyarrow (PYTHON=)
+	$(PYTHON) scripts/oracle/peers.py demo-out
+
+doc: ## API documentation into target/doc
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps
+
+man: build ## man pages into target/man
+	@mkdir -p target/man
+	@for tool in $(TOOLS); do $(BIN)/$$tool --generate man > target/man/$$tool.1; done
+
+completions: build ## bash, zsh and fish completions into target/completions
+	@mkdir -p target/completions
+	@for tool in $(TOOLS); do \
+	  $(BIN)/$$tool --generate bash > target/completions/$$tool; \
+	  $(BIN)/$$tool --generate zsh > target/completions/_$$tool; \
+	  $(BIN)/$$tool --generate fish > target/completions/$$tool.fish; \
+	done
+
+install: export KTO_REVISION = $(REVISION)
+install: man completions ## install tools, man pages and completions under PREFIX (default ~/.local)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 \
+	  $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions \
+	  $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	for tool in $(TOOLS); do \
+	  install -m 755 $(BIN)/$$tool $(DESTDIR)$(PREFIX)/bin/; \
+	  install -m 644 target/man/$$tool.1 $(DESTDIR)$(PREFIX)/share/man/man1/; \
+	  install -m 644 target/completions/$$tool $(DESTDIR)$(PREFIX)/share/bash-completion/completions/; \
+	  install -m 644 target/completions/_$$tool $(DESTDIR)$(PREFIX)/share/zsh/site-functions/; \
+	  install -m 644 target/completions/$$tool.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/; \
+	done
+
+dist: export KTO_REVISION = $(REVISION)
+dist: ## optimized, stripped tools as target/kto-tools-VERSION-TRIPLE.tar.gz
+	$(CARGO) build --profile release-dist --workspace --bins
+	scripts/ci-dist "$(DIST)" "kto-tools-$(VERSION)-$(TRIPLE)" $(TOOLS)
+
+clean: ## remove what was built
+	$(CARGO) clean
+	rm -rf demo-out
