@@ -15,5 +15,7 @@ pub mod rows;
 mod safetensors_header;
 pub mod safetensors_out;
 pub mod table;
+pub mod template;
 pub mod tensors;
+pub mod tokenizer;
 pub mod tokens;
