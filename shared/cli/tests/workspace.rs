@@ -145,3 +145,32 @@ fn files(extension: &str) -> Vec<PathBuf> {
     found.sort();
     found
 }
+
+/// Bytes come and go through `kto_cli`, which adds names, caps and atomicity; test code may do as it likes.
+#[test]
+fn only_the_manners_open_files_and_read_the_environment() {
+    const CALLS: [&str; 8] = [
+        "File::open(",
+        "File::create(",
+        "File::create_new(",
+        "fs::read(",
+        "fs::read_to_string(",
+        "fs::write(",
+        "fs::rename(",
+        "env::var",
+    ];
+    let mut found = Vec::new();
+    let library =
+        |path: &PathBuf| !path.starts_with(root().join("shared/cli")) && path.iter().any(|c| c == "src");
+    for path in files("rs").into_iter().filter(library) {
+        let text = fs::read_to_string(&path).unwrap();
+        for (at, line) in text.lines().enumerate().take_while(|(_, line)| !line.contains("#[cfg(test)]")) {
+            let code = line.trim_start();
+            let called = CALLS.iter().find(|call| code.contains(**call) && !code.starts_with("//"));
+            if let Some(call) = called.filter(|call| !code.contains(&format!("Atomic{call}"))) {
+                found.push(format!("{}:{}: {call}", path.display(), at + 1));
+            }
+        }
+    }
+    assert!(found.is_empty(), "use kto_cli::{{input, output, atomic}} instead:\n{}", found.join("\n"));
+}

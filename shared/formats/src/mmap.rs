@@ -25,7 +25,7 @@ impl Map {
         if !kind.is_file() {
             return Err(Error::new(Kind::Data, format!("{}: not a regular file", shown(path))));
         }
-        let file = std::fs::File::open(path).map_err(|e| Error::reading(path, &e))?;
+        let file = kto_cli::input::open_file(path)?;
         // SAFETY: the map is private and read-only and is only handed out as `&[u8]`. Another process that
         // shortens the file could still raise SIGBUS; inputs are promised not to change while a tool runs.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::reading(path, &e))?;
