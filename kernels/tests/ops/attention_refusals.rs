@@ -1,0 +1,106 @@
+//! Layouts and shapes that attention must refuse: unsafe code relies on the check.
+
+use crate::attention_layout::*;
+use crate::support::*;
+use candle_core::{DType, Tensor};
+use kto_kernels::{AttentionLayout, HeadShape, attention, attention_backward};
+
+const SHAPE: HeadShape = HeadShape { heads: 4, kv_heads: 2, dim: 8 };
+
+/// Two families: segments prompt, branch, branch, then prompt, branch. 13 queries and 13 keys.
+fn pack() -> Pack {
+    Pack::new(&[
+        Family { prompt: 3, asked: 3, branches: &[2, 1] },
+        Family { prompt: 4, asked: 4, branches: &[3] },
+    ])
+}
+
+#[track_caller]
+fn assert_both_refuse(what: &str, [q, k, v, d]: [&Tensor; 4], layout: &AttentionLayout, shape: HeadShape) {
+    assert_refused(what, attention(q, k, v, layout, shape));
+    assert_refused(what, attention_backward(d, q, k, v, layout, shape));
+}
+
+/// A named way to spoil a layout.
+type Fault = (&'static str, fn(&mut AttentionLayout));
+
+#[test]
+fn layouts_that_reach_outside_or_overlap() {
+    let faults: [Fault; 21] = [
+        ("queries past the end", |l| l.segments[4].queries += 1),
+        ("first query past the end", |l| l.segments[4].query = 13),
+        ("first query wraps", |l| l.segments[4].query = usize::MAX),
+        ("number of queries wraps", |l| l.segments[4].queries = usize::MAX),
+        ("no queries", |l| l.segments[4].queries = 0),
+        ("own keys past the end", |l| l.segments[4].own += 1),
+        ("own keys wrap", |l| l.segments[4].own = usize::MAX - 1),
+        ("offset past the end", |l| l.segments[4].offset = 1),
+        ("offset and queries wrap to nothing", |l| l.segments[4].offset = usize::MAX - 2),
+        ("prefix past the end", |l| l.segments[4].prefix_len = 8),
+        ("prefix far away", |l| l.segments[4].prefix = 1 << 40),
+        ("prefix wraps", |l| l.segments[4].prefix = usize::MAX),
+        ("number of prefix rows wraps", |l| l.segments[4].prefix_len = usize::MAX),
+        ("shared query row", |l| l.segments[1].query = 2),
+        ("same segment twice", |l| l.segments[2] = l.segments[1]),
+        ("groups share a prompt", |l| l.segments[4].prefix = 2),
+        ("groups share own keys", |l| l.segments[4].own = 5),
+        ("a group for each segment of a family", |l| l.groups = vec![0..1, 1..3, 3..5]),
+        ("groups leave a gap", |l| l.groups = vec![0..2, 3..5]),
+        ("groups overlap", |l| l.groups = vec![0..4, 3..5]),
+        ("groups leave the end out", |l| l.groups.truncate(1)),
+    ];
+    let pack = pack();
+    let [q, k, v, d] = pack.tensors(SHAPE, 1);
+    assert!(attention(&q, &k, &v, &pack.layout, SHAPE).is_ok());
+    for (what, spoil) in faults {
+        let mut layout = pack.layout.clone();
+        spoil(&mut layout);
+        assert_both_refuse(what, [&q, &k, &v, &d], &layout, SHAPE);
+    }
+}
+
+#[test]
+#[allow(clippy::reversed_empty_ranges, clippy::single_range_in_vec_init)] // such ranges are the fault
+fn groups_that_are_no_ranges_of_segments() {
+    let pack = pack();
+    let [q, k, v, d] = pack.tensors(SHAPE, 1);
+    for groups in
+        [vec![], vec![0..6], vec![0..3, 3..usize::MAX], vec![0..3, 3..1], vec![0..5, 5..2], vec![3..5, 0..3]]
+    {
+        let layout = AttentionLayout { groups, ..pack.layout.clone() };
+        assert_both_refuse("groups", [&q, &k, &v, &d], &layout, SHAPE);
+    }
+}
+
+#[test]
+fn shapes_and_types_that_do_not_fit() -> Outcome {
+    let pack = pack();
+    let layout = &pack.layout;
+    let [q, k, v, d] = pack.tensors(SHAPE, 1);
+    let shapes = [
+        HeadShape { heads: 2, ..SHAPE },
+        HeadShape { kv_heads: 0, ..SHAPE },
+        HeadShape { kv_heads: 3, ..SHAPE },
+        HeadShape { dim: 16, ..SHAPE },
+        HeadShape { dim: 0, ..SHAPE },
+        HeadShape { heads: 2, kv_heads: 4, dim: 16 },
+        HeadShape { heads: (1 << 63) + 4, ..SHAPE },
+    ];
+    for shape in shapes {
+        assert_both_refuse(&format!("{shape:?}"), [&q, &k, &v, &d], layout, shape);
+    }
+    assert_both_refuse("fewer keys", [&q, &normal(12, 16, 1), &normal(12, 16, 1), &d], layout, SHAPE);
+    assert_both_refuse("fewer values", [&q, &k, &normal(12, 16, 1), &d], layout, SHAPE);
+    assert_both_refuse("fewer queries", [&normal(12, 32, 1), &k, &v, &normal(12, 32, 1)], layout, SHAPE);
+    assert_both_refuse("key type", [&q, &single(&k), &v, &d], layout, SHAPE);
+    assert_both_refuse("value type", [&q, &k, &single(&v), &d], layout, SHAPE);
+    assert_both_refuse("rank", [&normal_vector(32, 1), &k, &v, &d], layout, SHAPE);
+    assert_both_refuse("strided", [&normal(32, 13, 1).t()?, &k, &v, &d], layout, SHAPE);
+    let half = [&q, &k, &v, &d].map(|x| x.to_dtype(DType::BF16).unwrap());
+    assert_both_refuse("half precision", [&half[0], &half[1], &half[2], &half[3]], layout, SHAPE);
+    assert_refused("gradient rows", attention_backward(&normal(12, 32, 1), &q, &k, &v, layout, SHAPE));
+    assert_refused("gradient type", attention_backward(&single(&d), &q, &k, &v, layout, SHAPE));
+    let none = AttentionLayout::default();
+    assert_eq!(attention(&normal(0, 32, 1), &k, &v, &none, SHAPE)?.dims(), [0, 32]);
+    Ok(())
+}

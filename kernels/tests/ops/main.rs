@@ -1,0 +1,22 @@
+//! Proof of every operation of the crate, one module per operation.
+//!
+//! Forward passes are held against short f64 loops written here, backward passes against candle's autograd on composed operations
+//! and against central differences, f32 against f64, and any number of threads against one, bit for bit.
+//! Deliberately absent: timings, and goldens of other programs except the rotation angles.
+#![allow(clippy::unwrap_used)] // clippy knows test functions, not their helpers
+
+mod adamw;
+mod attention;
+mod attention_layout;
+mod attention_refusals;
+mod dropout;
+mod elementwise;
+mod logprob;
+mod matmul;
+mod random;
+mod rms_norm;
+mod rope;
+mod rows;
+mod support;
+mod swiglu;
+mod threads;
