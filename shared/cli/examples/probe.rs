@@ -44,6 +44,8 @@ enum Job {
     HalfDir,
     /// Panics
     Panic,
+    /// Asks for more memory than there is
+    Greedy,
     /// Waits for a signal, as a training run does
     Wait,
     /// Takes a lock, says so and sleeps
@@ -86,6 +88,10 @@ fn run(args: Args, ui: &Ui) -> Result<Exit> {
         Job::Panic => {
             let none: Option<u32> = std::hint::black_box(None);
             let _ = none.expect("two\nlines");
+        }
+        Job::Greedy => {
+            let all: Vec<u8> = Vec::with_capacity(std::hint::black_box(1 << 62));
+            std::hint::black_box(all);
         }
         Job::Wait => {
             signal::install();

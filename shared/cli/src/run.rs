@@ -16,7 +16,10 @@ use std::{
     panic::{self, AssertUnwindSafe, PanicHookInfo},
     path::Path,
     process::ExitCode,
-    sync::OnceLock,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// Parses the arguments, runs the tool, prints its one error line, returns the exit code.
@@ -28,8 +31,8 @@ pub fn run<A: Parser>(
     common: impl Fn(&A) -> &Common,
     body: impl FnOnce(A, &Ui) -> Result<Exit>,
 ) -> ExitCode {
-    set_panic_hook(tool);
     signal::soften_file_size_limit();
+    set_panic_hook(tool, signal::out_of_memory_is_71());
     let argv: Vec<OsString> = env::args_os().collect();
     let mut colour = ui::colour(color_flag(&argv), io::stderr().is_terminal());
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
@@ -148,11 +151,12 @@ fn color_flag(argv: &[OsString]) -> ColorChoice {
     choice
 }
 
-fn set_panic_hook(tool: &'static str) {
+fn set_panic_hook(tool: &'static str, out_of_memory: Arc<AtomicBool>) {
     panic::set_hook(Box::new(move |info| {
         if guard::is_silent() {
             return;
         }
+        out_of_memory.store(false, Ordering::Relaxed);
         ui::say(format_args!("{tool}: internal error: {} ({}); please report", words(info), place(info)));
         let trace = Backtrace::capture(); // Only when RUST_BACKTRACE asks for it.
         if trace.status() == BacktraceStatus::Captured {

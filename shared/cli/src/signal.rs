@@ -62,3 +62,11 @@ pub(crate) fn soften_file_size_limit() {
     // 25 on every Linux and on macOS; signal-hook names it only on some systems.
     let _ = flag::register(25, Arc::default());
 }
+
+/// Turns the abort of a failed allocation into exit code 71. The standard library has printed its line by then
+/// ("memory allocation of N bytes failed"). The returned flag switches this off: an abort after a panic is not ours.
+pub(crate) fn out_of_memory_is_71() -> Arc<AtomicBool> {
+    let armed = Arc::new(AtomicBool::new(true));
+    let _ = flag::register_conditional_shutdown(signal_hook::consts::SIGABRT, 71, Arc::clone(&armed));
+    armed
+}

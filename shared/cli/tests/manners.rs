@@ -123,6 +123,14 @@ fn a_panic_is_70_and_one_line() {
 }
 
 #[test]
+fn no_memory_is_71() {
+    let out = probe(&["greedy"]).output().unwrap();
+    assert_eq!(out.status.code(), Some(71));
+    // The standard library adds a note about backtraces.
+    assert!(text(&out.stderr).starts_with("memory allocation of 4611686018427387904 bytes failed\n"));
+}
+
+#[test]
 fn help_and_version_say_what_every_tool_must_say() {
     let help = probe(&["--help"]).output().unwrap();
     assert_eq!((help.status.code(), text(&help.stderr)), (Some(0), ""));
