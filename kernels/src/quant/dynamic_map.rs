@@ -37,7 +37,7 @@ fn signed_map() -> [f32; 256] {
 /// Value k of `steps` + 1 equally spaced ones from 0.1 to 1, counted from the nearer end as torch does.
 fn linspace(k: usize, steps: usize) -> f32 {
     let step = (1.0f32 - 0.1) / steps as f32;
-    if k < (steps + 1) / 2 { step.mul_add(k as f32, 0.1) } else { (-step).mul_add((steps - k) as f32, 1.0) }
+    if k < steps.div_ceil(2) { step.mul_add(k as f32, 0.1) } else { (-step).mul_add((steps - k) as f32, 1.0) }
 }
 
 /// Returns the index of the value of `map` nearest to `x`; half-way the even index. NaN gives 0.

@@ -3,6 +3,7 @@
 
 pub mod adapter;
 mod adapter_config;
+pub mod bnb;
 pub mod chat;
 pub mod json;
 pub mod json_array;
