@@ -21,11 +21,17 @@ pub struct Common {
     /// Say more (repeat for more)
     #[arg(short, long, action = clap::ArgAction::Count, global = true, help_heading = "Messages")]
     pub verbose: u8,
-    /// When to colour messages (NO_COLOR and CLICOLOR_FORCE are obeyed)
-    #[arg(long, value_name = "WHEN", default_value = "auto", global = true, help_heading = "Messages")]
+    /// Colour messages: auto, always or never
+    ///
+    /// `auto` colours on a terminal, and obeys NO_COLOR and CLICOLOR_FORCE.
+    #[arg(long, value_name = "WHEN", default_value = "auto", hide_possible_values = true, global = true)]
+    #[arg(help_heading = "Messages")]
     pub color: ColorChoice,
-    /// When to show progress: a bar on a terminal, else a line every 30 s (NO_PROGRESS is obeyed)
-    #[arg(long, value_name = "WHEN", default_value = "auto", global = true, help_heading = "Messages")]
+    /// Show progress: auto, always or never
+    ///
+    /// A bar on a terminal, elsewhere one line every 30 s; `auto` is silent with --quiet or NO_PROGRESS.
+    #[arg(long, value_name = "WHEN", default_value = "auto", hide_possible_values = true, global = true)]
+    #[arg(help_heading = "Messages")]
     pub progress: When,
 }
 
