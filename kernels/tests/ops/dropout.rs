@@ -69,6 +69,9 @@ fn equal_keys_give_equal_masks_and_neighbours_independent_ones() {
     let neighbours = first.chunks(1024).zip(first[1024..].chunks(1024));
     assert_share("rows", agree, neighbours.flat_map(|(a, b)| a.iter().zip(b)).map(|(a, b)| a == b));
     assert_share("columns", agree, first.windows(2).map(|w| w[0] == w[1]));
+    // Sums or differences of key and row must not meet: (7, 1) against (8, 0) and, bit by bit, (6, 0).
+    assert_share("diagonal", agree, first[1024..].iter().zip(&next).map(|(a, b)| a == b));
+    assert_share("bits", agree, first[1024..].iter().zip(&mask(key(6), &rows, 1024)).map(|(a, b)| a == b));
     // A key shifted by one must not be a mask shifted by one column.
     assert_share("shifted", agree, first[1..].iter().zip(&next).map(|(a, b)| a == b));
 }
