@@ -6,7 +6,7 @@ use crate::{Error, Kind, Result, atomic::AtomicFile, error::io_text};
 use std::{
     fs::File,
     io::{self, BufWriter, Write},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::ffi::OsStrExt},
     path::Path,
 };
 
@@ -58,6 +58,15 @@ impl Write for Output {
             Self::File(f) => f.flush(),
         }
     }
+}
+
+/// Prints the path of what a tool has made, so that `$(kto-… -o DIR)` composes. A tool that writes a directory ends
+/// with it.
+pub fn print_path(path: &Path) -> Result<()> {
+    let mut out = stdout()?;
+    out.write(path.as_os_str().as_bytes())?;
+    out.write(b"\n")?;
+    out.finish()
 }
 
 /// Returns the error of writing to `name` (a path, or "standard output"): [`Kind::ClosedPipe`] when the reader went

@@ -17,7 +17,7 @@ mod train;
 pub use args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind};
 
 use candle_core::DType;
-use kto_cli::{Context, Error, Exit, Kind, Result, Ui, atomic, input, signal};
+use kto_cli::{Context, Error, Exit, Kind, Result, Ui, atomic, input, output, signal};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_model::{
     architecture::Architecture,
@@ -86,6 +86,7 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     };
     run.train(&lora, args.resume)?;
     ui.note(format_args!("{} steps done, adapter in {}", plan.total_steps, shown(&dir.file("adapter"))));
+    output::print_path(&args.out)?;
     Ok(Exit::Ok)
 }
 
