@@ -7,8 +7,9 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
-use kto_formats::{model_dir::ModelDir, tensors::check_finite};
+use kto_formats::{bnb::Nf4Tensor, model_dir::ModelDir, tensors::check_finite};
 use kto_kernels::RopeTable;
+use rayon::prelude::*;
 
 /// The weights of one block.
 #[derive(Clone, Debug)]
@@ -101,7 +102,11 @@ impl BaseModel {
     }
 
     fn is_quantized(&self, layer: usize) -> Result<bool> {
-        let _ = layer;
+        for module in Module::ALL {
+            if Nf4Tensor::find(&self.directory.tensors, &weight_name(module, layer))?.is_some() {
+                return Ok(true);
+            }
+        }
         Ok(false)
     }
 
@@ -125,7 +130,22 @@ impl BaseModel {
     fn read_linear(&self, module: Module, layer: usize) -> Result<Linear> {
         let name = weight_name(module, layer);
         let (rows, columns) = self.architecture.weight_shape(module);
-        let weight = dense(&self.directory, &name, &[rows, columns], self.dtype)?;
+        let weight = match Nf4Tensor::find(&self.directory.tensors, &name)? {
+            Some(packed) => {
+                if packed.state.shape != [rows, columns] {
+                    let found = format!(
+                        "tensor \"{name}\" has shape {:?}, expected [{rows}, {columns}]",
+                        packed.state.shape
+                    );
+                    return Err(Error::data(found));
+                }
+                let values = dequantize(&packed, &name)?;
+                Tensor::from_vec(values, (rows, columns), &Device::Cpu)
+                    .and_then(|t| t.to_dtype(self.dtype))
+                    .numeric()?
+            }
+            None => dense(&self.directory, &name, &[rows, columns], self.dtype)?,
+        };
         let bias = match self.architecture.has_bias(module) {
             true => {
                 Some(dense(&self.directory, &format!("{}.bias", module.path(layer)), &[rows], self.dtype)?)
@@ -138,6 +158,18 @@ impl BaseModel {
 
 fn weight_name(module: Module, layer: usize) -> String {
     format!("{}.weight", module.path(layer))
+}
+
+/// Values decoded by one thread at a time.
+const PIECE: usize = 1 << 16;
+
+fn dequantize(packed: &Nf4Tensor, name: &str) -> Result<Vec<f32>> {
+    let mut values = vec![0.0f32; packed.len()];
+    values.par_chunks_mut(PIECE).enumerate().try_for_each(|(i, out)| {
+        packed.dequantize_range(i * PIECE, out)?;
+        check_finite(name, i * PIECE, out)
+    })?;
+    Ok(values)
 }
 
 /// Reads a stored tensor, checks shape and finiteness, widens it.

@@ -1,4 +1,6 @@
 //! Generation with a cache of keys and values: greedy, or temperature and nucleus sampling from a seed.
+//!
+//! Several sequences go forward together, without padding: a step reads the weights once for all of them.
 
 use crate::{base::BaseModel, block::Block, lora::Lora, numeric::Numeric};
 use candle_core::{DType, Device, Tensor};
@@ -16,43 +18,61 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-/// One sequence being generated.
-pub struct Generator<'a> {
-    base: &'a BaseModel,
-    lora: Option<&'a Lora>,
-    /// Keys and values of each block, (capacity, Hkv·D) each.
-    cache: Vec<(Tensor, Tensor)>,
+/// Where a sequence's keys and values lie in the caches.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    start: usize,
     capacity: usize,
     past: usize,
 }
 
+/// Sequences being generated together.
+pub struct Generator<'a> {
+    base: &'a BaseModel,
+    lora: Option<&'a Lora>,
+    /// Keys and values of each block, (sum of the capacities, Hkv·D) each.
+    cache: Vec<(Tensor, Tensor)>,
+    slots: Vec<Slot>,
+}
+
 impl<'a> Generator<'a> {
-    /// Starts a sequence of at most `capacity` tokens.
+    /// Starts one sequence of at most `capacity` tokens.
     pub fn new(base: &'a BaseModel, lora: Option<&'a Lora>, capacity: usize) -> Result<Self> {
+        Self::batch(base, lora, &[capacity])
+    }
+
+    /// Starts sequences of at most so many tokens each.
+    pub fn batch(base: &'a BaseModel, lora: Option<&'a Lora>, capacities: &[usize]) -> Result<Self> {
         let shape = base.architecture.shape;
+        let mut rows = 0;
+        let mut slot = |capacity: &usize| {
+            let slot = Slot { start: rows, capacity: *capacity, past: 0 };
+            rows += capacity;
+            slot
+        };
+        let slots = capacities.iter().map(&mut slot).collect();
         let empty =
-            || Tensor::zeros((capacity, shape.kv_heads * shape.dim), base.dtype(), &Device::Cpu).numeric();
+            || Tensor::zeros((rows, shape.kv_heads * shape.dim), base.dtype(), &Device::Cpu).numeric();
         let mut cache = Vec::with_capacity(base.architecture.layers);
         for _ in 0..base.architecture.layers {
             cache.push((empty()?, empty()?));
         }
-        Ok(Self { base, lora, cache, capacity, past: 0 })
+        Ok(Self { base, lora, cache, slots })
     }
 
-    /// Appends tokens and returns the logits (ids.len(), V) of every appended row when `all`, else of the last (1, V).
+    /// Appends tokens to the first sequence and returns the logits (ids.len(), V) of every appended row when `all`,
+    /// else of the last (1, V).
     pub fn feed(&mut self, ids: &[u32], all: bool) -> Result<Tensor> {
-        let n = ids.len();
-        if n == 0 || self.past + n > self.capacity {
-            let place = self.past + n;
-            return Err(Error::internal(format!(
-                "{place} tokens in a generation cache for {}",
-                self.capacity
-            )));
-        }
-        let positions: Vec<u32> = (self.past..self.past + n).map(|p| p as u32).collect();
-        let segment = Segment { query: 0, queries: n, prefix: 0, prefix_len: 0, own: 0, offset: self.past };
-        let layout = AttentionLayout { segments: vec![segment], groups: std::iter::once(0..1).collect() };
-        let mut h = gather_rows(&self.base.embedding, ids).numeric()?;
+        self.feed_batch(&[(0, ids)], all)
+    }
+
+    /// Appends tokens to several sequences, each named once, and returns the logits of every appended row when `all`,
+    /// else of each sequence's last: (rows, V) in the order of `parts`.
+    pub fn feed_batch(&mut self, parts: &[(usize, &[u32])], all: bool) -> Result<Tensor> {
+        self.check(parts)?;
+        let ids: Vec<u32> = parts.iter().flat_map(|p| p.1).copied().collect();
+        let (layout, positions, last) = self.lay_out(parts);
+        let mut h = gather_rows(&self.base.embedding, &ids).numeric()?;
         for layer in 0..self.base.architecture.layers {
             let weights = self.base.layer(layer)?;
             let block = Block {
@@ -63,17 +83,20 @@ impl<'a> Generator<'a> {
                 dropout: None,
             };
             let (keys, values) = &self.cache[layer];
-            let past = self.past;
             let cache = |k: &Tensor, v: &Tensor| {
-                keys.slice_set(k, 0, past)?;
-                values.slice_set(v, 0, past)?;
-                Ok((keys.narrow(0, 0, past + n)?, values.narrow(0, 0, past + n)?))
+                for s in layout.segments.iter() {
+                    keys.slice_set(&k.narrow(0, s.query, s.queries)?, 0, s.own + s.offset)?;
+                    values.slice_set(&v.narrow(0, s.query, s.queries)?, 0, s.own + s.offset)?;
+                }
+                Ok((keys.clone(), values.clone()))
             };
             h = block.decode(&h, &positions, &layout, cache).numeric()?;
         }
-        self.past += n;
+        for (i, ids) in parts {
+            self.slots[*i].past += ids.len();
+        }
         let head = || {
-            let h = if all { h.clone() } else { h.narrow(0, n - 1, 1)? };
+            let h = if all || last.len() == ids.len() { h.clone() } else { gather_rows(&h, &last)? };
             matmul(
                 &rms_norm(&h, &self.base.final_norm, self.base.architecture.rms_eps)?,
                 &self.base.head.t()?,
@@ -81,6 +104,89 @@ impl<'a> Generator<'a> {
         };
         head().numeric()
     }
+
+    fn check(&self, parts: &[(usize, &[u32])]) -> Result<()> {
+        for (i, ids) in parts {
+            let slot = self.slots[*i];
+            if ids.is_empty() || slot.past + ids.len() > slot.capacity {
+                let (place, capacity) = (slot.past + ids.len(), slot.capacity);
+                return Err(Error::internal(format!("{place} tokens in a generation cache for {capacity}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns what the new rows see in the caches, their positions, and the last new row of every part.
+    fn lay_out(&self, parts: &[(usize, &[u32])]) -> (AttentionLayout, Vec<u32>, Vec<u32>) {
+        let (mut layout, mut positions, mut last) = (AttentionLayout::default(), Vec::new(), Vec::new());
+        for (number, (i, ids)) in parts.iter().enumerate() {
+            let Slot { start, past, .. } = self.slots[*i];
+            let query = positions.len();
+            positions.extend((past..past + ids.len()).map(|p| p as u32));
+            last.push((positions.len() - 1) as u32);
+            layout.segments.push(Segment {
+                query,
+                queries: ids.len(),
+                prefix: 0,
+                prefix_len: 0,
+                own: start,
+                offset: past,
+            });
+            layout.groups.push(number..number + 1);
+        }
+        (layout, positions, last)
+    }
+}
+
+/// One sequence to generate.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Token ids, at least one.
+    pub prompt: &'a [u32],
+    /// Most tokens to make.
+    pub limit: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}
+
+/// Continues the prompts together. After each new token of sequence `i`, `stop(i, tokens so far)` says whether it ends;
+/// an error from it ends the whole. Returns each sequence's new tokens, the stopping one included, and whether `stop` ended it.
+/// A sequence does not depend on what it is batched with.
+pub fn generate_batch(
+    base: &BaseModel,
+    lora: Option<&Lora>,
+    requests: &[Request],
+    mut stop: impl FnMut(usize, &[u32]) -> Result<bool>,
+) -> Result<Vec<(Vec<u32>, bool)>> {
+    let capacities: Vec<usize> = requests.iter().map(|r| r.prompt.len() + r.limit).collect();
+    let mut generator = Generator::batch(base, lora, &capacities)?;
+    let mut done: Vec<(Vec<u32>, bool)> = vec![(Vec::new(), false); requests.len()];
+    let mut live = Vec::new();
+    let mut next = |i: usize, logits: &[f64], done: &mut (Vec<u32>, bool)| -> Result<bool> {
+        let (made, stopped) = done;
+        made.push(pick(logits, requests[i].sampling, made.len() as u64));
+        *stopped = stop(i, made)?;
+        Ok(!*stopped && made.len() < requests[i].limit)
+    };
+    for (i, request) in requests.iter().enumerate().filter(|(_, r)| r.limit > 0) {
+        let logits = rows(&generator.feed_batch(&[(i, request.prompt)], false)?)?;
+        if next(i, &logits[0], &mut done[i])? {
+            live.push(i);
+        }
+    }
+    while !live.is_empty() {
+        let last: Vec<[u32; 1]> = live.iter().map(|i| [done[*i].0.last().copied().unwrap_or(0)]).collect();
+        let parts: Vec<(usize, &[u32])> = live.iter().zip(&last).map(|(i, id)| (*i, &id[..])).collect();
+        let logits = rows(&generator.feed_batch(&parts, false)?)?;
+        let mut still = Vec::with_capacity(live.len());
+        for (&i, logits) in live.iter().zip(&logits) {
+            if next(i, logits, &mut done[i])? {
+                still.push(i);
+            }
+        }
+        live = still;
+    }
+    Ok(done)
 }
 
 /// Continues `prompt` until `stop` says so or `limit` tokens were made. Returns the new tokens, the stopping one left out,
@@ -93,32 +199,24 @@ pub fn generate(
     sampling: Sampling,
     stop: impl Fn(u32) -> bool,
 ) -> Result<(Vec<u32>, bool)> {
-    let mut generator = Generator::new(base, lora, prompt.len() + limit)?;
-    let mut logits = generator.feed(prompt, false)?;
-    let mut made = Vec::new();
-    while made.len() < limit {
-        let next = pick(&logits, sampling, made.len() as u64)?;
-        if stop(next) {
-            return Ok((made, true));
-        }
-        made.push(next);
-        if made.len() < limit {
-            logits = generator.feed(&[next], false)?;
-        }
+    let request = Request { prompt, limit, sampling };
+    let last = |_: usize, made: &[u32]| Ok(made.last().is_some_and(|id| stop(*id)));
+    let (mut made, stopped) = generate_batch(base, lora, &[request], last)?.pop().unwrap_or_default();
+    if stopped {
+        made.pop();
     }
-    Ok((made, false))
+    Ok((made, stopped))
 }
 
-/// Chooses a token from logits (1, V).
-fn pick(logits: &Tensor, sampling: Sampling, place: u64) -> Result<u32> {
-    let values = logits
-        .flatten_all()
-        .and_then(|t| t.to_dtype(DType::F64))
-        .and_then(|t| t.to_vec1::<f64>())
-        .numeric()?;
+fn rows(logits: &Tensor) -> Result<Vec<Vec<f64>>> {
+    logits.to_dtype(DType::F64).and_then(|t| t.to_vec2::<f64>()).numeric()
+}
+
+/// Chooses a token from logits (V).
+fn pick(values: &[f64], sampling: Sampling, place: u64) -> u32 {
     let best = values.iter().enumerate().fold(0, |best, (i, v)| if *v > values[best] { i } else { best });
     if sampling.temperature <= 0.0 {
-        return Ok(best as u32);
+        return best as u32;
     }
     let weight = |v: f64| ((v - values[best]) / sampling.temperature).exp();
     let mut order: Vec<(usize, f64)> = values.iter().map(|v| weight(*v)).enumerate().collect();
@@ -135,8 +233,8 @@ fn pick(logits: &Tensor, sampling: Sampling, place: u64) -> Result<u32> {
     for (id, w) in &order[..n] {
         left -= w;
         if left < 0.0 {
-            return Ok(*id as u32);
+            return *id as u32;
         }
     }
-    Ok(order[n - 1].0 as u32)
+    order[n - 1].0 as u32
 }

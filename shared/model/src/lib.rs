@@ -7,12 +7,14 @@
 pub mod architecture;
 pub mod base;
 mod block;
+pub mod fit;
 pub mod generate;
 mod head;
 pub mod lora;
 pub mod loss;
 mod numeric;
 pub mod pack;
+pub mod partners;
 mod projection;
 pub mod reference;
 pub mod rows;

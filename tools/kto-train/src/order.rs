@@ -3,7 +3,7 @@
 use kto_cli::{Error, Result};
 use kto_formats::tokens::TokenSet;
 use kto_kernels::random;
-use std::collections::HashMap;
+use kto_model::partners::{PromptGroups, purpose, stream};
 
 /// A row of a step with its KL partner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,10 +27,10 @@ pub struct Order {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    /// File order; +1 rotation of completions within blocks of `micro` rows. `partners` is static.
+    /// File order; +1 rotation of completions within blocks of `micro` rows, the same every epoch.
     Trl { micro: usize },
     /// Prompt groups shuffled each epoch; partners from other prompts.
-    Shuffled { seed: u64, groups: Vec<Vec<usize>>, group_of: Vec<usize> },
+    Shuffled { seed: u64, prompts: PromptGroups },
 }
 
 impl Order {
@@ -42,24 +42,14 @@ impl Order {
     /// Prompt groups in an order drawn anew for every epoch; completions of one prompt stay together.
     /// Error (65) when `needs_partners` and all rows have one prompt.
     pub fn shuffled(tokens: &TokenSet, batch: usize, seed: u64, needs_partners: bool) -> Result<Self> {
-        let mut places: HashMap<&[u32], usize> = HashMap::new();
-        let mut groups: Vec<Vec<usize>> = Vec::new();
-        let mut group_of = Vec::with_capacity(tokens.len());
-        for row in 0..tokens.len() {
-            let place = *places.entry(tokens.row(row).prompt_ids).or_insert_with(|| {
-                groups.push(Vec::new());
-                groups.len() - 1
-            });
-            groups[place].push(row);
-            group_of.push(place);
-        }
-        if needs_partners && groups.len() < 2 {
+        let prompts = PromptGroups::new(tokens);
+        if needs_partners && prompts.groups.len() < 2 {
             return Err(Error::data(
                 "all rows have the same prompt: the KL term needs completions of another prompt",
             )
             .with_hint("--loss apo-zero has no KL term"));
         }
-        Ok(Self { rows: tokens.len(), batch, kind: Kind::Shuffled { seed, groups, group_of } })
+        Ok(Self { rows: tokens.len(), batch, kind: Kind::Shuffled { seed, prompts } })
     }
 
     /// Returns the number of steps of one epoch; the last may hold fewer rows.
@@ -74,11 +64,11 @@ impl Order {
     pub fn epoch(&self, epoch: u64) -> Vec<usize> {
         match &self.kind {
             Kind::Trl { .. } => (0..self.rows).collect(),
-            Kind::Shuffled { seed, groups, .. } => {
-                let mut order: Vec<usize> = (0..groups.len()).collect();
+            Kind::Shuffled { seed, prompts } => {
+                let mut order: Vec<usize> = (0..prompts.groups.len()).collect();
                 let stream = random::key(&[*seed, purpose("order"), epoch]);
                 order.sort_by_cached_key(|g| (random::mix(stream ^ random::mix(*g as u64)), *g));
-                order.into_iter().flat_map(|g| groups[g].iter().copied()).collect()
+                order.into_iter().flat_map(|g| prompts.groups[g].iter().copied()).collect()
             }
         }
     }
@@ -89,8 +79,10 @@ impl Order {
         let rows = &rows[start..rows.len().min(start + self.batch)];
         match &self.kind {
             Kind::Trl { micro } => rows.chunks(*micro).map(rotate).collect(),
-            Kind::Shuffled { .. } => {
-                vec![rows.iter().map(|&row| Member { row, partner: self.partner(epoch, row) }).collect()]
+            Kind::Shuffled { seed, prompts } => {
+                // With one prompt only, which losses without KL allow, the partner is never scored.
+                let partner = |row: usize| prompts.partner(stream(*seed, epoch, row), row).unwrap_or(row);
+                vec![rows.iter().map(|&row| Member { row, partner: partner(row) }).collect()]
             }
         }
     }
@@ -106,35 +98,12 @@ impl Order {
             Kind::Shuffled { .. } => epoch as f64 + done as f64 / self.rows as f64,
         }
     }
-
-    /// Returns a row of another prompt, every such row being equally likely.
-    fn partner(&self, epoch: u64, row: usize) -> usize {
-        let Kind::Shuffled { seed, group_of, groups } = &self.kind else { return row };
-        let stream = random::key(&[*seed, purpose("kl"), epoch, row as u64]);
-        let others = self.rows - groups[group_of[row]].len();
-        if others == 0 {
-            return row;
-        }
-        // Draw among the rows of other groups: the n-th row that is not in this (sorted) group.
-        let mut place = random::below(stream, 0, others as u64) as usize;
-        for &own in &groups[group_of[row]] {
-            if own <= place {
-                place += 1;
-            }
-        }
-        place
-    }
 }
 
 /// TRL's KL pairs: every prompt with the completion before it, the first with the last.
 fn rotate(rows: &[usize]) -> Block {
     let n = rows.len();
     (0..n).map(|i| Member { row: rows[i], partner: rows[(i + n - 1) % n] }).collect()
-}
-
-/// A number for what a stream of random numbers is for.
-pub fn purpose(name: &str) -> u64 {
-    name.bytes().fold(0, |n, b| n << 8 | b as u64)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use kto_cli::{Error, Result, escape};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_model::{
     architecture::{Architecture, Module},
+    fit,
     loss::{Loss, LossSpec},
 };
 use serde::Serialize;
@@ -197,28 +198,8 @@ fn check_fit(args: &Args, inputs: &Inputs) -> Result<()> {
     if args.force_base {
         return Ok(());
     }
-    let path = inputs.model.path.join("tokenizer.json");
-    if let Ok(bytes) = kto_cli::input::read(&path, 256 << 20) {
-        let own = kto_cli::hash::sha256_hex(&bytes);
-        if !meta.tokenizer.is_empty() && own != meta.tokenizer {
-            return Err(Error::config(format!(
-                "the tokens were made with another tokenizer.json (sha256 {}…) than the model's ({}…)",
-                short(&meta.tokenizer),
-                short(&own)
-            ))
-            .with_hint("kto-tokenize --model with this model, or --force-base"));
-        }
-    }
-    let base = inputs.adapter.and_then(|a| a.meta.base_fingerprint.as_deref());
-    if base.is_some_and(|f| f != inputs.model.fingerprint()) {
-        return Err(Error::config("--init-adapter was trained on another base model")
-            .with_hint("--force-base uses it all the same"));
-    }
-    Ok(())
-}
-
-fn short(hash: &str) -> String {
-    escape(&hash.chars().take(12).collect::<String>())
+    fit::check_tokenizer(inputs.model, meta)?;
+    inputs.adapter.map_or(Ok(()), |a| fit::check_adapter(inputs.model, a, "--init-adapter"))
 }
 
 /// Returns the modules of a fresh adapter.

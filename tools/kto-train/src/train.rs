@@ -4,7 +4,7 @@ use crate::{
     checkpoint::{self, Position},
     metrics::{self, StepFacts},
     optimizer::{Optimizer, OptimizerSpec, norm},
-    order::{Order, purpose},
+    order::Order,
     plan::Plan,
     run_dir::RunDir,
     schedule::Schedule,
@@ -19,6 +19,7 @@ use kto_kernels::{DropoutKey, random};
 use kto_model::{
     base::BaseModel,
     lora::Lora,
+    partners::purpose,
     reference::{Pair, Reference},
     rows::Packing,
 };

@@ -1,0 +1,182 @@
+//! The whole decoder's gradient against finite differences in f64, on odd sizes, with shared prompts, KL branches and dropout.
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Tensor};
+use kto_formats::{
+    model_dir::ModelDir,
+    safetensors_out::{SafetensorsWriter, TensorSpec},
+    tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
+};
+use kto_kernels::{DropoutKey, random};
+use kto_model::{
+    architecture::Module,
+    base::BaseModel,
+    lora::{Lora, LoraSpec},
+    pack::Pack,
+    rows::{Job, Packing, packs},
+    sweep::Sweep,
+};
+use safetensors::Dtype;
+use std::path::Path;
+
+const VOCAB: u64 = 41;
+
+/// Writes a random two-block Qwen2-form model with odd sizes: 3 query heads of 6 on one key-value head, width 10, MLP 13.
+fn write_model(dir: &Path) {
+    let config = r#"{"model_type": "qwen2", "vocab_size": 41, "hidden_size": 10, "intermediate_size": 13, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
+        "tie_word_embeddings": false}"#;
+    std::fs::write(dir.join("config.json"), config).unwrap();
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_string(), vec![41, 10]),
+        ("model.norm.weight".to_string(), vec![10]),
+        ("lm_head.weight".to_string(), vec![41, 10]),
+    ];
+    for layer in 0..2 {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            shapes.push((format!("model.layers.{layer}.{norm}.weight"), vec![10]));
+        }
+        let linears = [(18, 10), (6, 10), (6, 10), (10, 18), (13, 10), (13, 10), (10, 13)];
+        for (module, (rows, columns)) in Module::ALL.into_iter().zip(linears) {
+            shapes.push((format!("{}.weight", module.path(layer)), vec![rows, columns]));
+            if module <= Module::V {
+                shapes.push((format!("{}.bias", module.path(layer)), vec![rows]));
+            }
+        }
+    }
+    let specs: Vec<TensorSpec> =
+        shapes.iter().map(|(n, s)| TensorSpec::new(n.clone(), Dtype::F32, s.clone())).collect();
+    let mut writer =
+        SafetensorsWriter::new(&dir.join("model.safetensors"), specs, &Default::default()).unwrap();
+    for (stream, (name, shape)) in shapes.iter().enumerate() {
+        let n: usize = shape.iter().product();
+        let value = |i: usize| {
+            (random::uniform(random::mix(stream as u64), i as u64) as f32 - 0.5) * 1.2
+                + if shape.len() == 1 { 1.0 } else { 0.0 }
+        };
+        writer.write(name, &(0..n).flat_map(|i| value(i).to_le_bytes()).collect::<Vec<u8>>()).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+/// Rows that reach the corners: one-token prompts and completions, a segment past one attention block, shared prompts.
+fn tokens() -> TokenSet {
+    let mut set =
+        TokenSet::new(TokenMeta { vocab_size: VOCAB as u32, max_length: 100, ..Default::default() });
+    let ids =
+        |stream: u64, n: u64| (0..n).map(|i| random::below(stream, i, VOCAB) as u32).collect::<Vec<u32>>();
+    for (i, (prompt, completion)) in [(1, 1), (5, 7), (5, 1), (70, 9), (3, 80)].into_iter().enumerate() {
+        // Rows 1 and 2 share their prompt.
+        let prompt = ids(if i == 2 { 1 } else { i as u64 }, prompt);
+        let row = TokenRow {
+            prompt_ids: &prompt,
+            completion_ids: &ids(100 + i as u64, completion),
+            label: i % 2 == 0,
+            prompt_hash: prompt_hash(&prompt),
+        };
+        set.push(row);
+    }
+    set
+}
+
+fn jobs() -> Vec<Job> {
+    let main = (0..5).map(|i| Job { prompt: i, completion: i, gradient: true, tag: i });
+    let kl = (0..5).map(|i| Job { prompt: i, completion: (i + 3) % 5, gradient: false, tag: i });
+    main.chain(kl).collect()
+}
+
+const COEFFICIENTS: [f64; 5] = [0.7, -1.1, 0.3, 0.05, -0.02];
+
+fn objective(sweep: &Sweep, packs: &[Pack]) -> f64 {
+    let out = sweep.forward(packs, false).unwrap();
+    out.branches.iter().flatten().filter(|b| b.gradient).map(|b| COEFFICIENTS[b.tag] * b.logps).sum()
+}
+
+fn check(packing: Packing, dropout: Option<DropoutKey>, modules: &[Module]) {
+    let dir = tempfile::tempdir().unwrap();
+    write_model(dir.path());
+    let base = BaseModel::load(ModelDir::open(dir.path()).unwrap(), DType::F64, 100).unwrap();
+    let spec = LoraSpec { rank: 3, alpha: 5.0, modules: modules.to_vec() };
+    let lora = Lora::fresh(&base.architecture, &spec, 7, DType::F64).unwrap();
+    for (stream, t) in lora.tensors().enumerate() {
+        let values: Vec<f64> =
+            (0..t.elem_count()).map(|i| random::uniform(stream as u64 + 50, i as u64) - 0.5).collect();
+        t.slice_set(&Tensor::from_vec(values, t.shape(), t.device()).unwrap(), 0, 0).unwrap();
+    }
+    let tokens = tokens();
+    let packs = packs(&tokens, 100, &jobs(), packing);
+    let sweep = Sweep { base: &base, lora: Some(&lora), dropout };
+    let gradients = lora.zeros_like().unwrap();
+    let forward = sweep.forward(&packs, true).unwrap();
+    let weight = |b: &kto_model::sweep::BranchStats| if b.gradient { COEFFICIENTS[b.tag] } else { 0.0 };
+    let coefficients: Vec<Vec<f64>> =
+        forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
+    sweep.backward(&packs, forward, &coefficients, &gradients).unwrap();
+    for (p, g) in lora.tensors().zip(gradients.tensors()) {
+        let values: Vec<f64> = p.flatten_all().unwrap().to_vec1().unwrap();
+        let gradient: Vec<f64> = g.flatten_all().unwrap().to_vec1().unwrap();
+        let size = gradient.iter().fold(0.0f64, |m, g| m.max(g.abs()));
+        assert!(size > 0.0);
+        for i in [0, values.len() / 2, values.len() - 1] {
+            let at = |delta: f64| {
+                let mut moved = values.clone();
+                moved[i] += delta;
+                p.slice_set(&Tensor::from_vec(moved, p.shape(), p.device()).unwrap(), 0, 0).unwrap();
+                objective(&sweep, &packs)
+            };
+            let h = 1e-5;
+            let numeric = (at(h) - at(-h)) / (2.0 * h);
+            at(0.0);
+            assert!(
+                (numeric - gradient[i]).abs() < 1e-6 * size.max(1.0),
+                "{:?}[{i}]: {numeric} {}",
+                p.shape(),
+                gradient[i]
+            );
+        }
+    }
+}
+
+#[test]
+fn shared_prompts_in_one_pack() {
+    check(Packing::Shared(4096), None, &Module::ALL);
+}
+
+#[test]
+fn shared_prompts_in_small_packs() {
+    check(Packing::Shared(20), None, &Module::ALL);
+}
+
+#[test]
+fn single_rows_with_dropout() {
+    check(Packing::Single, Some(DropoutKey { p: 0.3, key: 99 }), &Module::ALL);
+}
+
+#[test]
+fn few_adapted_modules() {
+    check(Packing::Shared(4096), None, &[Module::K, Module::Down]);
+}
+
+/// KL rows and their prompts are scored as the trained rows are.
+#[test]
+fn packing_does_not_change_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    write_model(dir.path());
+    let base = BaseModel::load(ModelDir::open(dir.path()).unwrap(), DType::F64, 100).unwrap();
+    let tokens = tokens();
+    let sweep = Sweep { base: &base, lora: None, dropout: None };
+    let scores = |packing| {
+        let out = sweep.forward(&packs(&tokens, 100, &jobs(), packing), false).unwrap();
+        let mut scores: Vec<(bool, usize, usize, f64)> =
+            out.branches.iter().flatten().map(|b| (b.gradient, b.tag, b.tokens, b.logps)).collect();
+        scores.sort_by_key(|s| (s.0, s.1));
+        scores
+    };
+    let single = scores(Packing::Single);
+    assert_eq!(single.len(), 10);
+    for packing in [Packing::Shared(1), Packing::Shared(90), Packing::Shared(4096)] {
+        for (a, b) in scores(packing).iter().zip(&single) {
+            assert!((a.0, a.1, a.2) == (b.0, b.1, b.2) && (a.3 - b.3).abs() < 1e-10, "{a:?} {b:?}");
+        }
+    }
+}

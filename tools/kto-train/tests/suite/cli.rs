@@ -1,0 +1,186 @@
+//! kto-train at the shell: what it refuses, with which line and code.
+
+use crate::golden::Case;
+use kto_formats::tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash};
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+pub fn kto_train(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kto-train")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// A directory with the golden tokens and a way to run kto-train on them.
+pub struct Bench {
+    pub dir: tempfile::TempDir,
+    pub model: PathBuf,
+    pub data: PathBuf,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        let case = Case::open("llama");
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data.kto.arrow");
+        write(&case.tokens(), &data);
+        Self { model: case.file("model"), data, dir }
+    }
+
+    pub fn out(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    /// Runs with the usual inputs and `more`.
+    pub fn train(&self, more: &[&str]) -> Output {
+        let (model, data, out) = (
+            self.model.display().to_string(),
+            self.data.display().to_string(),
+            self.out().display().to_string(),
+        );
+        let mut args = vec!["--model", &model, "--data", &data, "--out", &out, "--batch", "4"];
+        args.extend(more);
+        kto_train(&args)
+    }
+}
+
+pub fn write(tokens: &TokenSet, path: &Path) {
+    let mut file = std::fs::File::create(path).unwrap();
+    tokens.write(&mut file).unwrap();
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Checks exit code and message, and that nothing panicked.
+fn refused(output: &Output, code: i32, text: &str) {
+    let err = stderr(output);
+    assert_eq!(output.status.code(), Some(code), "{err}");
+    assert!(err.contains(text), "{err}");
+    assert!(!err.contains("panicked"), "{err}");
+    let lines = err
+        .lines()
+        .filter(|l| !l.starts_with("hint:") && !l.contains("rows (") && !l.contains("warning"))
+        .count();
+    assert_eq!(lines, 1, "{err}");
+}
+
+#[test]
+fn bad_inputs_are_refused() {
+    let b = Bench::new();
+    let out = b.out().display().to_string();
+    let model = b.model.display().to_string();
+    refused(&kto_train(&["--model", "/none", "--data", "x", "--out", &out]), 66, "/none");
+    refused(&kto_train(&["--model", &model, "--data", "/none", "--out", &out]), 66, "/none");
+    refused(&b.train(&["--batch", "0"]), 2, "--batch");
+    refused(&b.train(&["--micro-batch", "2"]), 2, "--preset trl");
+    refused(&b.train(&["--preset", "trl", "--micro-batch", "3"]), 2, "does not divide");
+    refused(&b.train(&["--target-modules", "q_proj,lm_head"]), 2, "lm_head");
+    refused(&b.train(&["--reference", "init-adapter"]), 2, "--init-adapter");
+    refused(&b.train(&["--lr", "nan"]), 2, "--lr");
+    refused(&b.train(&["--init-adapter", "/none"]), 66, "/none");
+    assert!(!b.out().exists(), "a refused run leaves nothing");
+}
+
+#[test]
+fn bad_token_files_are_refused() {
+    let b = Bench::new();
+    let bytes = std::fs::read(&b.data).unwrap();
+    std::fs::write(&b.data, &bytes[..bytes.len() / 2]).unwrap();
+    refused(&b.train(&[]), 65, "data.kto.arrow");
+    write(&rows(&[&[1, 383]], 400), &b.data);
+    assert!(b.train(&["--dry-run", "--loss", "sft"]).status.success());
+    write(&rows(&[&[1, 390]], 400), &b.data);
+    refused(&b.train(&["--loss", "apo-zero"]), 65, "390");
+    write(&rows(&[&[1, 5], &[1, 5]], 384), &b.data);
+    refused(&b.train(&[]), 65, "same prompt");
+    write(&rows(&[], 384), &b.data);
+    refused(&b.train(&[]), 65, "no rows");
+}
+
+/// Rows with the given prompts and one completion token.
+fn rows(prompts: &[&[u32]], vocab_size: u32) -> TokenSet {
+    let mut set = TokenSet::new(TokenMeta { vocab_size, max_length: 96, ..Default::default() });
+    for prompt in prompts {
+        set.push(TokenRow {
+            prompt_ids: prompt,
+            completion_ids: &[7],
+            label: true,
+            prompt_hash: prompt_hash(prompt),
+        });
+    }
+    set
+}
+
+#[test]
+fn tokens_of_another_tokenizer_are_refused() {
+    let b = Bench::new();
+    let mut tokens = Case::open("llama").tokens();
+    tokens.meta.tokenizer = "0".repeat(64);
+    write(&tokens, &b.data);
+    refused(&b.train(&[]), 78, "another tokenizer.json");
+    assert!(b.train(&["--force-base", "--max-steps", "1"]).status.success());
+}
+
+#[test]
+fn a_finished_run_is_not_overwritten() {
+    let b = Bench::new();
+    assert!(b.train(&["-q", "--max-steps", "2"]).status.success());
+    let adapter = std::fs::read(b.out().join("adapter/adapter_model.safetensors")).unwrap();
+    refused(&b.train(&[]), 73, "there is a run");
+    assert_eq!(std::fs::read(b.out().join("adapter/adapter_model.safetensors")).unwrap(), adapter);
+    assert!(b.train(&["-q", "--force", "--max-steps", "1"]).status.success());
+    assert_eq!(std::fs::read_to_string(b.out().join("metrics.jsonl")).unwrap().lines().count(), 1);
+}
+
+#[test]
+fn a_directory_in_use_is_refused() {
+    let b = Bench::new();
+    std::fs::create_dir(b.out()).unwrap();
+    let _lock = kto_cli::lock::RunLock::acquire(&b.out()).unwrap();
+    refused(&b.train(&[]), 75, "run");
+}
+
+#[test]
+fn a_dry_run_prints_the_plan_and_writes_nothing() {
+    let b = Bench::new();
+    let output = b.train(&["--dry-run", "--epochs", "2"]);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("10 of 4 rows") && text.contains("memory"), "{text}");
+    assert!(!b.out().exists());
+}
+
+#[test]
+fn data_through_a_pipe_is_kept_in_the_run_directory() {
+    let b = Bench::new();
+    let output = Command::new(env!("CARGO_BIN_EXE_kto-train"))
+        .args(["-q", "--max-steps", "1", "--model"])
+        .arg(&b.model)
+        .arg("--out")
+        .arg(b.out())
+        .stdin(std::fs::File::open(&b.data).unwrap())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(output.stderr.is_empty() && output.stdout.is_empty());
+    let read = |path: PathBuf| TokenSet::read("x", std::fs::File::open(path).unwrap()).unwrap();
+    assert_eq!(read(b.out().join("data.kto.arrow")), read(b.data.clone()));
+}
+
+#[test]
+fn losses_without_kl_train() {
+    for (loss, start) in [("sft", 3.0), ("apo-zero", 0.4)] {
+        let b = Bench::new();
+        let output = b.train(&["-q", "--loss", loss, "--lr", "3e-3", "--epochs", "8"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let losses: Vec<f64> = std::fs::read_to_string(b.out().join("metrics.jsonl"))
+            .unwrap()
+            .lines()
+            .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["loss"].as_f64().unwrap())
+            .collect();
+        let mean = |l: &[f64]| l.iter().sum::<f64>() / l.len() as f64;
+        assert!(losses[0] > start && mean(&losses[35..]) < mean(&losses[..5]) * 0.97, "{loss}: {losses:?}");
+    }
+}

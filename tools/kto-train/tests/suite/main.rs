@@ -1,0 +1,8 @@
+//! Tests of kto-train: one binary.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+mod cli;
+mod engine;
+mod golden;
+mod pipeline;
+mod resume;

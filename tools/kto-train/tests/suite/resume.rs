@@ -1,0 +1,109 @@
+//! A run that is interrupted and resumed ends with the bytes of one that was not.
+
+use crate::cli::{Bench, stderr};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+const FLAGS: [&str; 9] =
+    ["-q", "--epochs", "10", "--lr", "1e-3", "--lora-dropout", "0.1", "--schedule", "cosine"];
+
+fn result(out: &Path) -> (Vec<u8>, Vec<u8>) {
+    let read = |name: &str| std::fs::read(out.join(name)).unwrap();
+    (read("adapter/adapter_model.safetensors"), read("metrics.jsonl"))
+}
+
+fn spawn(b: &Bench) -> std::process::Child {
+    Command::new(env!("CARGO_BIN_EXE_kto-train"))
+        .args(FLAGS)
+        .args(["--batch", "4", "--checkpoint-every", "1", "--resume", "--model"])
+        .arg(&b.model)
+        .arg("--data")
+        .arg(&b.data)
+        .arg("--out")
+        .arg(b.out())
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn killed_runs_resume_to_the_same_bytes() {
+    let whole = Bench::new();
+    let output = whole.train(&FLAGS);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let truth = result(&whole.out());
+    let b = Bench::new();
+    let mut kills = 0;
+    let began = Instant::now();
+    loop {
+        let mut child = spawn(&b);
+        sleep(Duration::from_millis(60 + 41 * (kills % 5)));
+        // After a while the run is left alone, so that the test ends on any machine.
+        if kills < 8 && began.elapsed() < Duration::from_secs(60) && child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            kills += 1;
+            continue;
+        }
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        break;
+    }
+    println!("{kills} kills");
+    assert!(result(&b.out()) == truth, "after {kills} kills");
+}
+
+#[test]
+fn a_signal_saves_and_names_itself() {
+    let b = Bench::new();
+    let child = spawn(&b);
+    let metrics = b.out().join("metrics.jsonl");
+    let began = Instant::now();
+    while std::fs::metadata(&metrics).map_or(0, |m| m.len()) == 0 && began.elapsed() < Duration::from_secs(60)
+    {
+        sleep(Duration::from_millis(2));
+    }
+    let status = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", stderr(&output));
+    assert!(stderr(&output).contains("is saved"), "{}", stderr(&output));
+    assert!(!b.out().join("adapter").exists());
+    let resumed = spawn(&b).wait_with_output().unwrap();
+    assert!(resumed.status.success(), "{}", stderr(&resumed));
+    let whole = Bench::new();
+    assert!(whole.train(&FLAGS).status.success());
+    assert!(result(&b.out()) == result(&whole.out()));
+}
+
+#[test]
+fn resume_with_other_flags_is_refused_by_name() {
+    let b = Bench::new();
+    assert!(b.train(&["-q", "--max-steps", "2"]).status.success());
+    let output = b.train(&["--resume", "--max-steps", "2", "--beta", "0.2"]);
+    assert_eq!(output.status.code(), Some(78));
+    assert!(stderr(&output).contains("beta was 0.1, is 0.2"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    let b = Bench::new();
+    let flags = [&FLAGS[..], &["--checkpoint-every", "1"]].concat();
+    assert!(b.train(&flags).status.success());
+    let truth = result(&b.out());
+    std::fs::remove_dir_all(b.out().join("adapter")).unwrap();
+    let state = b.out().join("checkpoints/step-00000050/state.safetensors");
+    let mut bytes = std::fs::read(&state).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&state, bytes).unwrap();
+    let output = b.train(&[&FLAGS[1..], &["--resume"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("does not match its hash"), "{}", stderr(&output));
+    assert!(result(&b.out()) == truth);
+}
