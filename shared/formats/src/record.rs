@@ -129,14 +129,37 @@ pub fn label(field: &str, value: &Value) -> Result<bool> {
     value.as_bool().ok_or_else(|| {
         let what = format!("field {} must be true or false, found {}", quoted(field), describe(value));
         let error = Error::data(what);
-        match value {
-            Value::Number(n) => error.with_hint(format!("kto-convert --label-map {n}=true,…=false")),
-            Value::String(s) if !s.is_empty() && !s.contains([',', '=', '\n']) && s.len() < 20 => {
-                error.with_hint(format!("kto-convert --label-map {}=true,…=false", kto_cli::escape(s)))
-            }
-            _ => error,
+        match label_map(value) {
+            Some(map) => error.with_hint(format!("kto-convert --label-map {map}")),
+            None => error,
         }
     })
+}
+
+/// The `--label-map` that would read a value: the usual pair of words when it is one of them.
+fn label_map(value: &Value) -> Option<String> {
+    const PAIRS: [(&str, &str); 8] = [
+        ("true", "false"),
+        ("True", "False"),
+        ("1", "0"),
+        ("1", "-1"),
+        ("yes", "no"),
+        ("up", "down"),
+        ("good", "bad"),
+        ("desirable", "undesirable"),
+    ];
+    let text = match value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.to_string(),
+        _ => return None,
+    };
+    if let Some((yes, no)) = PAIRS.iter().find(|(yes, no)| *yes == text || *no == text) {
+        return Some(format!("{yes}=true,{no}=false"));
+    }
+    let plain = !text.is_empty()
+        && text.len() < 20
+        && text.chars().all(|c| c.is_alphanumeric() || "-_.+".contains(c));
+    plain.then(|| format!("{text}=true (or {text}=false)"))
 }
 
 fn take(row: &mut Map<String, Value>, field: &str) -> Result<Value> {

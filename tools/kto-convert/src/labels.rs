@@ -52,22 +52,24 @@ impl Labels {
         }
     }
 
+    /// Names the column that should hold the label when `row` has none of that name.
+    pub fn missing(&self, row: &Map<String, Value>) -> Result<(), Problem> {
+        let wanted = self.field.as_deref().unwrap_or(COLUMNS[0]);
+        if self.is_known_for(row) || row.contains_key(wanted) {
+            return Ok(());
+        }
+        let what = format!("field {} is missing{}", quoted(wanted), columns(row));
+        let hint = "--label-field COLUMN names the column that holds it, --label BOOL gives one to all";
+        Err(Reason::MissingField.error(Error::data(what).with_hint(hint)))
+    }
+
     /// Takes the label out of a row. `table`: cells are text, so true and false are accepted as words.
     pub fn take(&self, row: &mut Map<String, Value>, table: bool) -> Result<bool, Problem> {
-        let Some(column) = self.column(row) else {
-            if let Some(label) = self.default {
-                return Ok(label);
-            }
-            let wanted = self.field.as_deref().unwrap_or(COLUMNS[0]);
-            return match row.get(wanted) {
-                Some(null) => label(wanted, null).map_err(Reason::Label.because()),
-                None => {
-                    let what = format!("field {} is missing{}", quoted(wanted), columns(row));
-                    let hint =
-                        "--label-field COLUMN names the column that holds it, --label BOOL gives one to all";
-                    Err(Reason::MissingField.error(Error::data(what).with_hint(hint)))
-                }
-            };
+        let wanted = self.field.as_deref().unwrap_or(COLUMNS[0]);
+        let column = match (self.column(row), self.default) {
+            (Some(column), _) => column,
+            (None, Some(label)) => return Ok(label),
+            (None, None) => wanted,
         };
         let value = row.shift_remove(column).unwrap_or_default();
         let text = match &value {
@@ -107,10 +109,9 @@ mod tests {
         }
         assert_eq!(take(&plain, json!({"label": "True"}), true), Ok(true));
         assert!(take(&plain, json!({"label": "1"}), true).is_err());
-        assert_eq!(
-            take(&plain, json!({"x": 1}), false),
-            Err("field \"label\" is missing (found \"x\")".into())
-        );
+        let Value::Object(row) = json!({"x": 1}) else { panic!("an object") };
+        let missing = plain.missing(&row).unwrap_err().error.to_string();
+        assert_eq!(missing, "field \"label\" is missing (found \"x\")");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::{
     plan::Plan,
     problem::{Problem, Reason},
     readers::Reader,
-    report::Report,
+    report::{Report, plural},
     rows::{self, Converted},
 };
 use kto_cli::{Context, Error, Result, Ui};
@@ -165,12 +165,12 @@ impl Pass<'_> {
             let what = if report.rows == 0 {
                 "no rows".to_owned()
             } else {
-                format!("all {} rows skipped", report.rows)
+                format!("nothing to write, {} skipped", plural(report.rows, "row"))
             };
             return Err(Error::data(format!("{names}: {what}")).with_hint("--allow-empty accepts that"));
         }
         if self.bad > NAMED {
-            self.ui.warn(format_args!("{} rows skipped in all", self.bad));
+            self.ui.warn(format_args!("{} skipped in all", plural(self.bad, "row")));
         }
         self.sink.finish()?;
         Ok(report)

@@ -17,19 +17,24 @@ pub struct Tally {
     pub count: u64,
     /// The first five places, `name:line`.
     pub first: Vec<String>,
+    /// There were more places.
+    more: bool,
 }
 
 impl Tally {
     /// Counts one more.
     pub fn note(&mut self, place: &str) {
         self.count += 1;
-        if self.first.len() < PLACES && self.first.last().is_none_or(|last| last != place) {
+        let same = self.first.last().is_some_and(|last| last == place);
+        if !same && self.first.len() < PLACES {
             self.first.push(place.to_owned());
+        } else {
+            self.more |= !same;
         }
     }
 
     fn places(&self) -> String {
-        let more = if self.count > self.first.len() as u64 { ", …" } else { "" };
+        let more = if self.more { ", …" } else { "" };
         format!("{}{more}", self.first.join(", "))
     }
 
@@ -72,17 +77,28 @@ impl Report {
         self.desirable + self.undesirable
     }
 
-    fn oddities(&self) -> [(&'static str, &'static str, &Tally); 7] {
+    fn oddities(&self) -> [(&'static str, &'static str, &'static str, &Tally); 7] {
         [
-            ("ties", "pairs with equal sides written with both labels", &self.ties),
-            ("prompts_differ", "pairs with different prompts, each side with its own", &self.prompts_differ),
-            ("empty_completions", "empty completions written", &self.empty),
-            ("conflicts", "records contradict an earlier one (same text, other label)", &self.conflicts),
-            ("duplicates", "records repeat an earlier one", &self.duplicates),
-            ("mixed", "rows with text beside messages, or with the prompt repeated, made alike", &self.mixed),
+            ("ties", "pair", "with equal sides, written with both labels", &self.ties),
+            (
+                "prompts_differ",
+                "pair",
+                "with different prompts, each side with its own",
+                &self.prompts_differ,
+            ),
+            ("empty_completions", "empty completion", "written", &self.empty),
+            (
+                "conflicts",
+                "record",
+                "called good and bad (same text as before, other label)",
+                &self.conflicts,
+            ),
+            ("duplicates", "record", "seen before", &self.duplicates),
+            ("mixed", "row", "with text beside messages, or the prompt said twice, made alike", &self.mixed),
             (
                 "replaced_columns",
-                "rows whose own prompt, completion or label column gave way",
+                "row",
+                "whose own prompt, completion or label column gave way",
                 &self.replaced,
             ),
         ]
@@ -92,24 +108,21 @@ impl Report {
     pub fn print(&self, ui: &Ui) {
         let shapes: Vec<String> = self.shapes.iter().map(|(name, n)| format!("{n} {name}")).collect();
         let colon = if shapes.is_empty() { "" } else { ": " };
-        ui.note(format_args!("{} rows read{colon}{}", self.rows, shapes.join(", ")));
+        ui.note(format_args!("{} read{colon}{}", plural(self.rows, "row"), shapes.join(", ")));
         let (good, bad) = (self.desirable, self.undesirable);
-        ui.note(format_args!("{} records written: {good} desirable, {bad} undesirable", self.written()));
-        for (what, skipped) in [("rows", &self.skipped_rows), ("records", &self.skipped_records)] {
+        let written = plural(self.written(), "record");
+        ui.note(format_args!("{written} written: {good} desirable, {bad} undesirable"));
+        for (what, skipped) in [("row", &self.skipped_rows), ("record", &self.skipped_records)] {
             for (reason, tally) in skipped {
-                ui.note(format_args!(
-                    "{} {what} skipped, {}: {}",
-                    tally.count,
-                    reason.name(),
-                    tally.places()
-                ));
+                let count = plural(tally.count, what);
+                ui.note(format_args!("{count} skipped, {}: {}", reason.name(), tally.places()));
             }
         }
-        for (_, words, tally) in self.oddities().into_iter().filter(|(_, _, t)| t.count > 0) {
-            ui.warn(format_args!("{} {words}: {}", tally.count, tally.places()));
+        for (_, what, words, tally) in self.oddities().into_iter().filter(|(.., t)| t.count > 0) {
+            ui.warn(format_args!("{} {words}: {}", plural(tally.count, what), tally.places()));
         }
         if self.lossy > 0 {
-            ui.warn(format_args!("{} broken characters replaced by U+FFFD", self.lossy));
+            ui.warn(format_args!("{} replaced by U+FFFD", plural(self.lossy, "broken character")));
         }
         if let Some(advice) = weights::advice(good, bad) {
             ui.warn(advice);
@@ -123,7 +136,7 @@ impl Report {
         };
         let total = |tallies: &BTreeMap<Reason, Tally>| tallies.values().map(|t| t.count).sum::<u64>();
         let oddities: Value =
-            self.oddities().into_iter().map(|(key, _, t)| (key.to_owned(), t.json())).collect();
+            self.oddities().into_iter().map(|(key, .., t)| (key.to_owned(), t.json())).collect();
         json!({
             "inputs": self.inputs,
             "rows": {
@@ -145,4 +158,9 @@ impl Report {
             "weights": weights::advice(self.desirable, self.undesirable),
         })
     }
+}
+
+/// `1 row`, `2 rows`.
+pub fn plural(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }

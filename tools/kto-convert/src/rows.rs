@@ -41,8 +41,9 @@ pub struct Converted {
 /// Converts the value of a row.
 pub fn convert(value: Value, table: bool, plan: &Plan) -> Result<Converted, Problem> {
     let Value::Object(mut row) = value else {
-        let what = format!("a row must be a JSON object, found {}", json::describe(&value));
-        return Err(Reason::Unreadable.says(what));
+        let error = Error::data(format!("a row must be a JSON object, found {}", json::describe(&value)));
+        let hint = "--in-format json reads a JSON array";
+        return Err(Reason::Unreadable.error(if value.is_array() { error.with_hint(hint) } else { error }));
     };
     rename(&mut row, &plan.map)?;
     refuse_media(&row)?;

@@ -107,14 +107,22 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
         let hint = "--map prompt=COLUMN,completion=COLUMN,label=COLUMN names the columns";
         return Err(Reason::UnknownShape.error(Error::data(what).with_hint(hint)));
     };
+    missing(shape, row, rules)?;
     (shape.convert)(row, rules)
+}
+
+/// Names the first field that a shape needs and the row has not, beside those that it has.
+fn missing(shape: &Shape, row: &Fields, rules: &Rules<'_>) -> Result<(), Problem> {
+    if let Some(field) = shape.needs.iter().find(|f| !row.contains_key(**f)) {
+        let what = format!("field {} is missing{}", quoted(field), columns(row));
+        return Err(Reason::MissingField.says(what));
+    }
+    if shape.labelled { rules.labels.missing(row) } else { Ok(()) }
 }
 
 /// Takes a field as text or checked messages. A single message is a list of one; text parts are joined.
 fn content(row: &mut Fields, field: &str) -> Result<Content, Problem> {
-    let mut value = row.shift_remove(field).ok_or_else(|| {
-        Reason::MissingField.says(format!("field {} is missing{}", quoted(field), columns(row)))
-    })?;
+    let mut value = row.shift_remove(field).unwrap_or_default();
     if value.is_object() {
         value = Value::Array(vec![value]);
     }

@@ -136,17 +136,17 @@ fn what_is_missing_is_named() {
         (
             json!({"prompt": "p", "completion": "c"}),
             Reason::MissingField,
-            "field \"label\" is missing (the row has no fields)",
+            "field \"label\" is missing (found \"prompt\", \"completion\")",
         ),
         (
             json!({"chosen": "c", "prompt": "p"}),
             Reason::MissingField,
-            "field \"rejected\" is missing (found \"prompt\")",
+            "field \"rejected\" is missing (found \"chosen\", \"prompt\")",
         ),
         (
             json!({"prompt": "p", "label": true}),
             Reason::MissingField,
-            "field \"completion\" is missing (found \"label\")",
+            "field \"completion\" is missing (found \"prompt\", \"label\")",
         ),
         (json!({"q": 1, "a": 2}), Reason::UnknownShape, "no known shape (found \"q\", \"a\")"),
         (json!({}), Reason::UnknownShape, "no known shape (the row has no fields)"),
