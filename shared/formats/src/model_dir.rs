@@ -20,6 +20,8 @@ type Object = serde_json::Map<String, Value>;
 
 /// Longest JSON file of a model directory that is read, in bytes.
 pub const MAX_JSON: u64 = 64 << 20;
+/// Key of the source's fingerprint in the safetensors metadata of a quantized model.
+pub const QUANTIZED_FROM: &str = "kto.quantized_from";
 /// Bytes of each end of a tensor that go into the fingerprint.
 const SAMPLE: usize = 32 << 10;
 /// Entries of config.json that say nothing about the weights.
@@ -57,8 +59,18 @@ impl ModelDir {
 
     /// Returns the identity of the model: SHA-256 over config.json (without entries that do not touch the weights),
     /// every tensor's name, dtype and shape, and the first and last 32 KiB of each.
-    /// Equal for one file and shards of the same weights.
+    /// Equal for one file and shards of the same weights. 64 hexadecimal digits; of a model that kto-quantize made,
+    /// followed by `+` and the fingerprint of what it was made from.
     pub fn fingerprint(&self) -> String {
+        let mut own = self.own_fingerprint();
+        if let Some(source) = self.tensors.metadata().get(QUANTIZED_FROM) {
+            own.push('+');
+            own.push_str(source);
+        }
+        own
+    }
+
+    fn own_fingerprint(&self) -> String {
         let mut hash = Sha256Hex::new();
         if let Value::Object(config) = &self.config {
             let sorted: BTreeMap<_, _> =
@@ -78,6 +90,12 @@ impl ModelDir {
         }
         hash.finish()
     }
+}
+
+/// Returns whether two fingerprints are of the same weights, or of quantizations of the same weights: an adapter that
+/// was trained on the one may be merged into the other.
+pub fn same_origin(a: &str, b: &str) -> bool {
+    a.split('+').any(|x| b.split('+').any(|y| x == y))
 }
 
 /// Feeds a length-prefixed field, so that no two sequences of fields look alike.
@@ -298,6 +316,7 @@ mod tests {
         assert_eq!((print.len(), &print), (64, &shards.fingerprint()));
         weights(&whole.join("model.safetensors"), &[("c", 3.0), ("b", 2.0), ("a", 1.5)]);
         assert_ne!(print, ModelDir::open(&whole).unwrap().fingerprint());
+        assert!(same_origin("a+s", "s") && same_origin("s", "b+s") && !same_origin("a+s", "t"));
     }
 
     #[test]

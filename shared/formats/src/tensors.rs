@@ -123,6 +123,14 @@ impl TensorStore {
         }
     }
 
+    /// As [`TensorStore::release`], for a part of the tensor's bytes.
+    pub fn release_part(&self, name: &str, bytes: std::ops::Range<usize>) {
+        if let Some(entry) = self.entries.get(name) {
+            let start = entry.range.start;
+            self.files[entry.file].release(start + bytes.start..(start + bytes.end).min(entry.range.end));
+        }
+    }
+
     /// Returns the file that holds `name`, for messages.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
         self.entries.get(name).map(|e| self.files[e.file].path())
