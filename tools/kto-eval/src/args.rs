@@ -1,0 +1,213 @@
+//! The command line of kto-eval. Flag names are stable and mean what they mean in kto-train.
+
+use clap::{Args as Group, Parser, Subcommand, ValueEnum};
+use kto_cli::Common;
+use std::path::PathBuf;
+
+/// Score preferences and generate answers with a language model
+#[derive(Parser, Clone, Debug)]
+#[command(after_long_help = EXAMPLES)]
+pub struct Args {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
+}
+
+/// The two jobs.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Log-probabilities, rewards and KL of a token file's rows
+    ///
+    /// Reads a token file of kto-tokenize and writes one JSON object a row: row (from 1), label, tokens (of the
+    /// completion), logps, reference_logps, reward = beta · (logps − reference_logps); and for the KL estimate
+    /// kl_from, the row whose completion is scored after this row's prompt, with kl_logps, kl_reference_logps and
+    /// kl, their difference. A summary goes to standard error, or as JSON to --summary.
+    #[command(after_long_help = SCORE_HELP)]
+    Score(ScoreArgs),
+    /// Answers to prompts
+    ///
+    /// Reads JSON Lines: "prompt" (text, or a list of messages), or "messages" (answers at their end are left out).
+    /// Messages go through the model's chat template. Writes one JSON object a prompt: prompt, completion,
+    /// finish ("stop" or "length"), tokens, then the other columns; a completion and label that came with the row
+    /// are given_completion and given_label.
+    #[command(after_long_help = GENERATE_HELP)]
+    Generate(GenerateArgs),
+}
+
+/// Flags about the model.
+#[derive(Group, Clone, Debug)]
+pub struct ModelArgs {
+    /// Model directory: config.json and safetensors (llama, qwen2; dense or bitsandbytes NF4)
+    #[arg(long, value_name = "DIR", alias = "model-name-or-path", help_heading = "Model")]
+    pub model: PathBuf,
+    /// PEFT adapter on it
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    pub adapter: Option<PathBuf>,
+    /// Go on although tokens or adapter were made with another tokenizer or base
+    #[arg(long, help_heading = "Model")]
+    pub force_base: bool,
+    /// Worker threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Model")]
+    pub threads: Option<u32>,
+}
+
+/// Flags of `score`.
+#[derive(Group, Clone, Debug)]
+pub struct ScoreArgs {
+    /// Token file (.kto.arrow); `-` is standard input
+    #[arg(value_name = "FILE", default_value = "-")]
+    pub file: PathBuf,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// What rewards are measured against: base (the model without adapter), another adapter, or another model
+    #[arg(long, value_name = "base|DIR", default_value = "base", help_heading = "Model")]
+    pub reference: PathBuf,
+
+    /// Write to FILE, which appears whole or not at all, instead of standard output
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    /// Write the summary as JSON to FILE; `-` prints it in place of the rows
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub summary: Option<PathBuf>,
+    /// Write no rows
+    #[arg(long, conflicts_with = "output", help_heading = "Output")]
+    pub no_rows: bool,
+    /// End with 1 when the summary is so: 'rewards/accuracies<0.9' (repeatable; < <= > >= == !=)
+    #[arg(long, value_name = "KEY<NUMBER", help_heading = "Output")]
+    pub fail_if: Vec<String>,
+
+    /// Loss to report
+    #[arg(long, value_name = "NAME", default_value = "kto", alias = "loss-type", help_heading = "Loss")]
+    pub loss: LossKind,
+    /// Strength of the pull towards the reference; the factor of rewards
+    #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = positive, help_heading = "Loss")]
+    pub beta: f64,
+    /// Weight of rows with label true
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = not_negative, help_heading = "Loss")]
+    pub desirable_weight: f64,
+    /// Weight of rows with label false
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = not_negative, help_heading = "Loss")]
+    pub undesirable_weight: f64,
+    /// Seed of the KL partners
+    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Loss")]
+    pub seed: u64,
+    /// Skip the KL estimate, half of the work; the kto loss is then not reported
+    #[arg(long, help_heading = "Loss")]
+    pub no_kl: bool,
+}
+
+/// Flags of `generate`.
+#[derive(Group, Clone, Debug)]
+pub struct GenerateArgs {
+    /// Files with prompts, in order; none or `-` is standard input
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Chat template in place of the model's
+    #[arg(long, value_name = "FILE", help_heading = "Model")]
+    pub template: Option<PathBuf>,
+
+    /// Every line of the input is a prompt, and only the answers are printed
+    #[arg(long, conflicts_with = "ids", help_heading = "Input")]
+    pub text: bool,
+    /// Rows hold "prompt_ids" and get "completion_ids"; no tokenizer is needed
+    #[arg(long, conflicts_with = "chat", help_heading = "Input")]
+    pub ids: bool,
+    /// Take a prompt that is text as the message of a user
+    #[arg(long, help_heading = "Input")]
+    pub chat: bool,
+    /// Control tokens in the prompts' text are control tokens, not text
+    #[arg(long, help_heading = "Input")]
+    pub allow_special: bool,
+
+    /// Write to FILE, which appears whole or not at all, instead of standard output
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+
+    /// Tokens of an answer, at most
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 24), help_heading = "Sampling")]
+    pub max_new_tokens: u32,
+    /// 0 takes the likeliest token each time
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative, help_heading = "Sampling")]
+    pub temperature: f64,
+    /// Draw from the likeliest tokens that have this probability together
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share, help_heading = "Sampling")]
+    pub top_p: f64,
+    /// Seed of the draws; a row's draws depend on the seed and its place in the input only
+    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Sampling")]
+    pub seed: u64,
+    /// End an answer before this text (repeatable)
+    #[arg(long, value_name = "TEXT", conflicts_with = "ids", help_heading = "Sampling")]
+    pub stop: Vec<String>,
+    /// Prompts answered at a time; 1 answers each before the next is read
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Sampling")]
+    pub batch: u32,
+}
+
+/// Names of the losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LossKind {
+    /// KTO (arXiv 2402.01306)
+    Kto,
+    /// TRL's apo_zero_unpaired: no KL term
+    #[value(alias = "apo_zero_unpaired", alias = "apo-zero-unpaired")]
+    ApoZero,
+    /// Negative log-likelihood of the completions, labels ignored
+    Sft,
+}
+
+fn number(text: &str) -> Result<f64, String> {
+    text.parse::<f64>().ok().filter(|x| x.is_finite()).ok_or_else(|| "not a number".to_string())
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    number(text).and_then(|x| if x > 0.0 { Ok(x) } else { Err("must be above 0".into()) })
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    number(text).and_then(|x| if x >= 0.0 { Ok(x) } else { Err("must not be below 0".into()) })
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text)
+        .and_then(|x| if x > 0.0 && x <= 1.0 { Ok(x) } else { Err("must be above 0, up to 1".into()) })
+}
+
+const EXAMPLES: &str = "\
+EXAMPLES
+  Did training help? Held-out rows, base against adapter:
+    kto-eval score --model MODEL --adapter run/adapter heldout.kto.arrow --summary -
+  Ask a question:
+    echo 'What is a heron?' | kto-eval generate --model MODEL --adapter run/adapter --text --chat";
+
+const SCORE_HELP: &str = "\
+Keys of the summary, for --summary and --fail-if (names as in kto-train's metrics; a key without rows is absent):
+  rows, count/chosen, count/rejected, tokens    chosen: label true
+  loss, kl (at least 0), kl_raw
+  rewards/chosen, rewards/rejected, rewards/margins
+  rewards/accuracies        share of rows whose reward is above 0 just when the label is true (also: accuracy)
+  pairs, pairs/accuracies   pairs of a chosen and a rejected completion of one prompt; share with the higher reward chosen
+  logps/chosen, logps/rejected, entropy (nats a token)
+  perplexity, perplexity/chosen, perplexity/rejected, reference_perplexity
+
+EXAMPLES
+  kto-convert heldout.jsonl | kto-tokenize --model MODEL | kto-eval score --model MODEL --adapter run/adapter > scores.jsonl
+  kto-eval score --model MODEL --adapter run/adapter heldout.kto.arrow --summary - --fail-if 'accuracy<0.9'
+  kto-eval score --model merged --reference MODEL heldout.kto.arrow
+  kto-eval score --model MODEL data.kto.arrow | jq -s 'sort_by(.logps / .tokens) | .[:10] | .[].row'";
+
+const GENERATE_HELP: &str = "\
+EXAMPLES
+  kto-eval generate --model MODEL prompts.jsonl > answers.jsonl
+  echo 'Once upon a time' | kto-eval generate --model MODEL --text
+  echo '{\"prompt\": \"Why is the sky blue?\"}' | kto-eval generate --model MODEL --chat --temperature 0.7 --top-p 0.9
+  kto-eval generate --model MODEL --adapter run/adapter heldout.jsonl | jq -r .completion";

@@ -1,0 +1,155 @@
+//! `kto-eval generate`: prompts in, answers out, in the same order.
+
+mod answer;
+mod encode;
+mod prompts;
+mod stops;
+
+use crate::{
+    args::GenerateArgs,
+    models::{Policy, set_threads, shown},
+};
+use answer::Answer;
+use encode::Encoder;
+use kto_cli::{Context, Error, Exit, Result, Ui, input, output, output::Output, signal};
+use kto_kernels::random;
+use kto_model::{
+    generate::{Request, Sampling, generate_batch},
+    partners::purpose,
+};
+use prompts::{Prompt, Prompts};
+use std::{io::Write, path::Path};
+use stops::Stops;
+
+/// Positions to begin with; more are made when a prompt needs them.
+const POSITIONS: usize = 512;
+
+/// Runs `kto-eval generate`.
+pub fn run(args: &GenerateArgs, ui: &Ui) -> Result<Exit> {
+    let paths = input::or_stdin(&args.files)?;
+    if args.stop.iter().any(String::is_empty) {
+        return Err(Error::usage("--stop: an empty text would end every answer at once"));
+    }
+    set_threads(args.model.threads)?;
+    let mut policy = Policy::open(&args.model, POSITIONS)?;
+    policy.base.densify().at(shown(&args.model.model))?;
+    let encoder = match args.ids {
+        true => None,
+        false => Some(Encoder::open(args)?),
+    };
+    let stops = Stops::read(&args.model.model, encoder.as_ref().and_then(Encoder::eos_id))?;
+    let mut prompts = Prompts::new(paths, args)?;
+    let mut out = Output::create(args.output.as_deref())?;
+    let progress = ui.progress(0, "tokens");
+    let mut outcome = Ok(true);
+    while let Ok(true) = outcome {
+        let mut batch = Vec::new();
+        // What came before a bad row is answered before the error is reported, whatever the batch.
+        outcome = read_batch(&mut prompts, encoder.as_ref(), &mut policy, args, &mut batch);
+        let job = Job { args, policy: &policy, encoder: encoder.as_ref(), stops: &stops };
+        for (prompt, answer) in batch.iter().zip(job.answer(&batch, &progress)?) {
+            answer.write(&prompt.prompt, args, &mut out)?;
+        }
+        if let Output::Stdout(out) = &mut out {
+            out.flush().map_err(|e| output::error(Path::new("standard output"), &e))?;
+        }
+    }
+    outcome?;
+    out.finish()?;
+    Ok(Exit::Ok)
+}
+
+/// A prompt and its tokens.
+struct Ready {
+    prompt: Prompt,
+    ids: Vec<u32>,
+}
+
+/// Reads and encodes the next prompts; false at the end of the input. Errors carry the prompt's place.
+fn read_batch(
+    prompts: &mut Prompts,
+    encoder: Option<&Encoder>,
+    policy: &mut Policy,
+    args: &GenerateArgs,
+    batch: &mut Vec<Ready>,
+) -> Result<bool> {
+    while batch.len() < args.batch as usize {
+        let Some(prompt) = prompts.next()? else { return Ok(false) };
+        let ids = match (encoder, &prompt.ids) {
+            (Some(encoder), _) => encoder.encode(&prompt).at(&prompt.place)?,
+            (None, ids) => ids.clone(),
+        };
+        check_prompt(&ids, policy, args).at(&prompt.place)?;
+        policy.reserve(ids.len() + args.max_new_tokens as usize);
+        batch.push(Ready { prompt, ids });
+    }
+    Ok(true)
+}
+
+fn check_prompt(ids: &[u32], policy: &Policy, args: &GenerateArgs) -> Result<()> {
+    if ids.is_empty() {
+        return Err(Error::data("the prompt has no tokens"));
+    }
+    policy.base.check_ids(ids, "prompt")?;
+    let (limit, wanted) = (policy.base.architecture.max_positions, args.max_new_tokens as usize);
+    if ids.len() + wanted <= limit {
+        return Ok(());
+    }
+    let n = ids.len();
+    if n >= limit {
+        return Err(Error::data(format!(
+            "a prompt of {n} tokens, the model is made for {limit} with the answer"
+        )));
+    }
+    Err(Error::data(format!(
+        "a prompt of {n} tokens and {wanted} new ones, the model is made for {limit} together"
+    ))
+    .with_hint(format!("--max-new-tokens {}", limit - n)))
+}
+
+/// What answers a batch.
+struct Job<'a> {
+    args: &'a GenerateArgs,
+    policy: &'a Policy,
+    encoder: Option<&'a Encoder>,
+    stops: &'a Stops,
+}
+
+impl Job<'_> {
+    fn answer(&self, batch: &[Ready], progress: &kto_cli::Progress) -> Result<Vec<Answer>> {
+        let requests: Vec<Request> = batch.iter().map(|r| self.request(r)).collect();
+        let stop = |i: usize, made: &[u32]| {
+            signal::check()?;
+            progress.add(1);
+            if made.last().is_some_and(|id| self.stops.contains(*id)) {
+                return Ok(true);
+            }
+            match self.encoder {
+                Some(encoder) if !self.args.stop.is_empty() => {
+                    let tail = &made[made.len().saturating_sub(self.stop_tokens())..];
+                    Ok(answer::find_stop(&encoder.completion(&batch[i].ids, tail)?, &self.args.stop)
+                        .is_some())
+                }
+                _ => Ok(false),
+            }
+        };
+        let made = generate_batch(&self.policy.base, self.policy.lora.as_ref(), &requests, stop)?;
+        let answer = |(ready, (ids, stopped)): (&Ready, (Vec<u32>, bool))| {
+            Answer::new(&ready.ids, ids, stopped, self.stops, self.encoder, &self.args.stop)
+                .at(&ready.prompt.place)
+        };
+        batch.iter().zip(made).map(answer).collect()
+    }
+
+    fn request<'r>(&self, ready: &'r Ready) -> Request<'r> {
+        let seed = random::key(&[self.args.seed, purpose("generate"), ready.prompt.number]);
+        let sampling = Sampling { temperature: self.args.temperature, top_p: self.args.top_p, seed };
+        Request { prompt: &ready.ids, limit: self.args.max_new_tokens as usize, sampling }
+    }
+
+    /// Tokens at the end of an answer that are sure to hold a stop text that has just been completed: a token that
+    /// shows at all shows at least a byte, and a few show nothing until the next.
+    fn stop_tokens(&self) -> usize {
+        self.args.stop.iter().map(String::len).max().unwrap_or(0) + 8
+    }
+}

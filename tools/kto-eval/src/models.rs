@@ -1,0 +1,68 @@
+//! Opening a model with its adapter, and checking that they belong together.
+
+use crate::args::ModelArgs;
+use candle_core::DType;
+use kto_cli::{Context, Error, Kind, Result, escape};
+use kto_formats::{adapter::Adapter, model_dir::ModelDir};
+use kto_kernels::RopeTable;
+use kto_model::{architecture::Architecture, base::BaseModel, fit, lora::Lora};
+use std::path::Path;
+
+/// A base and perhaps an adapter on it.
+pub struct Policy {
+    /// The base.
+    pub base: BaseModel,
+    /// The adapter.
+    pub lora: Option<Lora>,
+    positions: usize,
+}
+
+impl Policy {
+    /// Opens what the flags name, for rows of at most `positions` tokens.
+    pub fn open(args: &ModelArgs, positions: usize) -> Result<Self> {
+        let directory = ModelDir::open(&args.model)?;
+        let architecture = Architecture::from_config(&directory.config).at(shown(&args.model))?;
+        let lora = match &args.adapter {
+            Some(path) => Some(adapter(path, "--adapter", &directory, &architecture, args.force_base)?),
+            None => None,
+        };
+        let base = BaseModel::load(directory, DType::F32, positions).at(shown(&args.model))?;
+        Ok(Self { base, lora, positions })
+    }
+
+    /// Makes room for sequences of `positions` tokens.
+    pub fn reserve(&mut self, positions: usize) {
+        if positions > self.positions {
+            let a = &self.base.architecture;
+            self.positions = positions.max((2 * self.positions).min(a.max_positions));
+            self.base.rope = RopeTable::new(a.shape.dim, a.rope_theta, self.positions);
+        }
+    }
+}
+
+/// Reads an adapter for a base. Error 78 when it was trained on another one and `force` is not given.
+pub fn adapter(
+    path: &Path,
+    flag: &str,
+    directory: &ModelDir,
+    architecture: &Architecture,
+    force: bool,
+) -> Result<Lora> {
+    let adapter = Adapter::read(path)?;
+    if !force {
+        fit::check_adapter(directory, &adapter, format_args!("{flag} {}", shown(path)))?;
+    }
+    Lora::from_adapter(architecture, &adapter, DType::F32).at(shown(path))
+}
+
+/// Sets the number of worker threads of the process.
+pub fn set_threads(threads: Option<u32>) -> Result<()> {
+    let Some(n) = threads else { return Ok(()) };
+    let built = rayon::ThreadPoolBuilder::new().num_threads(n as usize).build_global();
+    built.map_err(|e| Error::new(Kind::Internal, format!("--threads {n}: {e}")))
+}
+
+/// A path for messages.
+pub fn shown(path: &Path) -> String {
+    escape(&path.display().to_string())
+}

@@ -1,0 +1,168 @@
+//! `kto-eval score`: every row of a token file under policy and reference.
+
+mod assertion;
+mod scorer;
+mod summary;
+
+use crate::{
+    args::{LossKind, ScoreArgs},
+    models::{Policy, set_threads, shown},
+};
+use assertion::Assertion;
+use kto_cli::{Context, Error, Exit, Result, Ui, atomic, input, output, output::Output, signal};
+use kto_formats::tokens::TokenSet;
+use kto_model::{
+    fit,
+    loss::{Loss, LossSpec},
+    partners::{PromptGroups, stream},
+};
+use scorer::{Reference, Scorer};
+use serde_json::{Map, Value, json};
+use std::{io::Write, path::Path};
+use summary::Summary;
+
+/// Runs `kto-eval score`.
+pub fn run(args: &ScoreArgs, ui: &Ui) -> Result<Exit> {
+    let assertions = args.fail_if.iter().map(|text| Assertion::parse(text)).collect::<Result<Vec<_>>>()?;
+    let summary_only = args.no_rows || is_stdout(args.summary.as_deref());
+    if is_stdout(args.summary.as_deref()) && args.output.is_some() {
+        return Err(Error::usage(
+            "--summary - prints the summary in place of the rows, --output writes rows",
+        )
+        .with_hint("--summary FILE"));
+    }
+    set_threads(args.model.threads)?;
+    let tokens = read_tokens(&args.file)?;
+    let policy = Policy::open(&args.model, positions(&tokens))?;
+    check(args, &tokens, &policy, ui)?;
+    let reference = Reference::open(&args.reference, &policy, &args.model, positions(&tokens))?;
+    if reference.is_policy() {
+        ui.note("no --adapter and no --reference: policy and reference are one model, all rewards are 0");
+    }
+    let groups = PromptGroups::new(&tokens);
+    let partners = match args.no_kl || reference.is_policy() {
+        true => None,
+        false => Some(partners(&groups, args.seed)?),
+    };
+    let scorer =
+        Scorer { policy: &policy, reference: &reference, tokens: &tokens, partners: partners.as_deref() };
+    let rows = if summary_only { None } else { Some(Output::create(args.output.as_deref())?) };
+    let mut summary = Summary::new(loss(args), &groups, reference.is_policy());
+    score_all(&scorer, rows, &mut summary, ui)?;
+    report(args, &summary.finish(), &assertions, ui)
+}
+
+/// Scores chunk by chunk and writes the rows in order.
+fn score_all(scorer: &Scorer, mut out: Option<Output>, summary: &mut Summary, ui: &Ui) -> Result<()> {
+    let progress = ui.progress(scorer.tokens.len() as u64, "rows");
+    let mut start = 0;
+    while start < scorer.tokens.len() {
+        signal::check()?;
+        let end = scorer.chunk_end(start);
+        for score in scorer.score(start..end)? {
+            if let Some(out) = &mut out {
+                let mut line = score.json(summary.beta()).to_string();
+                line.push('\n');
+                out.write(line.as_bytes())?;
+            }
+            summary.add(&score);
+        }
+        if let Some(Output::Stdout(out)) = &mut out {
+            out.flush().map_err(|e| output::error(Path::new("standard output"), &e))?;
+        }
+        progress.add((end - start) as u64);
+        start = end;
+    }
+    out.map_or(Ok(()), Output::finish)
+}
+
+/// Writes the summary and checks the assertions.
+fn report(args: &ScoreArgs, summary: &Map<String, Value>, assertions: &[Assertion], ui: &Ui) -> Result<Exit> {
+    for line in summary::lines(summary) {
+        ui.note(line);
+    }
+    if let Some(path) = &args.summary {
+        let text = serde_json::to_string_pretty(summary).map_err(|e| Error::internal(e.to_string()))? + "\n";
+        if is_stdout(Some(path)) {
+            let mut out = Output::create(None)?;
+            out.write(text.as_bytes())?;
+            out.finish()?;
+        } else {
+            atomic::write(path, text.as_bytes())?;
+        }
+    }
+    let mut exit = Exit::Ok;
+    for (assertion, text) in assertions.iter().zip(&args.fail_if) {
+        if let Some(found) = assertion.failure(summary) {
+            ui.note(format_args!("--fail-if {text}: {found}"));
+            exit = Exit::AssertionFailed;
+        }
+    }
+    Ok(exit)
+}
+
+fn is_stdout(path: Option<&Path>) -> bool {
+    path == Some(Path::new("-"))
+}
+
+fn read_tokens(path: &Path) -> Result<TokenSet> {
+    let input = if path == Path::new("-") { input::or_stdin(&[])? } else { vec![path.into()] };
+    let input = input::open(&input[0])?;
+    let tokens = TokenSet::read(&input.name, input.reader)?;
+    if tokens.is_empty() {
+        return Err(Error::data(format!("{}: the token file has no rows", input.name))
+            .with_hint("kto-tokenize says how many rows it dropped and why"));
+    }
+    Ok(tokens)
+}
+
+/// Longest sequence that can be scored: a prompt with its own or another row's completion.
+fn positions(tokens: &TokenSet) -> usize {
+    let prompt = tokens.rows().map(|r| r.prompt_ids.len()).max().unwrap_or(0);
+    let completion = tokens.rows().map(|r| r.completion_ids.len()).max().unwrap_or(0);
+    (prompt + completion).min(tokens.meta.max_length as usize)
+}
+
+/// Checks that the tokens are the model's.
+fn check(args: &ScoreArgs, tokens: &TokenSet, policy: &Policy, ui: &Ui) -> Result<()> {
+    if !args.model.force_base {
+        fit::check_tokenizer(policy.base.directory(), &tokens.meta).at(shown(&args.file))?;
+    }
+    for (i, row) in tokens.rows().enumerate() {
+        let place = format_args!("{}: row {}", shown(&args.file), i + 1);
+        policy.base.check_ids(row.prompt_ids, place)?;
+        policy.base.check_ids(row.completion_ids, place)?;
+    }
+    let limit = policy.base.architecture.max_positions;
+    if positions(tokens) > limit {
+        ui.warn(format_args!("rows of up to {} tokens, the model is made for {limit}", positions(tokens)));
+    }
+    Ok(())
+}
+
+/// Draws the KL partner of every row.
+fn partners(groups: &PromptGroups, seed: u64) -> Result<Vec<usize>> {
+    let draw = |row| groups.partner(stream(seed, 0, row), row);
+    (0..groups.group_of.len()).map(draw).collect::<Option<_>>().ok_or_else(|| {
+        Error::data("all rows have the same prompt: the KL estimate needs completions of another prompt")
+            .with_hint("--no-kl")
+    })
+}
+
+fn loss(args: &ScoreArgs) -> LossSpec {
+    LossSpec {
+        loss: match args.loss {
+            LossKind::Kto => Loss::Kto,
+            LossKind::ApoZero => Loss::ApoZero,
+            LossKind::Sft => Loss::Sft,
+        },
+        beta: args.beta,
+        desirable_weight: args.desirable_weight,
+        undesirable_weight: args.undesirable_weight,
+    }
+}
+
+/// A number for JSON; what is not finite becomes null.
+fn number(value: f64) -> Value {
+    json!(value)
+}
