@@ -1,6 +1,6 @@
 //! `TOOL --generate man|bash|zsh|fish`: the man page and the shell completions, from the same definition as `--help`.
 
-use crate::{Error, Result};
+use crate::{EXIT_STATUS, Error, Result};
 use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
@@ -41,29 +41,65 @@ fn man(tool: &str, mut command: Command, out: &mut Vec<u8>) -> io::Result<()> {
     page.render_title(out)?;
     page.render_name_section(out)?;
     page.render_synopsis_section(out)?;
-    page.render_description_section(out)?;
+    let mut description = Vec::new();
+    page.render_description_section(&mut description)?;
+    out.extend_from_slice(keep_layout(&description).as_bytes());
     page.render_options_section(out)?;
     for sub in subcommands {
         let heading = format!("\n.SH \"COMMAND {}\"\n", sub.get_name().to_uppercase());
         out.extend_from_slice(heading.as_bytes());
         let about =
             sub.get_long_about().or_else(|| sub.get_about()).map(ToString::to_string).unwrap_or_default();
-        out.extend_from_slice(roff(&about).as_bytes());
+        out.extend_from_slice(keep_layout(roff(&about).as_bytes()).as_bytes());
+        let extra = sub.get_after_long_help().map(ToString::to_string).unwrap_or_default();
         Man::new(sub).render_options_section(out)?;
+        out.extend_from_slice(sections(extra.trim_end_matches(EXIT_STATUS)).as_bytes());
     }
-    out.extend_from_slice(b"\n.SH EXTRA\n.nf\n");
     let extra = command.get_after_long_help().map(ToString::to_string).unwrap_or_default();
-    out.extend_from_slice(roff(&extra).as_bytes());
-    out.extend_from_slice(format!("\n.fi\n.SH VERSION\n{tool} {}\n", crate::version::number()).as_bytes());
+    out.extend_from_slice(sections(&extra).as_bytes());
+    out.extend_from_slice(format!(".SH VERSION\n{tool} {}\n", crate::version::number()).as_bytes());
     Ok(())
 }
 
-/// Text as roff: a backslash is doubled, a leading dot or quote is no request.
+/// The text behind the options, as laid out; a line at the margin that ends with a colon heads a section.
+fn sections(text: &str) -> String {
+    let mut out = String::from("\n");
+    for line in text.lines() {
+        match line.strip_suffix(':') {
+            Some(heading) if !line.starts_with(' ') => {
+                out += &format!(".fi\n.SH {}\n.nf\n", heading.to_uppercase())
+            }
+            _ => out += &roff(line),
+        }
+    }
+    out + ".fi\n"
+}
+
+/// Keeps the layout of indented lines, which are lists and examples.
+fn keep_layout(page: &[u8]) -> String {
+    let mut out = String::new();
+    let mut inside = false;
+    for line in String::from_utf8_lossy(page).lines() {
+        let indented = line.starts_with("  ");
+        if indented != inside {
+            out += if indented { ".nf\n" } else { ".fi\n" };
+            inside = indented;
+        }
+        out += line;
+        out.push('\n');
+    }
+    if inside { out + ".fi\n" } else { out }
+}
+
+/// Text as roff: a backslash is spelled out, a leading dot or quote is no request.
 fn roff(text: &str) -> String {
-    text.lines()
-        .map(|line| {
-            let line = line.replace('\\', "\\\\").replace('-', "\\-");
-            if line.starts_with(['.', '\'']) { format!("\\&{line}\n") } else { format!("{line}\n") }
-        })
+    let escaped = |line: &str| line.replace('\\', "\\e").replace('-', "\\-");
+    let mut lines = text.lines().map(escaped).collect::<Vec<_>>();
+    if lines.is_empty() {
+        lines.push(String::new());
+    }
+    lines
+        .iter()
+        .map(|line| if line.starts_with(['.', '\'']) { format!("\\&{line}\n") } else { format!("{line}\n") })
         .collect()
 }

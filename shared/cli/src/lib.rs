@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod atomic;
+pub mod disk;
 mod error;
 mod exit;
 mod generate;

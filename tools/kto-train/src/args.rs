@@ -212,7 +212,7 @@ fn probability(text: &str) -> Result<f64, String> {
 }
 
 const EXAMPLES: &str = "\
-EXAMPLES
+Examples:
   Train on preferences in one pipe:
     kto-convert prefs.jsonl | kto-tokenize --model MODEL | kto-train --model MODEL --out run
   See the plan first:
