@@ -1,1 +1,84 @@
-//! placeholder
+//! kto-tokenize: turns KTO records into a token file.
+//!
+//! Arguments become a [`Plan`], the plan drives one pass over the inputs: reader → template → tokenizer → token set.
+//! Invariants: every row read is written, counted as dropped or skipped, or ends the run; rows keep their order at any
+//! number of threads; the file depends on the rows, the model's tokenizer and template, and the flags only. All rows
+//! are in memory until the end, because the file begins with their counts. Deliberately absent: other shapes than
+//! records (kto-convert makes them), cutting to the maximum length (kto-train does it after joining KL pairs).
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod encoder;
+mod pass;
+mod plan;
+mod report;
+mod watch;
+
+pub use args::Args;
+pub use plan::Plan;
+
+use kto_cli::{Context, output::Output};
+use kto_cli::{Error, Exit, Result, Ui, atomic, output};
+use kto_formats::tokens::TokenSet;
+use report::Report;
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    thread,
+};
+use watch::Watch;
+
+/// Runs the tool.
+pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
+    let plan = Plan::new(&args)?;
+    if plan.output.is_none() && std::io::stdout().is_terminal() {
+        let error = Error::usage("a token file is binary and standard output is a terminal");
+        return Err(error.with_hint("-o FILE, or pipe it into kto-train"));
+    }
+    let mut output = Output::create(plan.output.as_deref())?;
+    let (target, report_path) = (plan.output.clone(), plan.report.clone());
+    let (set, report) = tokenize(plan, ui)?;
+    let name = target.unwrap_or_else(|| PathBuf::from("standard output"));
+    set.write(&mut output).map_err(|e| output::error(&name, &e))?;
+    output.finish()?;
+    report.print(ui);
+    if let Some(path) = &report_path {
+        write_report(path, &report, &set)?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Works on threads of its own, so that this one can watch the clock: a row that hangs in a template or in a
+/// tokenizer's expression ends the run, although nothing can end the row.
+fn tokenize(plan: Plan, ui: &Ui) -> Result<(TokenSet, Report)> {
+    let watch = Arc::new(Watch::new(plan.threads, plan.row_timeout));
+    let (sender, receiver) = mpsc::channel();
+    let worker_watch = Arc::clone(&watch);
+    let worker = thread::Builder::new().name("tokenize".into()).spawn(move || {
+        let _ = sender.send(pass::run(&plan, &worker_watch));
+    });
+    let worker = worker.map_err(|e| Error::internal(format!("no thread: {e}")))?;
+    let progress = ui.progress(0, "row");
+    let mut shown = 0;
+    loop {
+        match receiver.recv_timeout(watch::TICK) {
+            Ok(result) => return result,
+            Err(mpsc::RecvTimeoutError::Timeout) => watch.check()?,
+            Err(mpsc::RecvTimeoutError::Disconnected) => match worker.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => return Err(Error::internal("the worker stopped without a result")),
+            },
+        }
+        let done = watch.done();
+        progress.add(done - shown);
+        shown = done;
+    }
+}
+
+fn write_report(path: &Path, report: &Report, set: &TokenSet) -> Result<()> {
+    let text =
+        serde_json::to_string_pretty(&report.json(&set.meta)).map_err(|e| Error::internal(e.to_string()))?;
+    atomic::write(path, format!("{text}\n").as_bytes()).at("--report")
+}

@@ -144,7 +144,7 @@ pub fn context(
     variables.push(("tools".into(), tools.map_or(Value::from(()), plain)));
     variables.push(("documents".into(), Value::from(())));
     variables.push(("add_generation_prompt".into(), Value::from(add_generation_prompt)));
-    Ok(Context { value: variables.into_iter().collect(), bytes })
+    Ok(Context { value: Value::from_pairs(variables), bytes })
 }
 
 /// A message without null fields; its reasoning under the names that templates read.
@@ -160,7 +160,7 @@ fn message(message: &Json) -> Value {
     }
     let set = |key: &str| reasoning.is_some() && (key == "thinking" || key == "reasoning_content");
     kept.extend(given().filter(|(key, _)| !set(key)).map(|(key, value)| (key.clone(), plain(value))));
-    kept.into_iter().collect()
+    Value::from_pairs(kept)
 }
 
 /// A JSON value as a template sees it.
@@ -175,7 +175,7 @@ fn plain(value: &Json) -> Value {
         },
         Json::String(text) => Value::from(text.as_str()),
         Json::Array(items) => items.iter().map(plain).collect(),
-        Json::Object(map) => map.iter().map(|(key, item)| (key.clone(), plain(item))).collect(),
+        Json::Object(map) => Value::from_pairs(map.iter().map(|(key, item)| (key.clone(), plain(item)))),
     }
 }
 

@@ -49,6 +49,12 @@ impl TokenizerConfig {
         Ok(Self { fields })
     }
 
+    /// Returns a configuration with these fields.
+    #[cfg(test)]
+    pub fn from_fields(fields: Value) -> Self {
+        Self { fields: fields.as_object().cloned().unwrap_or_default() }
+    }
+
     /// Returns the text of a named token, such as `eos_token`.
     pub fn token(&self, name: &str) -> Option<&str> {
         self.fields.get(name).and_then(text)

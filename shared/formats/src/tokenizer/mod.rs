@@ -3,9 +3,9 @@
 //! Called by kto-tokenize and kto-eval. The crate is known to panic on some damaged files and to loop for a long time
 //! on some expressions, so loading and encoding run behind the guard, and callers with many rows keep a watchdog.
 //! Padding and truncation stored in the file are dropped. Deliberately absent: sentencepiece and tiktoken files
-//! without a tokenizer.json, and the classes of transformers that rebuild a tokenizer from its vocabulary, but for the
-//! Llama one ([`llama_class`]).
+//! without a tokenizer.json.
 
+mod class;
 mod config;
 mod shield;
 #[cfg(test)]
@@ -15,11 +15,10 @@ pub use config::TokenizerConfig;
 pub use shield::Shield;
 
 use kto_cli::{Context, Error, Kind, Result, escape, guard, hash, input};
+use serde_json::Value;
 use std::{path::Path, sync::OnceLock};
 use tokenizers::{
-    AddedToken, Encoding, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer,
-    pre_tokenizers::metaspace::{Metaspace, PrependScheme},
-    processors::template::TemplateProcessing,
+    AddedToken, Encoding, PostProcessorWrapper, Tokenizer, processors::template::TemplateProcessing,
 };
 
 /// Bytes of tokenizer.json, at most.
@@ -46,9 +45,10 @@ impl TextTokenizer {
         let bytes = input::read(&path, CAP).map_err(|e| no_tokenizer(e, dir))?;
         let config = TokenizerConfig::from_model_dir(dir)?;
         let place = escape(&path.display().to_string());
-        let tokenizer = load(&bytes, &config).at(&place)?;
+        let model = model_config(dir)?;
+        let tokenizer = load(&bytes, &config, &model).at(&place)?;
         let ids = check_ids(&tokenizer).at(&place)?;
-        let vocab_size = model_vocab_size(dir)?.unwrap_or(ids);
+        let vocab_size = model_vocab_size(&model, dir)?.unwrap_or(ids);
         let fingerprint = hash::sha256_hex(&bytes);
         Ok(Self { tokenizer, config, fingerprint, vocab_size, shield: OnceLock::new() })
     }
@@ -117,40 +117,19 @@ fn no_tokenizer(error: Error, dir: &Path) -> Error {
 }
 
 /// Behind the guard: seven sites of the crate are known to panic on damaged files.
-fn load(bytes: &[u8], config: &TokenizerConfig) -> Result<Tokenizer> {
+fn load(bytes: &[u8], config: &TokenizerConfig, model: &Value) -> Result<Tokenizer> {
     guard::catch("tokenizer.json", || {
         let failed = |e: tokenizers::Error| Error::data(escape(&e.to_string()));
         let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(failed)?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(failed)?;
-        llama_class(&mut tokenizer, config);
+        class::apply(&mut tokenizer, config, model)?;
         add_listed_tokens(&mut tokenizer, config)?;
         set_post_processor(&mut tokenizer, config)?;
         // Some files load and then panic on the first text.
         tokenizer.encode_fast("a b", true).map_err(failed)?;
         Ok(tokenizer)
     })?
-}
-
-/// transformers 5 rebuilds tokenizers of class LlamaTokenizer with a Metaspace pre-tokenizer in place of the
-/// normalizer that puts `▁` before every piece: without `legacy`, only the beginning of a text gets it.
-fn llama_class(tokenizer: &mut Tokenizer, config: &TokenizerConfig) {
-    let sentencepiece = tokenizer.get_pre_tokenizer().is_none()
-        && matches!(tokenizer.get_normalizer(), Some(NormalizerWrapper::Sequence(s)) if is_prepend_replace(s.as_ref()));
-    if !matches!(config.class(), "LlamaTokenizer" | "LlamaTokenizerFast") || !sentencepiece {
-        return;
-    }
-    let scheme = match (config.flag("add_prefix_space"), config.flag("legacy")) {
-        (Some(false), _) => PrependScheme::Never,
-        (_, Some(true)) => PrependScheme::Always,
-        _ => PrependScheme::First,
-    };
-    let _ = tokenizer.with_normalizer(None::<NormalizerWrapper>);
-    tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::Metaspace(Metaspace::new('▁', scheme, false))));
-}
-
-fn is_prepend_replace(steps: &[NormalizerWrapper]) -> bool {
-    matches!(steps, [NormalizerWrapper::Prepend(_), NormalizerWrapper::Replace(_)])
 }
 
 /// Adds the tokens that only the configuration knows, and makes the named ones control tokens.
@@ -237,21 +216,27 @@ fn check_ids(tokenizer: &Tokenizer) -> Result<u32> {
     }
 }
 
-/// `vocab_size` of config.json, if there is one.
-fn model_vocab_size(dir: &Path) -> Result<Option<u32>> {
+/// config.json of the model, or null.
+fn model_config(dir: &Path) -> Result<Value> {
     let path = dir.join("config.json");
     if !path.exists() {
-        return Ok(None);
+        return Ok(Value::Null);
     }
-    let place = escape(&path.display().to_string());
     let bytes = input::read(&path, 16 << 20)?;
-    let value: serde_json::Value =
-        serde_json::from_slice(&bytes).map_err(|e| Error::data(e.to_string())).at(&place)?;
-    let size = value.get("vocab_size").or_else(|| value.get("text_config")?.get("vocab_size"));
-    match size.map(|s| s.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0)) {
-        None => Ok(None),
-        Some(Some(size)) => Ok(Some(size)),
-        Some(None) => Err(Error::data(format!("{place}: \"vocab_size\" must be a positive number"))),
+    let place = escape(&path.display().to_string());
+    serde_json::from_slice(&bytes).map_err(|e| Error::data(e.to_string())).at(place)
+}
+
+/// `vocab_size` of config.json, if it is there.
+fn model_vocab_size(model: &Value, dir: &Path) -> Result<Option<u32>> {
+    let size = model.get("vocab_size").or_else(|| model.get("text_config")?.get("vocab_size"));
+    let Some(size) = size else { return Ok(None) };
+    match size.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0) {
+        Some(size) => Ok(Some(size)),
+        None => {
+            let place = escape(&dir.join("config.json").display().to_string());
+            Err(Error::data(format!("{place}: \"vocab_size\" must be a positive number")))
+        }
     }
 }
 

@@ -1,0 +1,64 @@
+//! The checked form of the arguments: everything explicit.
+
+use crate::args::{Args, OnError};
+use kto_cli::{Error, Result, input};
+use std::{path::PathBuf, thread, time::Duration};
+
+/// What a run does.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Inputs in order; `-` is standard input.
+    pub inputs: Vec<PathBuf>,
+    /// The model directory.
+    pub model: PathBuf,
+    /// Where the token file goes; `None` is standard output.
+    pub output: Option<PathBuf>,
+    /// Where the JSON summary goes.
+    pub report: Option<PathBuf>,
+    /// Tokens of prompt + completion that training will keep.
+    pub max_length: u32,
+    /// A template in place of the model's.
+    pub template: Option<PathBuf>,
+    /// An end-of-sequence token in place of the model's.
+    pub eos: Option<String>,
+    /// Control tokens in text become control tokens.
+    pub allow_special: bool,
+    /// The time that templates see.
+    pub now: Option<i64>,
+    /// Bad rows are counted instead of ending the run.
+    pub skip_errors: bool,
+    /// No rows is fine.
+    pub allow_empty: bool,
+    /// The longest time for a row.
+    pub row_timeout: Duration,
+    /// Threads that tokenize.
+    pub threads: usize,
+}
+
+impl Plan {
+    /// Checks the arguments. Errors are usage errors (2).
+    pub fn new(args: &Args) -> Result<Self> {
+        if args.eos.as_deref() == Some("") {
+            return Err(Error::usage("--eos must name a token"));
+        }
+        let is_file = |path: &PathBuf| path.as_os_str() != "-";
+        Ok(Self {
+            inputs: input::or_stdin(&args.files)?,
+            model: args.model.clone(),
+            output: args.output.clone().filter(is_file),
+            report: args.report.clone(),
+            max_length: args.max_length,
+            template: args.template.clone(),
+            eos: args.eos.clone(),
+            allow_special: args.allow_special,
+            now: args.now,
+            skip_errors: args.on_error == OnError::Skip,
+            allow_empty: args.allow_empty,
+            row_timeout: Duration::from_secs(args.row_timeout.into()),
+            threads: match args.threads {
+                Some(threads) => threads.into(),
+                None => thread::available_parallelism().map_or(1, usize::from),
+            },
+        })
+    }
+}

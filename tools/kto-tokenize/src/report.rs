@@ -1,0 +1,202 @@
+//! What a run did: counts and lengths, as lines for people and as JSON for programs.
+//!
+//! Invariant: rows read = rows written + dropped + skipped.
+
+use crate::encoder::Ids;
+use kto_cli::Ui;
+use kto_formats::tokens::TokenMeta;
+use serde_json::{Value, json};
+
+/// Places kept per count.
+const PLACES: usize = 5;
+
+/// A count and where it was met first.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub count: u64,
+    /// The first five places, `name:line`.
+    pub first: Vec<String>,
+}
+
+impl Tally {
+    /// Counts one more.
+    pub fn note(&mut self, place: &str) {
+        self.count += 1;
+        if self.first.len() < PLACES {
+            self.first.push(place.into());
+        }
+    }
+
+    fn places(&self) -> String {
+        let more = if self.count > self.first.len() as u64 { ", …" } else { "" };
+        format!("{}{more}", self.first.join(", "))
+    }
+
+    fn json(&self) -> Value {
+        json!({"count": self.count, "first": self.first})
+    }
+}
+
+/// The counts of a run.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Rows read, good or bad.
+    pub rows: u64,
+    /// Rows left out because the prompt reaches the maximum length.
+    pub dropped: Tally,
+    /// Rows that training will cut.
+    pub truncated: Tally,
+    /// Rows left out because they could not be used; what was wrong with the first five.
+    skipped: Tally,
+    /// Rows whose prompt does not end on a token boundary of the whole.
+    boundary_moved: Tally,
+    /// Rows with control tokens that were kept as text.
+    shielded: Tally,
+    desirable: u64,
+    undesirable: u64,
+    prompts: Lengths,
+    completions: Lengths,
+    totals: Lengths,
+}
+
+impl Report {
+    /// Counts a bad row by its message, which begins with its place.
+    pub fn skip(&mut self, what: String) {
+        self.skipped.note(&what);
+    }
+
+    /// Counts what is odd about a row.
+    pub fn note(&mut self, place: &str, ids: &Ids) {
+        if ids.boundary_moved {
+            self.boundary_moved.note(place);
+        }
+        if ids.shielded {
+            self.shielded.note(place);
+        }
+    }
+
+    /// Counts a row that is written, before its completion is capped.
+    pub fn measure(&mut self, ids: &Ids) {
+        *if ids.label { &mut self.desirable } else { &mut self.undesirable } += 1;
+        self.prompts.add(ids.prompt.len());
+        self.completions.add(ids.completion.len());
+        self.totals.add(ids.prompt.len() + ids.completion.len());
+    }
+
+    fn written(&self) -> u64 {
+        self.desirable + self.undesirable
+    }
+
+    /// Says why there is nothing to write.
+    pub fn nothing_left(&self) -> String {
+        match self.rows {
+            0 => "no rows".into(),
+            rows => format!(
+                "no rows left of {rows}: {} dropped, {} skipped",
+                self.dropped.count, self.skipped.count
+            ),
+        }
+    }
+
+    /// Prints the summary and the warnings.
+    pub fn print(&self, ui: &Ui) {
+        let (rows, written) = (self.rows, self.written());
+        let (yes, no) = (self.desirable, self.undesirable);
+        let (dropped, truncated, skipped) = (self.dropped.count, self.truncated.count, self.skipped.count);
+        ui.note(format_args!(
+            "{rows} rows read, {written} written ({yes} desirable, {no} undesirable), {dropped} dropped, {truncated} \
+             truncated, {skipped} skipped"
+        ));
+        for (what, lengths) in
+            [("prompt", &self.prompts), ("completion", &self.completions), ("total", &self.totals)]
+        {
+            let [p50, p90, p99, max] = lengths.percentiles();
+            ui.note(format_args!("{what} tokens: p50 {p50}, p90 {p90}, p99 {p99}, max {max}"));
+        }
+        self.warn(ui);
+    }
+
+    fn warn(&self, ui: &Ui) {
+        for (tally, what) in [
+            (&self.skipped, "cannot be used and were skipped"),
+            (&self.dropped, "dropped, because the prompt reaches the maximum length"),
+            (&self.truncated, "longer than the maximum length; kto-train cuts the end of the completion"),
+            (
+                &self.shielded,
+                "hold control tokens, kept as text (--allow-special takes them as control tokens)",
+            ),
+            (
+                &self.boundary_moved,
+                "have a prompt that is tokenized differently before a completion; the completion begins where they part",
+            ),
+        ] {
+            match tally.count {
+                0 => {}
+                n => ui.warn(format_args!("{n} rows {what}: {}", tally.places())),
+            }
+        }
+        if self.written() > 0 && (self.desirable == 0 || self.undesirable == 0) {
+            ui.warn("all rows have the same label; KTO needs both");
+        }
+    }
+
+    /// Returns the summary as JSON.
+    pub fn json(&self, meta: &TokenMeta) -> Value {
+        json!({
+            "rows": self.rows,
+            "written": self.written(),
+            "desirable": self.desirable,
+            "undesirable": self.undesirable,
+            "dropped": self.dropped.json(),
+            "truncated": self.truncated.json(),
+            "skipped": self.skipped.json(),
+            "control_tokens_as_text": self.shielded.json(),
+            "boundary_moved": self.boundary_moved.json(),
+            "prompt_tokens": self.prompts.json(),
+            "completion_tokens": self.completions.json(),
+            "total_tokens": self.totals.json(),
+            "max_length": meta.max_length,
+            "vocab_size": meta.vocab_size,
+            "tokenizer": meta.tokenizer,
+            "template": meta.template,
+        })
+    }
+}
+
+/// Lengths in tokens.
+#[derive(Clone, Debug, Default)]
+struct Lengths {
+    lengths: Vec<usize>,
+}
+
+impl Lengths {
+    fn add(&mut self, length: usize) {
+        self.lengths.push(length);
+    }
+
+    /// Returns p50, p90, p99 (nearest rank) and the maximum.
+    fn percentiles(&self) -> [usize; 4] {
+        let mut sorted = self.lengths.clone();
+        sorted.sort_unstable();
+        let rank = |percent: usize| (sorted.len() * percent).div_ceil(100).saturating_sub(1);
+        [50, 90, 99, 100].map(|percent| sorted.get(rank(percent)).copied().unwrap_or(0))
+    }
+
+    fn json(&self) -> Value {
+        let [p50, p90, p99, max] = self.percentiles();
+        json!({"sum": self.lengths.iter().sum::<usize>(), "p50": p50, "p90": p90, "p99": p99, "max": max})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_nearest_ranks() {
+        assert_eq!(Lengths::default().percentiles(), [0; 4]);
+        assert_eq!(Lengths { lengths: vec![7] }.percentiles(), [7; 4]);
+        let all = Lengths { lengths: (1..=200).rev().collect() };
+        assert_eq!(all.percentiles(), [100, 180, 198, 200]);
+    }
+}
