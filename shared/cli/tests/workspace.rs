@@ -127,6 +127,22 @@ fn every_source_file_says_what_it_is_for() {
     }
 }
 
+/// The files of modules that are declared `#[cfg(test)] mod name;`.
+fn test_modules(all: &[PathBuf]) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for path in all {
+        let text = fs::read_to_string(path).unwrap();
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        for pair in lines.windows(2).filter(|pair| pair[0] == "#[cfg(test)]") {
+            if let Some(name) = pair[1].strip_prefix("mod ").and_then(|rest| rest.strip_suffix(';')) {
+                found.insert(path.with_file_name(format!("{name}.rs")));
+                found.insert(path.with_extension("").join(format!("{name}.rs")));
+            }
+        }
+    }
+    found
+}
+
 /// Every file of the project with this extension.
 fn files(extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
