@@ -8,6 +8,7 @@ pub mod chat;
 pub mod companions;
 pub mod json;
 pub mod json_array;
+mod json_fault;
 pub mod jsonl;
 mod mmap;
 pub mod model_dir;

@@ -8,7 +8,7 @@ use crate::{
     chat,
     json::{describe, quoted},
 };
-use kto_cli::{Context, Error, Result};
+use kto_cli::{Context, Error, Result, escape};
 use serde_json::{Map, Value};
 
 /// One side of a record.
@@ -55,6 +55,19 @@ impl Content {
     }
 }
 
+/// The only key of the line with which a tool that fails ends its stream of records.
+pub const STOPPED: &str = "kto_error";
+
+/// Refuses (65) the line with which the tool before us in the pipe said that its stream is not complete.
+pub fn refuse_stopped(row: &Map<String, Value>) -> Result<()> {
+    match row.get(STOPPED) {
+        Some(Value::String(why)) => {
+            Err(Error::data(format!("the stream ends with an error: {}", escape(why))))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// One row of KTO data.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
@@ -78,6 +91,7 @@ impl Record {
         let Value::Object(mut row) = value else {
             return Err(Error::data(format!("a row must be a JSON object, found {}", describe(&value))));
         };
+        refuse_stopped(&row)?;
         let prompt = Content::from_value("prompt", take(&mut row, "prompt")?)?;
         let completion = Content::from_value("completion", take(&mut row, "completion")?)?;
         let label = label("label", &take(&mut row, "label")?)?;
@@ -262,6 +276,10 @@ mod tests {
         assert_eq!(
             error(json!({"prompt": [], "completion": [], "label": true})),
             "field \"prompt\": the message list is empty"
+        );
+        assert_eq!(
+            error(json!({"kto_error": "f:7: key \"a\" appears twice"})),
+            "the stream ends with an error: f:7: key \"a\" appears twice"
         );
     }
 }

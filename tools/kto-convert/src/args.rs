@@ -30,7 +30,8 @@ Where a pair without a prompt column is split:
 By default every row is written, or the run stops at it with 65 and its place: nothing is dropped unasked. Empty \
 completions and pairs whose sides have different prompts stop the run. Equal sides (ties), duplicates, and \
 completions with both labels are written, counted and named. A label must be a JSON true or false (in a table: the \
-word); --label-map accepts other values.";
+word); --label-map accepts other values. A run that fails ends what it has sent down a pipe with a \
+{\"kto_error\": …} line, so that the next tool stops too.";
 
 const EXAMPLES: &str = "\
 Examples:

@@ -3,7 +3,9 @@
 //! Memory: `interleave` holds nothing, `trl` a block of 1000 rows, `shuffle` all records as text.
 
 use crate::{args::Order, plan::Plan};
-use kto_cli::{Result, output::Output};
+use kto_cli::{Error, Kind, Result, output::Output};
+use kto_formats::record;
+use serde_json::json;
 
 /// Rows in one batch of `datasets.map`, within which TRL puts all chosen before all rejected.
 const TRL_BLOCK: u32 = 1000;
@@ -21,6 +23,8 @@ pub struct Sink {
     ends: Vec<usize>,
     /// `trl`: rows in the block.
     rows: u32,
+    /// Something has been given to the output.
+    begun: bool,
 }
 
 impl Sink {
@@ -28,13 +32,16 @@ impl Sink {
     pub fn create(plan: &Plan) -> Result<Self> {
         let out = Output::create(plan.output.as_deref())?;
         let (held, second, ends) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { out, order: plan.order, seed: plan.seed, held, second, ends, rows: 0 })
+        Ok(Self { out, order: plan.order, seed: plan.seed, held, second, ends, rows: 0, begun: false })
     }
 
     /// Takes one record, a line of text. `rejected`: it is the second side of a pair.
     pub fn record(&mut self, line: &[u8], rejected: bool) -> Result<()> {
         match self.order {
-            Order::Interleave => return self.out.write(line),
+            Order::Interleave => {
+                self.begun = true;
+                return self.out.write(line);
+            }
             Order::Trl if rejected => self.second.extend_from_slice(line),
             Order::Trl => self.held.extend_from_slice(line),
             Order::Shuffle => {
@@ -66,7 +73,18 @@ impl Sink {
         self.out.finish()
     }
 
+    /// Ends a run that failed. A file does not appear; a stream that has begun gets a last line that no reader of
+    /// records accepts, so that the next tool in the pipe stops too instead of taking a part for the whole.
+    pub fn abandon(mut self, error: &Error) {
+        if self.begun && error.kind() != Kind::ClosedPipe && matches!(self.out, Output::Stdout(_)) {
+            // Whatever goes wrong here, the error itself is reported and the exit code tells.
+            let _ = self.out.write(format!("{}\n", json!({record::STOPPED: error.to_string()})).as_bytes());
+            let _ = self.out.finish();
+        }
+    }
+
     fn end_block(&mut self) -> Result<()> {
+        self.begun = true;
         self.out.write(&self.held)?;
         self.out.write(&self.second)?;
         self.held.clear();

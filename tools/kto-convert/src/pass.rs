@@ -11,7 +11,7 @@ use crate::{
     rows::{self, Converted},
 };
 use kto_cli::{Context, Error, Result, Ui};
-use kto_formats::rows::Row;
+use kto_formats::{record, rows::Row};
 
 /// Bad rows that are named one by one under `--on-error skip`.
 const NAMED: u64 = 5;
@@ -30,21 +30,13 @@ pub fn run(plan: &Plan, ui: &Ui) -> Result<Report> {
         line: Vec::new(),
         bad: 0,
     };
-    let progress = ui.progress(0, "rows");
-    for path in &plan.inputs {
-        let (name, mut reader) = Reader::open(path, plan)?;
-        pass.report.inputs.push(name.clone());
-        let table = reader.is_table();
-        while let Some(row) = reader.next_row()? {
-            pass.row(&name, row, table)?;
-            if pass.report.rows.is_multiple_of(STRIDE) {
-                progress.add(STRIDE);
-            }
+    match pass.read() {
+        Ok(()) => pass.finish(),
+        Err(error) => {
+            pass.sink.abandon(&error);
+            Err(error)
         }
-        ui.detail(format_args!("{name} read"));
     }
-    drop(progress);
-    pass.finish()
 }
 
 struct Pass<'a> {
@@ -60,6 +52,24 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// Converts all rows of all inputs.
+    fn read(&mut self) -> Result<()> {
+        let progress = self.ui.progress(0, "rows");
+        for path in &self.plan.inputs {
+            let (name, mut reader) = Reader::open(path, self.plan)?;
+            self.report.inputs.push(name.clone());
+            let table = reader.is_table();
+            while let Some(row) = reader.next_row()? {
+                self.row(&name, row, table)?;
+                if self.report.rows.is_multiple_of(STRIDE) {
+                    progress.add(STRIDE);
+                }
+            }
+            self.ui.detail(format_args!("{name} read"));
+        }
+        Ok(())
+    }
+
     fn row(&mut self, name: &str, row: Row, table: bool) -> Result<()> {
         self.report.rows += 1;
         self.report.lossy += row.replaced;
@@ -69,6 +79,8 @@ impl Pass<'_> {
             // The reader has put the place in front.
             Err(error) => return self.refuse(Reason::Unreadable, error, &place),
         };
+        // Not a bad row but the end of a broken stream: no --on-error passes over it.
+        value.as_object().map_or(Ok(()), record::refuse_stopped).at(&place)?;
         match rows::convert(value, table, self.plan).and_then(|row| self.settle(row)) {
             Ok(converted) => self.write(converted, &row.exact, &place),
             Err(Problem { reason, error }) => match Err(error).at(&place) {

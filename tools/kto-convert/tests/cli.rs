@@ -1,5 +1,7 @@
 //! kto-convert from outside: the case folders, the examples of --help, streams and kills.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 #[path = "cli/cases.rs"]
 mod cases;
 #[path = "cli/examples.rs"]

@@ -43,9 +43,9 @@ impl Case {
         let redirected = tool().args(self.stdin_args()).stdin(Stdio::from(handle)).output().unwrap();
         let piped = run(&self.stdin_args(), &fs::read(self.folder.join(&self.input)).unwrap());
         for (way, output) in [("file", file), ("redirected", redirected), ("piped", piped)] {
-            let err = text(&output.stderr).replace(&self.input, "IN").replace("<stdin>", "IN");
-            self.compare("out", &text(&output.stdout), way)?;
-            self.compare("err", &err, way)?;
+            for (name, bytes) in [("out", &output.stdout), ("err", &output.stderr)] {
+                self.compare(name, &text(bytes).replace(&self.input, "IN").replace("<stdin>", "IN"), way)?;
+            }
             if code(&output) != self.exit {
                 return Err(format!("{way}: exit {} instead of {}", code(&output), self.exit));
             }

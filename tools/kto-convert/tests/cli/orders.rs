@@ -37,7 +37,10 @@ fn trl_order_ends_a_block_after_1000_rows() {
 #[test]
 fn a_shuffle_is_the_same_rows_and_the_same_every_time() {
     let row = |i: u32| {
-        format!("{{\"id\": {i}, \"prompt\": \"p{i}\", \"completion\": \"c\", \"label\": {}}}\n", i % 2 == 0)
+        format!(
+            "{{\"id\": {i}, \"prompt\": \"p{i}\", \"completion\": \"c\", \"label\": {}}}\n",
+            i.is_multiple_of(2)
+        )
     };
     let input: String = (0..500).map(row).collect();
     let shuffled =

@@ -72,6 +72,18 @@ fn a_failed_run_leaves_no_file() {
 }
 
 #[test]
+fn a_failed_stream_stops_the_next_tool_too() {
+    let first = run(&["-q"], format!("{ROW}{{\n").as_bytes());
+    assert_eq!(code(&first), 65);
+    let second = run(&["-q", "--on-error", "skip"], &first.stdout);
+    assert_eq!(code(&second), 65);
+    assert!(
+        text(&second.stderr)
+            .starts_with("kto-convert: <stdin>:2: the stream ends with an error: <stdin>:2:1: ")
+    );
+}
+
+#[test]
 fn inputs_that_are_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().to_str().unwrap();
