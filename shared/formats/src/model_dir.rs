@@ -98,6 +98,21 @@ pub fn same_origin(a: &str, b: &str) -> bool {
     a.split('+').any(|x| b.split('+').any(|y| x == y))
 }
 
+/// Fails (2) when the output directory `out` is the input directory `input` or lies inside it.
+pub fn refuse_output(out: &Path, input: &Path) -> Result<()> {
+    let real = |path: &Path| {
+        let existing = path.ancestors().find(|a| !a.as_os_str().is_empty() && a.exists());
+        match existing.and_then(|a| Some((a.canonicalize().ok()?, path.strip_prefix(a).ok()?))) {
+            Some((start, rest)) => start.join(rest),
+            None => std::path::absolute(path).unwrap_or_else(|_| path.into()),
+        }
+    };
+    if real(out).starts_with(real(input)) {
+        return Err(Error::usage(format!("the output {} lies in the input {}", shown(out), shown(input))));
+    }
+    Ok(())
+}
+
 /// Feeds a length-prefixed field, so that no two sequences of fields look alike.
 fn feed(hash: &mut Sha256Hex, bytes: &[u8]) {
     hash.update(&(bytes.len() as u64).to_le_bytes());
@@ -352,6 +367,19 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         let model = ModelDir::open(&sharded(top.path(), &INDEX.replace("48", "49"))).unwrap();
         assert!(model.notes[0].contains("total_size says 49"));
+    }
+
+    #[test]
+    fn an_output_cannot_lie_in_its_input() {
+        let top = tempfile::tempdir().unwrap();
+        let (input, link) = (top.path().join("in"), top.path().join("link"));
+        std::fs::create_dir(&input).unwrap();
+        std::os::unix::fs::symlink("in", &link).unwrap();
+        for out in [input.clone(), link.clone(), input.join("a/b"), link.join("new"), input.join("../in")] {
+            assert_eq!(refuse_output(&out, &input).unwrap_err().kind(), Kind::Usage, "{}", out.display());
+        }
+        refuse_output(&top.path().join("inside"), &input).unwrap();
+        refuse_output(Path::new("new"), &input).unwrap();
     }
 
     #[test]
