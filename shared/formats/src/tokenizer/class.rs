@@ -55,7 +55,8 @@ fn metaspace(prefix: Option<bool>, legacy: Option<bool>) -> Value {
 }
 
 fn qwen2(prefix: Option<bool>) -> Value {
-    let split = json!({"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": false});
+    let split =
+        json!({"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": false});
     json!({"type": "Sequence", "pretokenizers": [split, byte_level(prefix, false)]})
 }
 
@@ -97,14 +98,12 @@ fn class(model: &Value, config: &TokenizerConfig) -> Class {
 /// The class that transformers registers for a model type; None where it registers none, or one we do not know.
 fn registered(model_type: &str) -> Option<Class> {
     match model_type {
-        "qwen2" | "qwen2_moe" | "qwen2_vl" | "qwen2_5_vl" | "qwen3" | "qwen3_moe" | "qwen3_next" | "qwen3_vl" => {
-            Some(Class::Qwen2)
-        }
+        "qwen2" | "qwen2_moe" | "qwen2_vl" | "qwen2_5_vl" | "qwen3" | "qwen3_moe" | "qwen3_next"
+        | "qwen3_vl" => Some(Class::Qwen2),
         "gpt2" | "phi" => Some(Class::Gpt2),
-        "mistral" | "mixtral" | "phi3" | "phimoe" | "olmo2" | "olmo3" | "granite" | "granitemoe" | "stablelm"
-        | "glm" | "glm4" | "internlm2" | "internlm3" | "minicpm3" | "ernie4_5" | "nemotron" | "jamba" => {
-            Some(Class::AsWritten)
-        }
+        "mistral" | "mixtral" | "phi3" | "phimoe" | "olmo2" | "olmo3" | "granite" | "granitemoe"
+        | "stablelm" | "glm" | "glm4" | "internlm2" | "internlm3" | "minicpm3" | "ernie4_5" | "nemotron"
+        | "jamba" => Some(Class::AsWritten),
         _ => None,
     }
 }
