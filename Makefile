@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test check fmt fmt-check lint deny golden peers doc man completions install dist clean
+.PHONY: help build demo test manners check fmt fmt-check lint deny golden peers doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +33,10 @@ demo: build ## train the embedded demo model with all six tools and show what ch
 test: ## run every test
 	$(CARGO) test --release --workspace
 
-check: fmt-check lint test demo ## everything CI does
+manners: build ## exit codes, streams, kill -9 and start time of all six tools
+	scripts/ci-manners
+
+check: fmt-check lint test manners demo ## everything CI does
 
 fmt: ## format the sources
 	$(CARGO) fmt --all
