@@ -4,6 +4,7 @@
 
 mod args;
 mod checkpoint;
+mod data;
 mod dry_run;
 pub mod metrics;
 pub mod optimizer;
@@ -17,7 +18,7 @@ mod train;
 pub use args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind};
 
 use candle_core::DType;
-use kto_cli::{Context, Error, Exit, Kind, Result, Ui, atomic, input, output, signal};
+use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, output, signal};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_model::{
     architecture::Architecture,
@@ -29,75 +30,88 @@ use plan::{Inputs, Plan};
 use run_dir::{Existing, RunDir};
 use std::path::Path;
 
-/// Name of the copy of piped data in the run directory.
-const SPOOL: &str = "data.kto.arrow";
-
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     let (_, micro) = plan::batches(&args)?;
+    if !args.dry_run {
+        run_dir::check(&args.out, existing(&args))?;
+    }
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;
-    let tokens = read_tokens(&args)?;
-    let order = match args.preset {
-        Some(Preset::Trl) => Order::trl(tokens.len(), args.batch as usize, micro),
-        None => Order::shuffled(
-            &tokens,
-            args.batch as usize,
-            args.seed,
-            args.loss == LossKind::Kto && !tokens.is_empty(),
-        )?,
-    };
+    let tokens = data::read(&args)?;
+    let order = order(&args, &tokens, micro)?;
     let inputs =
         Inputs { model: &model, architecture: &architecture, tokens: &tokens, adapter: adapter.as_ref() };
     let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
-    report_data(&plan, &tokens, ui);
-    let lora = match &adapter {
-        Some(adapter) => {
-            Lora::from_adapter(&architecture, adapter, DType::F32).at(shown_option(&args.init_adapter))?
-        }
-        None => {
-            let spec =
-                LoraSpec { rank: plan.lora_r, alpha: plan.lora_alpha, modules: plan.typed.modules.clone() };
-            Lora::fresh(&architecture, &spec, plan.seed, DType::F32)?
-        }
-    };
+    data::report(&plan, &architecture, &tokens, ui);
+    data::check_ids(&architecture, &tokens)?;
+    let lora = initial(&plan, &inputs)?;
     if args.dry_run {
-        check_ids(&architecture, &tokens)?;
         return dry_run::print(&plan, &inputs, &lora);
     }
-    let base = BaseModel::load(model, DType::F32, plan.max_length).at(shown(&args.model))?;
-    check_ids(&base.architecture, &tokens)?;
-    let dir = open_run(&args, &plan)?;
-    if args.data == Path::new("-") {
-        spool(&dir, &tokens)?;
+    train(&args, &plan, model, &tokens, &order, &lora, ui)
+}
+
+/// Returns which rows make which step.
+fn order(args: &Args, tokens: &TokenSet, micro: usize) -> Result<Order> {
+    let batch = args.batch as usize;
+    match args.preset {
+        Some(Preset::Trl) => Ok(Order::trl(tokens.len(), batch, micro)),
+        // An empty file is named by the plan's check.
+        None => Order::shuffled(tokens, batch, args.seed, args.loss == LossKind::Kto && !tokens.is_empty()),
     }
-    let checkpoint_every = args.checkpoint_every;
-    let run = train::Run {
-        plan: &plan,
-        base: &base,
-        tokens: &tokens,
-        order: &order,
-        dir: &dir,
-        checkpoint_every,
-        ui,
-    };
-    run.train(&lora, args.resume)?;
-    ui.note(format_args!("{} steps done, adapter in {}", plan.total_steps, shown(&dir.file("adapter"))));
+}
+
+/// Returns the adapter that training starts from.
+fn initial(plan: &Plan, inputs: &Inputs) -> Result<Lora> {
+    match inputs.adapter {
+        Some(adapter) => Lora::from_adapter(inputs.architecture, adapter, DType::F32).at("--init-adapter"),
+        None => {
+            let modules = plan.typed.modules.clone();
+            let spec = LoraSpec { rank: plan.lora_r, alpha: plan.lora_alpha, modules };
+            Lora::fresh(inputs.architecture, &spec, plan.seed, DType::F32)
+        }
+    }
+}
+
+fn train(
+    args: &Args,
+    plan: &Plan,
+    model: ModelDir,
+    tokens: &TokenSet,
+    order: &Order,
+    lora: &Lora,
+    ui: &Ui,
+) -> Result<Exit> {
+    let base = BaseModel::load(model, DType::F32, plan.max_length).at(shown(&args.model))?;
+    let dir = open_run(args, plan)?;
+    if args.resume && dir.is_finished() {
+        ui.note(format_args!("{}: the run is finished", shown(&args.out)));
+    } else {
+        data::spool(args, &dir, tokens)?;
+        let checkpoint_every = args.checkpoint_every;
+        let run = train::Run { plan, base: &base, tokens, order, dir: &dir, checkpoint_every, ui };
+        run.train(lora, args.resume)?;
+        ui.note(format_args!("{} steps done, adapter in {}", plan.total_steps, shown(&dir.file("adapter"))));
+    }
     output::print_path(&args.out)?;
     Ok(Exit::Ok)
 }
 
-/// Locks the run directory; with --resume proves that the stored plan is this one.
-fn open_run(args: &Args, plan: &Plan) -> Result<RunDir> {
-    let existing = match (args.resume, args.force) {
+fn existing(args: &Args) -> Existing {
+    match (args.resume, args.force) {
         (true, _) => Existing::Resume,
         (false, true) => Existing::Replace,
         (false, false) => Existing::Refuse,
-    };
-    let dir = RunDir::open(&args.out, existing)?;
+    }
+}
+
+/// Locks the run directory; with --resume proves that the stored plan is this one.
+fn open_run(args: &Args, plan: &Plan) -> Result<RunDir> {
+    let dir = RunDir::open(&args.out, existing(args))?;
     if let Some(stored) = dir.stored_plan().filter(|_| args.resume) {
         let differences = run_dir::differences(&stored, plan);
         if !differences.is_empty() {
@@ -110,64 +124,6 @@ fn open_run(args: &Args, plan: &Plan) -> Result<RunDir> {
     Ok(dir)
 }
 
-/// Reads the token file, standard input, or on --resume the copy of it.
-fn read_tokens(args: &Args) -> Result<TokenSet> {
-    let spooled = args.out.join(SPOOL);
-    let resumed = args.resume && args.data == Path::new("-") && spooled.exists();
-    let paths = if resumed { vec![spooled] } else { input::or_stdin(std::slice::from_ref(&args.data))? };
-    let input = input::open(&paths[0])?;
-    TokenSet::read(&input.name, input.reader)
-}
-
-fn spool(dir: &RunDir, tokens: &TokenSet) -> Result<()> {
-    let path = dir.file(SPOOL);
-    let mut file = atomic::AtomicFile::create(&path)?;
-    tokens.write(&mut file).map_err(|e| Error::writing(&path, &e))?;
-    file.commit()
-}
-
-fn check_ids(architecture: &Architecture, tokens: &TokenSet) -> Result<()> {
-    let vocab = architecture.vocab_size;
-    for (i, row) in tokens.rows().enumerate() {
-        let ids = row.prompt_ids.iter().chain(row.completion_ids);
-        if let Some(id) = ids.into_iter().find(|id| **id as usize >= vocab) {
-            return Err(Error::data(format!(
-                "row {}: token id {id} is outside the model's vocabulary of {vocab}",
-                i + 1
-            ))
-            .with_hint("kto-tokenize --model with this model"));
-        }
-    }
-    Ok(())
-}
-
-/// Says what KTO users want to know about their data before hours of training.
-fn report_data(plan: &Plan, tokens: &TokenSet, ui: &Ui) {
-    let desirable = tokens.rows().filter(|r| r.label).count();
-    let undesirable = tokens.len() - desirable;
-    let meta = &tokens.meta;
-    ui.note(format_args!(
-        "{} rows ({desirable} desirable, {undesirable} undesirable; {} cut, {} dropped by kto-tokenize), {} steps",
-        tokens.len(),
-        meta.truncated,
-        meta.dropped,
-        plan.total_steps
-    ));
-    if plan.loss != "sft" && (desirable == 0 || undesirable == 0) {
-        ui.warn("all rows have one label: KTO learns from the difference between the two");
-    } else if plan.loss != "sft" {
-        // Equation 8 of the paper: λD·nD / (λU·nU) in [1, 4/3].
-        let ratio = plan.desirable_weight * desirable as f64 / (plan.undesirable_weight * undesirable as f64);
-        if !(0.995..=1.34).contains(&ratio) {
-            let advice = plan.undesirable_weight * undesirable as f64 / desirable as f64;
-            ui.warn(format_args!(
-                "desirable and undesirable rows weigh {ratio:.2} to 1; the KTO paper advises 1 to 1.33: --desirable-weight {advice:.2} to {:.2}",
-                advice * 4.0 / 3.0
-            ));
-        }
-    }
-}
-
 fn set_threads(threads: Option<u32>) -> Result<()> {
     let Some(n) = threads else { return Ok(()) };
     let built = rayon::ThreadPoolBuilder::new().num_threads(n as usize).build_global();
@@ -175,9 +131,5 @@ fn set_threads(threads: Option<u32>) -> Result<()> {
 }
 
 fn shown(path: &Path) -> String {
-    kto_cli::escape(&path.display().to_string())
-}
-
-fn shown_option(path: &Option<std::path::PathBuf>) -> String {
-    path.as_deref().map_or_else(String::new, shown)
+    escape(&path.display().to_string())
 }

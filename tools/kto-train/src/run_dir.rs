@@ -37,20 +37,17 @@ impl RunDir {
         fs::create_dir_all(path).map_err(|e| Error::writing(path, &e))?;
         let lock = RunLock::acquire(path)?;
         let this = Self { path: path.to_path_buf(), _lock: lock };
-        let has_run = this.file("run.json").exists();
-        match existing {
-            Existing::Refuse if has_run => {
-                let shown = escape(&path.display().to_string());
-                return Err(Error::new(
-                    Kind::CantCreate,
-                    format!("{shown}: there is a run in this directory"),
-                )
-                .with_hint("--resume to go on with it, --force to replace it"));
-            }
-            Existing::Replace => this.clear()?,
-            _ => {}
+        check(path, existing)?;
+        if existing == Existing::Replace {
+            this.clear()?;
         }
         Ok(this)
+    }
+
+    /// Returns whether the run has ended and its adapter is there.
+    pub fn is_finished(&self) -> bool {
+        let state = self.manifest().and_then(|m| m.get("state").cloned());
+        state == Some(json!("finished")) && self.file("adapter").exists()
     }
 
     /// Returns the path of one of the run's files.
@@ -60,8 +57,12 @@ impl RunDir {
 
     /// Returns the plan of the run that is in the directory.
     pub fn stored_plan(&self) -> Option<Value> {
+        self.manifest()?.get("plan").cloned()
+    }
+
+    fn manifest(&self) -> Option<Value> {
         let bytes = kto_cli::input::read(&self.file("run.json"), 16 << 20).ok()?;
-        serde_json::from_slice::<Value>(&bytes).ok()?.get("plan").cloned()
+        serde_json::from_slice(&bytes).ok()
     }
 
     /// Writes run.json.
@@ -93,6 +94,16 @@ impl RunDir {
         }
         Ok(())
     }
+}
+
+/// Refuses (73) a directory with a run in it, unless that is wanted. Called before the model is loaded, and under the lock.
+pub fn check(path: &Path, existing: Existing) -> Result<()> {
+    if existing != Existing::Refuse || !path.join("run.json").exists() {
+        return Ok(());
+    }
+    let shown = escape(&path.display().to_string());
+    Err(Error::new(Kind::CantCreate, format!("{shown}: there is a run in this directory"))
+        .with_hint("--resume to go on with it, --force to replace it"))
 }
 
 /// Lists the fields in which two plans differ, as (field, old, new).

@@ -164,7 +164,8 @@ fn data_through_a_pipe_is_kept_in_the_run_directory() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(output.stderr.is_empty() && output.stdout.is_empty());
+    assert!(output.stderr.is_empty());
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{}\n", b.out().display()));
     let read = |path: PathBuf| TokenSet::read("x", std::fs::File::open(path).unwrap()).unwrap();
     assert_eq!(read(b.out().join("data.kto.arrow")), read(b.data.clone()));
 }

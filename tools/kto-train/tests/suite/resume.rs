@@ -107,3 +107,16 @@ fn a_damaged_checkpoint_is_passed_over() {
     assert!(stderr(&output).contains("does not match its hash"), "{}", stderr(&output));
     assert!(result(&b.out()) == truth);
 }
+
+#[test]
+fn a_finished_run_stays_as_it_is() {
+    let b = Bench::new();
+    assert!(b.train(&["-q", "--max-steps", "2"]).status.success());
+    let before =
+        std::fs::metadata(b.out().join("adapter/adapter_model.safetensors")).unwrap().modified().unwrap();
+    let output = b.train(&["--max-steps", "2", "--resume"]);
+    assert!(output.status.success() && stderr(&output).contains("is finished"), "{}", stderr(&output));
+    let after =
+        std::fs::metadata(b.out().join("adapter/adapter_model.safetensors")).unwrap().modified().unwrap();
+    assert_eq!(before, after);
+}

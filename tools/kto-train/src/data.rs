@@ -1,0 +1,86 @@
+//! The token file: where it comes from, whether it fits the model, and what its user should know before hours of training.
+
+use crate::{args::Args, plan::Plan, run_dir::RunDir};
+use kto_cli::{Error, Result, Ui, atomic, input};
+use kto_formats::tokens::TokenSet;
+use kto_model::architecture::Architecture;
+use std::path::Path;
+
+/// Name of the copy of piped data in the run directory.
+const SPOOL: &str = "data.kto.arrow";
+
+/// Reads the token file, standard input, or on --resume the copy of it.
+pub fn read(args: &Args) -> Result<TokenSet> {
+    let spooled = args.out.join(SPOOL);
+    let resumed = args.resume && is_piped(args) && spooled.exists();
+    let paths = if resumed { vec![spooled] } else { input::or_stdin(std::slice::from_ref(&args.data))? };
+    let input = input::open(&paths[0])?;
+    TokenSet::read(&input.name, input.reader)
+}
+
+/// Copies piped data into the run directory, for --resume.
+pub fn spool(args: &Args, dir: &RunDir, tokens: &TokenSet) -> Result<()> {
+    if !is_piped(args) {
+        return Ok(());
+    }
+    let path = dir.file(SPOOL);
+    let mut file = atomic::AtomicFile::create(&path)?;
+    tokens.write(&mut file).map_err(|e| Error::writing(&path, &e))?;
+    file.commit()
+}
+
+fn is_piped(args: &Args) -> bool {
+    args.data == Path::new("-")
+}
+
+/// Fails (65) when a token id has no row in the embedding.
+pub fn check_ids(architecture: &Architecture, tokens: &TokenSet) -> Result<()> {
+    let vocab = architecture.vocab_size;
+    for (i, row) in tokens.rows().enumerate() {
+        let mut ids = row.prompt_ids.iter().chain(row.completion_ids);
+        if let Some(id) = ids.find(|id| **id as usize >= vocab) {
+            let text = format!("row {}: token id {id} is outside the model's vocabulary of {vocab}", i + 1);
+            return Err(Error::data(text).with_hint("kto-tokenize --model with this model"));
+        }
+    }
+    Ok(())
+}
+
+/// Reports counts, and warns of what spoils a run.
+pub fn report(plan: &Plan, architecture: &Architecture, tokens: &TokenSet, ui: &Ui) {
+    let desirable = tokens.rows().filter(|r| r.label).count();
+    let undesirable = tokens.len() - desirable;
+    ui.note(format_args!(
+        "{} rows ({desirable} desirable, {undesirable} undesirable; {} cut, {} dropped by kto-tokenize), {} steps",
+        tokens.len(),
+        tokens.meta.truncated,
+        tokens.meta.dropped,
+        plan.total_steps
+    ));
+    if plan.loss != "sft" {
+        warn_of_imbalance(plan, desirable as f64, undesirable as f64, ui);
+    }
+    let longest = tokens.rows().map(|r| r.prompt_ids.len() + r.completion_ids.len()).max().unwrap_or(0);
+    let (longest, known) = (longest.min(tokens.meta.max_length as usize), architecture.max_positions);
+    if longest > known {
+        ui.warn(format_args!(
+            "the longest row has {longest} tokens, the model was made for {known}: kto-tokenize --max-length {known}"
+        ));
+    }
+}
+
+/// Equation 8 of the paper: λD·nD / (λU·nU) should lie in [1, 4/3].
+fn warn_of_imbalance(plan: &Plan, desirable: f64, undesirable: f64, ui: &Ui) {
+    if desirable == 0.0 || undesirable == 0.0 {
+        return ui.warn("all rows have one label: KTO learns from the difference between the two");
+    }
+    let ratio = plan.desirable_weight * desirable / (plan.undesirable_weight * undesirable);
+    // Two decimals of the advice below must not warn again.
+    if !(0.99..=1.34).contains(&ratio) {
+        let advice = plan.undesirable_weight * undesirable / desirable;
+        ui.warn(format_args!(
+            "desirable and undesirable rows weigh {ratio:.2} to 1; the KTO paper advises 1 to 1.33: --desirable-weight {advice:.2} to {:.2}",
+            advice * 4.0 / 3.0
+        ));
+    }
+}
