@@ -3,7 +3,7 @@
 
 usage: peers.py [DEMO_OUT]
 
-- the adapter in PEFT on the 4-bit directory in transformers + bitsandbytes: log-probs of the held-out rows against
+- the adapter in PEFT on the 4-bit directory in transformers + bitsandbytes, dequantized by the latter: log-probs of the held-out rows against
   kto-eval score, with and without the adapter;
 - the merged directory in transformers: greedy answers against kto-eval generate;
 - the token file in pyarrow.
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,6 +42,19 @@ def logp(model, row):
     return logits.gather(-1, ids[0, start:, None]).sum().item()
 
 
+def exactly(model):
+    """Lets a 4-bit model compute in float32: transformers would run it in bfloat16, whatever dtype says."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight.data = weight
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.float()
+
+
 def answers(model, tokenizer, prompts):
     """Greedy answers to conversations."""
     texts = []
@@ -59,6 +74,7 @@ def main():
     assert len(rows) == len(scores), (len(rows), len(scores))
 
     model = AutoModelForCausalLM.from_pretrained(out / "model-4bit", dtype=torch.float32)
+    exactly(model)
     model = PeftModel.from_pretrained(model, out / "run/adapter").eval()
     policy = max(abs(logp(model, row) - score["logps"]) for row, score in zip(rows, scores))
     with model.disable_adapter():
