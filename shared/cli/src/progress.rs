@@ -78,23 +78,38 @@ impl Progress {
         if self.style == Style::Lines {
             return say(format_args!("{}: {}", self.tool, self.line(done)));
         }
+        let line = self.line(done);
         let mut slot = lock(&self.bar);
-        let bar = slot.get_or_insert_with(|| bar(self.total, self.unit));
-        bar.set_message(lock(&self.text).clone());
+        let bar = slot.get_or_insert_with(|| bar(self.total));
+        bar.set_message(line);
         bar.set_position(done);
     }
 
+    /// Our own rate, over the whole time: the display's would begin when it is first drawn.
     fn line(&self, done: u64) -> String {
         let (unit, text) = (self.unit, lock(&self.text));
         let rate = done as f64 / self.start.elapsed().as_secs_f64().max(1e-3);
         let mut line = match (done * 100).checked_div(self.total) {
-            Some(percent) => format!("{done}/{} {unit} ({percent} %), {rate:.1} {unit}/s", self.total),
-            None => format!("{done} {unit}, {rate:.1} {unit}/s"),
+            Some(percent) => {
+                let left = self.total.saturating_sub(done) as f64 / rate.max(1e-9);
+                format!("{done}/{} {unit} ({percent} %), {rate:.1}/s, {} left", self.total, duration(left))
+            }
+            None => format!("{done} {unit}, {rate:.1}/s"),
         };
         if !text.is_empty() {
             line += &format!(", {text}");
         }
         line
+    }
+}
+
+/// Seconds as `12 s`, `3 min 20 s`, `5 h 02 min`.
+fn duration(seconds: f64) -> String {
+    let s = seconds as u64;
+    match s {
+        0..60 => format!("{s} s"),
+        60..3600 => format!("{} min {:02} s", s / 60, s % 60),
+        _ => format!("{} h {:02} min", s / 3600, s / 60 % 60),
     }
 }
 
@@ -108,13 +123,10 @@ impl Drop for Progress {
     }
 }
 
-fn bar(total: u64, unit: &'static str) -> ProgressBar {
-    let template = if total == 0 {
-        format!("{{spinner}} {{human_pos}} {unit} {{per_sec:1}} {{msg}}")
-    } else {
-        format!("{{bar:30}} {{human_pos}}/{{human_len}} {unit} {{per_sec:1}} {{eta}} left {{msg}}")
-    };
-    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+fn bar(total: u64) -> ProgressBar {
+    // wide_msg is cut at the right margin: a line that wraps could not be erased.
+    let template = if total == 0 { "{spinner} {wide_msg}" } else { "{bar:20} {wide_msg}" };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let target = ProgressDrawTarget::stderr_with_hz(RATE);
     ProgressBar::with_draw_target((total > 0).then_some(total), target).with_style(style)
 }
@@ -137,8 +149,9 @@ mod tests {
         progress.add(50);
         progress.say("loss 0.5");
         let line = progress.line(50);
-        assert!(line.starts_with("50/200 rows (25 %), ") && line.ends_with(" rows/s, loss 0.5"), "{line}");
+        assert!(line.starts_with("50/200 rows (25 %), ") && line.ends_with(" left, loss 0.5"), "{line}");
         let endless = Progress::new("kto-x", Style::Lines, 0, "rows", Arc::default());
         assert!(endless.line(7).starts_with("7 rows, "));
+        assert_eq!([12.9, 200.0, 18_120.0].map(duration), ["12 s", "3 min 20 s", "5 h 02 min"]);
     }
 }
