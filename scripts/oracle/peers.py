@@ -3,8 +3,8 @@
 
 usage: peers.py [DEMO_OUT]
 
-- the adapter in PEFT on the 4-bit directory in transformers + bitsandbytes, dequantized by the latter: log-probs of the held-out rows against
-  kto-eval score, with and without the adapter;
+- the 4-bit directory in transformers, dequantized by bitsandbytes, and the adapter on it in PEFT: log-probs of the
+  held-out rows against kto-eval score;
 - the merged directory in transformers: greedy answers against kto-eval generate;
 - the token file in pyarrow.
 """
