@@ -151,7 +151,7 @@ pub struct Request<'a> {
 
 /// Continues the prompts together. After each new token of sequence `i`, `stop(i, tokens so far)` says whether it ends;
 /// an error from it ends the whole. Returns each sequence's new tokens, the stopping one included, and whether `stop` ended it.
-/// A sequence does not depend on what it is batched with.
+/// What a sequence is batched with changes the order of its sums, so at most the last bits of its logits.
 pub fn generate_batch(
     base: &BaseModel,
     lora: Option<&Lora>,

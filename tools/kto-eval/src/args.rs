@@ -142,13 +142,15 @@ pub struct GenerateArgs {
     /// Draw from the likeliest tokens that have this probability together
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share, help_heading = "Sampling")]
     pub top_p: f64,
-    /// Seed of the draws; a row's draws depend on the seed and its place in the input only
+    /// Seed of the draws; a row's draws depend on it and on the row's place in the input
     #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Sampling")]
     pub seed: u64,
     /// End an answer before this text (repeatable)
     #[arg(long, value_name = "TEXT", conflicts_with = "ids", help_heading = "Sampling")]
     pub stop: Vec<String>,
-    /// Prompts answered at a time; 1 answers each before the next is read
+    /// Prompts answered together, each with its keys and values in memory; 1 answers each before the next is read
+    ///
+    /// Other batches add in another order: the last bits of the logits can differ, and with them rarely a token.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Sampling")]
     pub batch: u32,
 }
@@ -183,31 +185,34 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 const EXAMPLES: &str = "\
-EXAMPLES
+Examples:
   Did training help? Held-out rows, base against adapter:
     kto-eval score --model MODEL --adapter run/adapter heldout.kto.arrow --summary -
   Ask a question:
     echo 'What is a heron?' | kto-eval generate --model MODEL --adapter run/adapter --text --chat";
 
 const SCORE_HELP: &str = "\
-Keys of the summary, for --summary and --fail-if (names as in kto-train's metrics; a key without rows is absent):
-  rows, count/chosen, count/rejected, tokens    chosen: label true
+Keys of the summary, for --summary and --fail-if, named as in kto-train's metrics (chosen: label true);
+a key about no rows is absent:
+  rows, count/chosen, count/rejected, tokens
   loss, kl (at least 0), kl_raw
   rewards/chosen, rewards/rejected, rewards/margins
-  rewards/accuracies        share of rows whose reward is above 0 just when the label is true (also: accuracy)
-  pairs, pairs/accuracies   pairs of a chosen and a rejected completion of one prompt; share with the higher reward chosen
+  rewards/accuracies    share of rows with a reward above 0 just when the label is true; or: accuracy
+  pairs                 pairs of a chosen and a rejected completion of one prompt
+  pairs/accuracies      share of them in which the chosen one has the higher reward
   logps/chosen, logps/rejected, entropy (nats a token)
   perplexity, perplexity/chosen, perplexity/rejected, reference_perplexity
+  non_finite            rows without a finite log-probability
 
-EXAMPLES
-  kto-convert heldout.jsonl | kto-tokenize --model MODEL | kto-eval score --model MODEL --adapter run/adapter > scores.jsonl
-  kto-eval score --model MODEL --adapter run/adapter heldout.kto.arrow --summary - --fail-if 'accuracy<0.9'
-  kto-eval score --model merged --reference MODEL heldout.kto.arrow
-  kto-eval score --model MODEL data.kto.arrow | jq -s 'sort_by(.logps / .tokens) | .[:10] | .[].row'";
+Examples:
+  kto-tokenize --model MODEL heldout.jsonl | kto-eval score --model MODEL > scores.jsonl
+  kto-eval score --model MODEL --adapter run/adapter heldout.kto.arrow --fail-if 'accuracy<0.9'
+  kto-eval score --model merged --reference MODEL heldout.kto.arrow --summary summary.json
+  kto-eval score --model MODEL data.kto.arrow | jq -s 'sort_by(.logps / .tokens) | .[:9][].row'";
 
 const GENERATE_HELP: &str = "\
-EXAMPLES
+Examples:
   kto-eval generate --model MODEL prompts.jsonl > answers.jsonl
   echo 'Once upon a time' | kto-eval generate --model MODEL --text
-  echo '{\"prompt\": \"Why is the sky blue?\"}' | kto-eval generate --model MODEL --chat --temperature 0.7 --top-p 0.9
+  kto-eval generate --model MODEL --temperature 0.7 --top-p 0.9 --seed 7 prompts.jsonl
   kto-eval generate --model MODEL --adapter run/adapter heldout.jsonl | jq -r .completion";

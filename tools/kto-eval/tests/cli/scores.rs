@@ -1,0 +1,155 @@
+//! Scores: the summary against the rows, KL partners, references, 4-bit models.
+
+use super::{bytes, code, data, read_json, rows, run, testdata, text, token_set, trl_tokens, words};
+use candle_core::DType;
+use kto_formats::model_dir::ModelDir;
+use kto_model::{base::BaseModel, generate::Generator};
+use serde_json::Value;
+
+fn trl(flags: &str) -> Vec<String> {
+    let (model, adapter) = (data("trl/llama/model"), data("trl/llama/adapter_init"));
+    words(&format!("score --model {model} --adapter {adapter} {flags}"))
+}
+
+fn number(row: &Value, key: &str) -> f64 {
+    row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"))
+}
+
+#[test]
+fn the_summary_is_that_of_the_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("s.json");
+    let scores = rows(&trl(&format!("--summary {} --beta 0.3", file.display())), &bytes(&trl_tokens()));
+    let summary = read_json(&file);
+    let mean = |key: &str, wanted: Option<bool>| {
+        let of: Vec<f64> = scores
+            .iter()
+            .filter(|r| wanted.is_none_or(|w| r["label"] == w))
+            .map(|r| number(r, key))
+            .collect();
+        of.iter().sum::<f64>() / of.len() as f64
+    };
+    let near = |key: &str, expected: f64| {
+        let found = number(&summary, key);
+        assert!((found - expected).abs() < 1e-9 * expected.abs().max(1.0), "{key}: {found}, {expected}");
+    };
+    near("rows", 20.0);
+    near("kl_raw", mean("kl", None));
+    near("kl", mean("kl", None).max(0.0));
+    near("rewards/chosen", mean("reward", Some(true)));
+    near("rewards/margins", mean("reward", Some(true)) - mean("reward", Some(false)));
+    let right =
+        scores.iter().filter(|r| (number(r, "reward") > 0.0) == r["label"].as_bool().unwrap()).count();
+    near("rewards/accuracies", right as f64 / 20.0);
+    let tokens: f64 = scores.iter().map(|r| number(r, "tokens")).sum();
+    near("tokens", tokens);
+    near("perplexity", (-mean("logps", None) * 20.0 / tokens).exp());
+    for (i, row) in scores.iter().enumerate() {
+        assert_eq!(number(row, "row"), (i + 1) as f64);
+        assert!(
+            (number(row, "reward") - 0.3 * (number(row, "logps") - number(row, "reference_logps"))).abs()
+                < 1e-12
+        );
+        assert!(
+            (number(row, "kl") - (number(row, "kl_logps") - number(row, "kl_reference_logps"))).abs() < 1e-12
+        );
+    }
+}
+
+#[test]
+fn partners_come_from_other_prompts_and_from_the_seed() {
+    let own = trl_tokens();
+    let partners = |flags: &str| {
+        let scores = rows(&trl(flags), &bytes(&own));
+        scores.iter().map(|r| number(r, "kl_from") as usize - 1).collect::<Vec<_>>()
+    };
+    let first = partners("");
+    assert!(first.iter().enumerate().all(|(i, p)| own.row(i).prompt_ids != own.row(*p).prompt_ids));
+    assert_eq!(first, partners("--seed 42 --threads 1"));
+    assert_ne!(first, partners("--seed 43"));
+    // A mismatched pair scores as the same pair does as a row of its own.
+    let pair = (own.row(0).prompt_ids.to_vec(), own.row(first[0]).completion_ids.to_vec(), true);
+    let alone = &rows(&trl("--no-kl"), &bytes(&token_set(&[pair], 384, 96)))[0];
+    let scores = rows(&trl(""), &bytes(&own));
+    assert!((number(alone, "logps") - number(&scores[0], "kl_logps")).abs() < 1e-4);
+    assert!(alone.get("kl").is_none());
+}
+
+#[test]
+fn references_can_be_the_base_an_adapter_or_a_model() {
+    let input = bytes(&trl_tokens());
+    let by_base = rows(&trl("--no-kl"), &input);
+    let by_model = rows(&trl(&format!("--no-kl --reference {}", data("trl/llama/model"))), &input);
+    assert_eq!(by_base, by_model);
+    let same = rows(&trl(&format!("--no-kl --reference {}", data("trl/llama/adapter_init"))), &input);
+    assert!(same.iter().all(|r| number(r, "reward") == 0.0));
+    let model = data("trl/llama/model");
+    let swapped = rows(
+        &words(&format!("score --no-kl --model {model} --reference {}", data("trl/llama/adapter_init"))),
+        &input,
+    );
+    for (a, b) in by_base.iter().zip(&swapped) {
+        assert_eq!((&a["logps"], &a["reference_logps"]), (&b["reference_logps"], &b["logps"]));
+    }
+    let bare = rows(&words(&format!("score --model {model}")), &input);
+    assert!(bare.iter().zip(&by_base).all(|(a, b)| a["logps"] == b["reference_logps"] && a["reward"] == 0.0));
+}
+
+/// The sweep of packs and the cache of generation are two ways to one number, also with 4-bit weights.
+#[test]
+fn a_4_bit_model_scores_as_its_logits_say() {
+    let (prompt, completion) = (vec![7u32, 1, 200, 31], vec![5u32, 99, 180]);
+    let base =
+        BaseModel::load(ModelDir::open(&testdata("bnb/tiny_llama_bnb4")).unwrap(), DType::F32, 8).unwrap();
+    let all = [&prompt[..], &completion].concat();
+    let logits = Generator::new(&base, None, 8).unwrap().feed(&all, true).unwrap().to_vec2::<f32>().unwrap();
+    let logp = |row: &[f32], id: u32| {
+        let total: f64 = row.iter().map(|v| (*v as f64).exp()).sum();
+        row[id as usize] as f64 - total.ln()
+    };
+    let expected: f64 = completion.iter().enumerate().map(|(i, id)| logp(&logits[3 + i], *id)).sum();
+    let set = token_set(&[(prompt, completion, true)], 256, 16);
+    let args = words(&format!("score --model {} --no-kl", data("bnb/tiny_llama_bnb4")));
+    let found = number(&rows(&args, &bytes(&set))[0], "logps");
+    assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+}
+
+#[test]
+fn pairs_of_one_prompt_are_ranked() {
+    let (a, b) = (vec![5u32, 6], vec![8u32]);
+    let set = token_set(
+        &[
+            (a.clone(), vec![9, 10], true),
+            (a.clone(), vec![11], false),
+            (b.clone(), vec![12], true),
+            (b, vec![13, 14], false),
+            (a, vec![15], false),
+        ],
+        384,
+        16,
+    );
+    let output = run(&trl("--summary - -q"), &bytes(&set));
+    let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let scores = rows(&trl(""), &bytes(&set));
+    let reward = |i: usize| number(&scores[i], "reward");
+    let right = [(0, 1), (0, 4), (2, 3)].iter().filter(|(c, r)| reward(*c) > reward(*r)).count();
+    assert_eq!((number(&summary, "pairs"), number(&summary, "pairs/accuracies")), (3.0, right as f64 / 3.0));
+    assert!(output.stderr.is_empty());
+}
+
+#[test]
+fn an_assertion_that_is_met_ends_with_1() {
+    let input = bytes(&trl_tokens());
+    let run = |flags: &[&str]| {
+        run(&[trl("--no-kl --no-rows"), flags.iter().map(|f| f.to_string()).collect()].concat(), &input)
+    };
+    let good = run(&["--fail-if", "accuracy<0.1", "--fail-if", "rows != 20"]);
+    assert_eq!((code(&good), good.stdout.len()), (0, 0), "{}", text(&good.stderr));
+    let bad = run(&["--fail-if", "accuracy<0.1", "--fail-if", "accuracy <= 0.99"]);
+    assert_eq!(code(&bad), 1);
+    assert!(text(&bad.stderr).contains("--fail-if accuracy <= 0.99: rewards/accuracies is 0.55"));
+    let unknown = run(&["--fail-if", "kl<9"]);
+    assert_eq!(code(&unknown), 1, "--no-kl leaves kl out: nobody can say that it is good");
+    assert_eq!(code(&run(&["--fail-if", "accuracy"])), 2);
+    assert_eq!(code(&run(&["--fail-if", "acuracy<1"])), 2);
+}
