@@ -7,6 +7,7 @@
 use crate::{
     parallel::Shared,
     real::{Operand, Real, Sizes, product},
+    simd::simd,
     tensor::{matrix, read, same_type, with_type},
 };
 use candle_core::{Result, Tensor, bail};
@@ -294,20 +295,22 @@ fn transpose<T>(x: Operand<T>) -> Operand<T> {
     Operand { at: x.at, row: x.column, column: x.row }
 }
 
-fn softmax<T: Real>(row: &mut [T]) {
-    let mut max = T::NEG_INFINITY;
-    for &v in row.iter() {
-        if v > max {
-            max = v;
+simd! {
+    fn softmax<T: Real>(row: &mut [T]) {
+        let mut max = T::NEG_INFINITY;
+        for &v in row.iter() {
+            max = if v > max { v } else { max };
         }
+        for v in row.iter_mut() {
+            *v = (*v - max).exp();
+        }
+        let mut sum = T::ZERO;
+        for &v in row.iter() {
+            sum += v;
+        }
+        let inverse = T::ONE / sum;
+        row.iter_mut().for_each(|v| *v *= inverse);
     }
-    let mut sum = T::ZERO;
-    for v in row.iter_mut() {
-        *v = (*v - max).exp();
-        sum += *v;
-    }
-    let inverse = T::ONE / sum;
-    row.iter_mut().for_each(|v| *v *= inverse);
 }
 
 /// Returns (Tq, Tk) after proving every row that the layout names to be inside, and queries and groups to be disjoint.

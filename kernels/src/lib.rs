@@ -9,6 +9,7 @@ mod adamw;
 mod attention;
 mod dropout;
 mod elementwise;
+mod exp;
 mod logprob;
 mod matmul;
 mod parallel;
@@ -18,6 +19,7 @@ mod real;
 mod rms_norm;
 mod rope;
 mod rows;
+mod simd;
 mod swiglu;
 mod tensor;
 

@@ -6,6 +6,7 @@
 use crate::{
     parallel::for_rows,
     real::Real,
+    simd::simd,
     tensor::{read, same_type, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
@@ -38,26 +39,72 @@ pub fn logprob_stats(logits: &Tensor, targets: &[u32]) -> Result<Vec<LogprobStat
     Ok(out)
 }
 
-fn row_stats<T: Real>(x: &[T], target: usize) -> LogprobStats {
-    let mut max = T::NEG_INFINITY;
-    for &v in x {
-        if v > max {
-            max = v;
+/// Partial sums side by side, so that a loop over a row is SIMD; the order of all additions is fixed.
+const LANES: usize = 16;
+/// Elements summed in the element type before the sums are widened to f64.
+const RUN: usize = 1024;
+
+simd! {
+    fn row_stats<T: Real>(x: &[T], target: usize) -> LogprobStats {
+        let max = maximum(x);
+        let (mut sum, mut weighted, mut total) = (0.0f64, 0.0f64, 0.0f64);
+        for run in x.chunks(RUN) {
+            let (mut s, mut w, mut t) = ([T::ZERO; LANES], [T::ZERO; LANES], [T::ZERO; LANES]);
+            let groups = run.chunks_exact(LANES);
+            let rest = groups.remainder();
+            for group in groups {
+                for l in 0..LANES {
+                    // Relative to the maximum, so that the sum of products is exact enough in f32.
+                    let d = group[l] - max;
+                    let e = d.exp();
+                    s[l] += e;
+                    w[l] += e * d;
+                    t[l] += group[l];
+                }
+            }
+            for (l, v) in rest.iter().enumerate() {
+                let d = *v - max;
+                let e = d.exp();
+                s[l] += e;
+                w[l] += e * d;
+                t[l] += *v;
+            }
+            let widen = |lanes: [T; LANES]| lanes.iter().map(|v| v.wide()).sum::<f64>();
+            sum += widen(s);
+            weighted += widen(w);
+            total += widen(t);
+        }
+        let log_sum = sum.ln();
+        LogprobStats {
+            logp: (x[target] - max).wide() - log_sum,
+            entropy: log_sum - weighted / sum,
+            mean_logit: total / x.len() as f64,
+            logsumexp: max.wide() + log_sum,
         }
     }
-    let (mut sum, mut weighted, mut total) = (0.0f64, 0.0f64, 0.0f64);
-    for &v in x {
-        let e = (v - max).exp().wide();
-        sum += e;
-        weighted += e * v.wide();
-        total += v.wide();
+}
+
+#[inline(always)]
+fn maximum<T: Real>(x: &[T]) -> T {
+    let mut lanes = [T::NEG_INFINITY; LANES];
+    let larger = |m: &mut T, v: T| *m = if v > *m { v } else { *m };
+    let groups = x.chunks_exact(LANES);
+    let rest = groups.remainder();
+    for group in groups {
+        for l in 0..LANES {
+            larger(&mut lanes[l], group[l]);
+        }
     }
-    let logsumexp = max.wide() + sum.ln();
-    LogprobStats {
-        logp: x[target].wide() - logsumexp,
-        entropy: logsumexp - weighted / sum,
-        mean_logit: total / x.len() as f64,
-        logsumexp,
+    rest.iter().enumerate().for_each(|(l, v)| larger(&mut lanes[l], *v));
+    lanes.into_iter().fold(T::NEG_INFINITY, |m, v| if v > m { v } else { m })
+}
+
+simd! {
+    /// `row ← −softmax(row)`
+    fn negative_softmax<T: Real>(row: &mut [T], logsumexp: T) {
+        for x in row.iter_mut() {
+            *x = -(*x - logsumexp).exp();
+        }
     }
 }
 
@@ -70,10 +117,7 @@ pub fn logprob_unit_gradient(logits: &Tensor, targets: &[u32], stats: &[LogprobS
     same_type(logits, logits)?;
     with_type!(logits, T => write::<T>(logits, |data| {
         for_rows(data, v, |i, row| {
-            let lse = T::of(stats[i].logsumexp);
-            for x in row.iter_mut() {
-                *x = -(*x - lse).exp();
-            }
+            negative_softmax(row, T::of(stats[i].logsumexp));
             row[targets[i] as usize] += T::ONE;
         });
         Ok(())

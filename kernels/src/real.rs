@@ -41,28 +41,28 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ty, $variant:ident) => {
+    ($t:ty, $variant:ident, $exp:path) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
-            #[inline]
+            #[inline(always)]
             fn of(x: f64) -> Self {
                 x as $t
             }
-            #[inline]
+            #[inline(always)]
             fn wide(self) -> f64 {
                 self as f64
             }
-            #[inline]
+            #[inline(always)]
             fn exp(self) -> Self {
-                <$t>::exp(self)
+                $exp(self)
             }
-            #[inline]
+            #[inline(always)]
             fn sqrt(self) -> Self {
                 <$t>::sqrt(self)
             }
-            #[inline]
+            #[inline(always)]
             fn finite(self) -> bool {
                 self.is_finite()
             }
@@ -75,8 +75,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32, F32);
-real!(f64, F64);
+real!(f32, F32, crate::exp::exp);
+real!(f64, F64, f64::exp);
 
 /// A strided matrix in memory, as a matrix product reads it.
 #[derive(Clone, Copy)]

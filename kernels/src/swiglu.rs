@@ -3,6 +3,7 @@
 use crate::{
     parallel::for_rows,
     real::Real,
+    simd::simd,
     tensor::{matrix, read, with_type},
 };
 use candle_core::{Result, Tensor, bail};
@@ -16,9 +17,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let mut out = vec![T::ZERO; t * c];
         for_rows(&mut out, c, |i, y| {
             let (g, u) = (&g_[i * c..][..c], &u_[i * c..][..c]);
-            for j in 0..c {
-                y[j] = g[j] * sigmoid(g[j]) * u[j];
-            }
+            row(y, g, u);
         });
         matrix(out, t, c, gate)
     })
@@ -33,25 +32,39 @@ pub fn swiglu_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tenso
         let (rd, rg, ru) = (read(dy), read(gate), read(up));
         let (d_, g_, u_) = (rd.slice::<T>()?, rg.slice::<T>()?, ru.slice::<T>()?);
         let mut dgate = vec![T::ZERO; t * c];
+        let part = |i: usize| (&d_[i * c..][..c], &g_[i * c..][..c], &u_[i * c..][..c]);
         for_rows(&mut dgate, c, |i, y| {
-            for j in 0..c {
-                let (d, g, u) = (d_[i * c + j], g_[i * c + j], u_[i * c + j]);
-                let s = sigmoid(g);
-                y[j] = d * u * s * (T::ONE + g * (T::ONE - s));
-            }
+            let (d, g, u) = part(i);
+            gate_row(y, d, g, u);
         });
         let mut dup = vec![T::ZERO; t * c];
         for_rows(&mut dup, c, |i, y| {
-            for j in 0..c {
-                let (d, g) = (d_[i * c + j], g_[i * c + j]);
-                y[j] = d * g * sigmoid(g);
-            }
+            let (d, g, _) = part(i);
+            row(y, g, d);
         });
         Ok((matrix(dgate, t, c, gate)?, matrix(dup, t, c, gate)?))
     })
 }
 
-#[inline]
+simd! {
+    /// `y = silu(gate)·x`: the forward with `x = up`, the gradient of `up` with `x = dy`.
+    fn row<T: Real>(y: &mut [T], gate: &[T], x: &[T]) {
+        for ((y, g), x) in y.iter_mut().zip(gate).zip(x) {
+            *y = *g * sigmoid(*g) * *x;
+        }
+    }
+}
+
+simd! {
+    fn gate_row<T: Real>(y: &mut [T], dy: &[T], gate: &[T], up: &[T]) {
+        for (((y, d), g), u) in y.iter_mut().zip(dy).zip(gate).zip(up) {
+            let s = sigmoid(*g);
+            *y = *d * *u * s * (T::ONE + *g * (T::ONE - s));
+        }
+    }
+}
+
+#[inline(always)]
 fn sigmoid<T: Real>(x: T) -> T {
     T::ONE / (T::ONE + (-x).exp())
 }
