@@ -60,7 +60,7 @@ fn logits_with_neighbours_are_those_alone() {
         let together = logits(&mut batch, &parts);
         let alone = logits(&mut single, &[(0, &all[n..n + 1])]);
         let error = together[n - 1].iter().zip(&alone[0]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(error < 2e-5, "{n} sequences: {error}");
+        assert!(error < 1e-4, "{n} sequences: {error}");
     }
 }
 

@@ -45,8 +45,8 @@ fn one_token_at_a_time_gives_the_logits_of_all_at_once() {
             start += n;
         }
         let error = largest_difference(&all, &Tensor::cat(&parts, 0).unwrap());
-        // Logits reach 15; products of one row and of many are summed in different orders.
-        assert!(error <= 2e-5, "largest difference {error}");
+        // Logits reach 22; products of one row and of many are summed in different orders.
+        assert!(error <= 1e-4, "largest difference {error}");
     }
 }
 
