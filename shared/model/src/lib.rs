@@ -4,6 +4,8 @@
 //! Invariants: no padding; a prompt is computed once for all its branches; nothing depends on the number of threads.
 //! Deliberately absent: autograd, tokenization, files other than the model and the reference cache.
 
+#![forbid(unsafe_code)]
+
 pub mod architecture;
 pub mod base;
 mod block;

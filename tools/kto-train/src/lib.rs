@@ -2,6 +2,8 @@
 //!
 //! Never tokenizes and writes only inside `--out`.
 
+#![forbid(unsafe_code)]
+
 mod args;
 mod checkpoint;
 mod data;
