@@ -18,7 +18,8 @@ fn cases(folder: &Path) -> Vec<Case> {
     text.lines()
         .map(|line| {
             let mut row: serde_json::Map<String, Value> = serde_json::from_str(line).unwrap();
-            let text = |row: &serde_json::Map<String, Value>, key: &str| row[key].as_str().unwrap().to_string();
+            let text =
+                |row: &serde_json::Map<String, Value>, key: &str| row[key].as_str().unwrap().to_string();
             Case {
                 template: format!("{}/{}", text(&row, "source"), text(&row, "template")),
                 name: text(&row, "case"),
@@ -55,7 +56,8 @@ fn compare(folder: &Path) -> (usize, usize, Vec<String>) {
     let mut compiled: BTreeMap<String, Result<ChatTemplate>> = BTreeMap::new();
     let (mut equal, mut refused, mut differing) = (0, 0, Vec::new());
     for case in cases(folder) {
-        let template = compiled.entry(case.template.clone()).or_insert_with(|| compile(&folder.join(&case.template)));
+        let template =
+            compiled.entry(case.template.clone()).or_insert_with(|| compile(&folder.join(&case.template)));
         let ours = match template {
             Ok(template) => run(template, &case),
             Err(e) => Err(Error::data(e.to_string())),
@@ -65,8 +67,16 @@ fn compare(folder: &Path) -> (usize, usize, Vec<String>) {
             (Err(_), None) => refused += 1,
             (Ok(text), Some(expected)) => {
                 let at = text.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();
-                let end = |s: &str| s.get(at.saturating_sub(20)..).unwrap_or_default().chars().take(60).collect::<String>();
-                differing.push(format!("{} {}: {:?} / {:?}", case.template, case.name, end(&text), end(expected)));
+                let end = |s: &str| {
+                    s.get(at.saturating_sub(20)..).unwrap_or_default().chars().take(60).collect::<String>()
+                };
+                differing.push(format!(
+                    "{} {}: {:?} / {:?}",
+                    case.template,
+                    case.name,
+                    end(&text),
+                    end(expected)
+                ));
             }
             (Ok(_), None) => differing.push(format!("{} {}: Python refuses", case.template, case.name)),
             (Err(e), Some(_)) => differing.push(format!("{} {}: {e}", case.template, case.name)),

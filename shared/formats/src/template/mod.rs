@@ -17,6 +17,8 @@ mod source;
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod hostile;
 
 use crate::tokenizer::TokenizerConfig;
 use kto_cli::{Error, Result, escape, guard, hash};
