@@ -40,7 +40,7 @@ pub fn new(clock: Clock) -> Environment<'static> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.expect("white space settings are always valid"));
     environment.set_unknown_method_callback(pycompat::unknown_method_callback);
-    environment.set_formatter(|out, state, value| pystyle::print(out, state, value));
+    environment.set_formatter(pystyle::print);
     environment.add_filter("tojson", tojson);
     environment.add_function("raise_exception", raise_exception);
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
