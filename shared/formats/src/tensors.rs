@@ -135,6 +135,11 @@ impl TensorStore {
     pub fn file_of(&self, name: &str) -> Option<&Path> {
         self.entries.get(name).map(|e| self.files[e.file].path())
     }
+
+    /// Returns the file that holds `name`, or else the store's own place, for the beginning of a message.
+    pub fn place_of(&self, name: &str) -> String {
+        self.file_of(name).map_or_else(|| self.place.clone(), crate::mmap::shown)
+    }
 }
 
 impl<'a> TensorView<'a> {

@@ -117,7 +117,7 @@ fn result_tensors(base: &ModelDir, dtype: Option<Dtype>) -> Result<(Vec<TensorSp
     let store = &base.tensors;
     let mut quantized = BTreeMap::new();
     for name in store.names() {
-        if let Some(weight) = Nf4Tensor::find(store, name)? {
+        if let Some(weight) = Nf4Tensor::find(store, name).at(store.place_of(name))? {
             quantized.insert(name, weight.state);
         }
     }

@@ -3,7 +3,7 @@
 //! Held in memory: the adapter and one piece of a tensor.
 
 use crate::Plan;
-use kto_cli::{Error, Result, Ui, signal};
+use kto_cli::{Context, Error, Result, Ui, signal};
 use kto_formats::{
     adapter::LoraPair,
     bnb::Nf4Tensor,
@@ -35,7 +35,7 @@ pub fn write(plan: &Plan, shards: &Shards, dir: &Path, ui: &Ui) -> Result<()> {
 fn produce(plan: &Plan, spec: &TensorSpec, sink: &mut Sink) -> Result<()> {
     let store = &plan.base.tensors;
     let view = store.require(&spec.name)?;
-    let weight = Nf4Tensor::find(store, &spec.name)?;
+    let weight = Nf4Tensor::find(store, &spec.name).at(store.place_of(&spec.name))?;
     let pair = plan.pair(&spec.name);
     if weight.is_none() && pair.is_none() && view.dtype == spec.dtype {
         return copy(plan, &view, sink);
@@ -58,7 +58,7 @@ fn produce(plan: &Plan, spec: &TensorSpec, sink: &mut Sink) -> Result<()> {
         }
         bytes.clear();
         push_floats(spec.dtype, values, &mut bytes)?;
-        check_rounded(spec, start, values, &bytes)?;
+        check_rounded(spec, start, values, &bytes).at(store.place_of(&spec.name))?;
         sink(&bytes)?;
         match &weight {
             Some(_) => store.release_part(&spec.name, start / 2..(start + values.len()) / 2),
@@ -113,7 +113,7 @@ fn copy(plan: &Plan, view: &TensorView, sink: &mut Sink) -> Result<()> {
         if let Some(size) = floats {
             values.resize(part.len() / size, 0.0);
             view.read_f32(i * step / size, &mut values)?;
-            check_finite(view.name, i * step / size, &values)?;
+            check_finite(view.name, i * step / size, &values).at(plan.base.tensors.place_of(view.name))?;
         }
         sink(part)?;
         plan.base.tensors.release_part(view.name, i * step..i * step + part.len());

@@ -1,7 +1,7 @@
 //! What to do with every tensor, decided and checked before anything is written.
 
 use crate::Args;
-use kto_cli::{Error, Result, Ui, escape};
+use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{
     bnb,
     model_dir::{ModelDir, refuse_output},
@@ -57,7 +57,7 @@ impl Plan {
         let (mut quantize, mut copy, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
         let mut blocks = 0;
         for view in model.tensors.views() {
-            match linear_of(&view)? {
+            match linear_of(&view).at(model.tensors.place_of(view.name))? {
                 Some(block) => {
                     blocks = blocks.max(block + 1);
                     let module = view.name.trim_end_matches(".weight");

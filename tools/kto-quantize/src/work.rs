@@ -5,7 +5,7 @@
 //! Held in memory: one piece of a tensor, the scales of one tensor, and four bytes per 16,384 values of the whole model.
 
 use crate::Plan;
-use kto_cli::{Error, Kind, Result, Ui, escape, signal};
+use kto_cli::{Context, Error, Kind, Result, Ui, escape, signal};
 use kto_formats::{
     bnb::{self, QuantState},
     model_dir::QUANTIZED_FROM,
@@ -19,8 +19,9 @@ use std::{collections::BTreeMap, path::Path};
 /// Values that are worked on at a time: a multiple of the block size.
 const PIECE: usize = 1 << 22;
 
-const _: () =
-    assert!(bnb::BLOCK == nf4::BLOCK && bnb::NESTED_BLOCK == nf4::NESTED_BLOCK && PIECE % nf4::BLOCK == 0);
+const _: () = assert!(
+    bnb::BLOCK == nf4::BLOCK && bnb::NESTED_BLOCK == nf4::NESTED_BLOCK && PIECE.is_multiple_of(nf4::BLOCK)
+);
 
 /// What the first pass found out about one weight.
 struct Scales {
@@ -127,7 +128,7 @@ impl Measured<'_> {
 fn absmax(store: &TensorStore, name: &str, done: impl Fn(u64)) -> Result<Vec<f32>> {
     let mut absmax = vec![0.0; store.require(name)?.len().div_ceil(nf4::BLOCK)];
     pieces(store, name, |start, values| {
-        check_finite(name, start, values)?;
+        check_finite(name, start, values).at(store.place_of(name))?;
         let blocks = &mut absmax[start / nf4::BLOCK..][..values.len().div_ceil(nf4::BLOCK)];
         nf4::block_absmax(values, blocks);
         done(values.len() as u64);
@@ -155,7 +156,9 @@ fn pieces(store: &TensorStore, name: &str, mut work: impl FnMut(usize, &[f32]) -
 
 fn check_copy(store: &TensorStore, name: &str) -> Result<()> {
     match float_size(store.require(name)?.dtype) {
-        Some(_) => pieces(store, name, |start, values| check_finite(name, start, values)),
+        Some(_) => {
+            pieces(store, name, |start, values| check_finite(name, start, values).at(store.place_of(name)))
+        }
         None => Ok(()),
     }
 }
