@@ -1,7 +1,7 @@
 //! The numbers of a step under TRL's names, and the ones that users miss there.
 
 use kto_model::{
-    loss::{RowLoss, ScoredRow},
+    loss::{Loss, RowLoss, ScoredRow},
     sweep::BranchStats,
 };
 use serde_json::{Map, Value, json};
@@ -15,6 +15,12 @@ struct ClassMetrics {
     logps: f64,
     logits: f64,
     right: usize,
+}
+
+impl ClassMetrics {
+    fn mean_reward(&self) -> f64 {
+        self.reward / self.rows as f64
+    }
 }
 
 /// One block's metrics: TRL's micro-batch, or the whole step.
@@ -63,47 +69,60 @@ pub struct StepFacts {
     pub epoch: f64,
 }
 
-/// Returns one line of metrics.jsonl. Every block weighs the same, as in TRL; a class that is absent has no key.
-pub fn line(facts: StepFacts, blocks: &[BlockMetrics], needs_kl: bool) -> Value {
-    let mut out = Map::new();
-    let mut put = |key: &str, value: f64| {
-        out.insert(key.into(), json!(value));
-    };
+/// Returns one line of metrics.jsonl. Every block weighs the same, as in TRL; a class that is absent has no key,
+/// and a loss without a reference has no rewards. Times are left out: a resumed run ends with the same bytes.
+pub fn line(facts: StepFacts, blocks: &[BlockMetrics], loss: Loss) -> Value {
+    let mut line = Map::new();
+    line.insert("step".into(), json!(facts.step));
+    let mut put = |key: &str, value: f64| line.insert(key.into(), json!(value));
     put("loss", facts.loss);
     put("grad_norm", facts.grad_norm);
     put("learning_rate", facts.learning_rate);
-    put("kl", if needs_kl { mean(blocks.iter().map(|b| b.kl_raw.max(0.0))) } else { 0.0 });
-    put("kl_raw", mean(blocks.iter().map(|b| b.kl_raw)));
-    put("entropy", mean(blocks.iter().map(|b| b.entropy)));
-    for (name, class) in
-        [("chosen", (|b| b.chosen) as fn(&BlockMetrics) -> ClassMetrics), ("rejected", |b| b.rejected)]
-    {
-        let present = || blocks.iter().map(class).filter(|c| c.rows > 0);
-        if present().next().is_some() {
-            put(&format!("rewards/{name}"), mean(present().map(|c| c.reward / c.rows as f64)));
-            put(&format!("logps/{name}"), mean(present().map(|c| c.logps / c.rows as f64)));
-            put(&format!("logits/{name}"), mean(present().map(|c| c.logits / c.tokens.max(1) as f64)));
-        }
+    if loss.needs_reference() {
+        // TRL logs a kl of 0 where the loss has none.
+        put("kl", mean(blocks.iter().map(|b| b.kl_raw.max(0.0))));
+        put("kl_raw", mean(blocks.iter().map(|b| b.kl_raw)));
     }
+    put("entropy", mean(blocks.iter().map(|b| b.entropy)));
+    put_class("chosen", blocks.iter().map(|b| b.chosen), loss, &mut put);
+    put_class("rejected", blocks.iter().map(|b| b.rejected), loss, &mut put);
+    if loss.needs_reference() {
+        put_comparison(blocks, &mut put);
+    }
+    put("epoch", facts.epoch);
+    line.insert("num_tokens".into(), json!(facts.num_tokens));
+    line.insert("count/chosen".into(), json!(blocks.iter().map(|b| b.chosen.rows).sum::<usize>()));
+    line.insert("count/rejected".into(), json!(blocks.iter().map(|b| b.rejected.rows).sum::<usize>()));
+    Value::Object(line)
+}
+
+type Put<'a> = &'a mut dyn FnMut(&str, f64) -> Option<Value>;
+
+/// Means over the blocks that have rows of the class.
+fn put_class(name: &str, blocks: impl Iterator<Item = ClassMetrics>, loss: Loss, put: Put) {
+    let present: Vec<ClassMetrics> = blocks.filter(|c| c.rows > 0).collect();
+    if present.is_empty() {
+        return;
+    }
+    let over = |f: fn(&ClassMetrics) -> f64| mean(present.iter().map(f));
+    if loss.needs_reference() {
+        put(&format!("rewards/{name}"), over(ClassMetrics::mean_reward));
+    }
+    put(&format!("logps/{name}"), over(|c| c.logps / c.rows as f64));
+    put(&format!("logits/{name}"), over(|c| c.logits / c.tokens.max(1) as f64));
+}
+
+/// Margins over the blocks that have both classes, and the share of rows whose reward has the label's sign.
+fn put_comparison(blocks: &[BlockMetrics], put: Put) {
     let both: Vec<&BlockMetrics> =
         blocks.iter().filter(|b| b.chosen.rows > 0 && b.rejected.rows > 0).collect();
     if !both.is_empty() {
-        let margin = |b: &&BlockMetrics| {
-            b.chosen.reward / b.chosen.rows as f64 - b.rejected.reward / b.rejected.rows as f64
-        };
-        put("rewards/margins", mean(both.iter().map(margin)));
+        put("rewards/margins", mean(both.iter().map(|b| b.chosen.mean_reward() - b.rejected.mean_reward())));
     }
     let count = |f: fn(&BlockMetrics) -> usize| blocks.iter().map(f).sum::<usize>();
-    let (chosen, rejected) = (count(|b| b.chosen.rows), count(|b| b.rejected.rows));
-    let right = count(|b| b.chosen.right + b.rejected.right);
-    put("rewards/accuracies", right as f64 / (chosen + rejected).max(1) as f64);
-    put("epoch", facts.epoch);
-    let mut line = Map::from_iter([("step".to_string(), json!(facts.step))]);
-    line.extend(out);
-    line.insert("num_tokens".into(), json!(facts.num_tokens));
-    line.insert("count/chosen".into(), json!(chosen));
-    line.insert("count/rejected".into(), json!(rejected));
-    Value::Object(line)
+    let (right, rows) =
+        (count(|b| b.chosen.right + b.rejected.right), count(|b| b.chosen.rows + b.rejected.rows));
+    put("rewards/accuracies", right as f64 / rows.max(1) as f64);
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> f64 {

@@ -4,11 +4,11 @@ use crate::{
     checkpoint::{self, Position},
     metrics::{self, StepFacts},
     optimizer::{Optimizer, OptimizerSpec, norm},
-    order::Order,
+    order::{Block, Order},
     plan::Plan,
     run_dir::RunDir,
     schedule::Schedule,
-    step::Trainer,
+    step::{StepOutput, Trainer},
 };
 use kto_cli::{Error, Result, Ui, atomic::AtomicDir, hash::sha256_hex, signal};
 use kto_formats::{
@@ -155,41 +155,50 @@ impl Run<'_> {
                 order = (epoch, self.order.epoch(epoch));
             }
             let blocks = self.order.step(epoch, &order.1, at);
-            let gradients = lora.zeros_like()?;
-            let key = random::key(&[plan.seed, purpose("dropout"), position.step]);
-            let dropout = (plan.lora_dropout > 0.0).then_some(DropoutKey { p: plan.lora_dropout, key });
-            let step = position.step + 1;
-            let named = |e: Error| Error::new(e.kind(), format!("step {step}: {e}"));
-            let out = trainer.step(lora, &blocks, dropout, &gradients).map_err(named)?;
-            let grad_norm = norm(&gradients)?;
-            if !grad_norm.is_finite() {
-                let rows: Vec<String> = blocks.iter().flatten().map(|m| (m.row + 1).to_string()).collect();
-                return Err(Error::data(format!(
-                    "step {step}: the gradient is not finite (rows {})",
-                    rows.join(", ")
-                ))
-                .with_hint("a lower --lr; the last checkpoint is kept"));
-            }
+            let (gradients, grad_norm, out) = self.gradient(trainer, lora, position.step, &blocks)?;
             let lr = schedule.at(position.step);
-            optimizer.step(lora, &gradients, grad_norm, lr, step)?;
-            position.step = step;
+            position.step += 1;
+            optimizer.step(lora, &gradients, grad_norm, lr, position.step)?;
             position.num_tokens += out.tokens;
             let epoch = self.order.epoch_after(epoch, at);
             let facts = StepFacts {
-                step,
+                step: position.step,
                 loss: out.loss,
                 grad_norm,
                 learning_rate: lr,
                 num_tokens: position.num_tokens,
                 epoch,
             };
-            let line = metrics::line(facts, &out.blocks, plan.typed.loss.loss.needs_kl());
+            let line = metrics::line(facts, &out.blocks, plan.typed.loss.loss);
             progress.say(say(&line, out.tokens as f64 / began.elapsed().as_secs_f64()));
             position.metrics_bytes = log.append(&line)?;
             progress.add(1);
             self.after_step(position, lora, optimizer, log)?;
         }
         Ok(position)
+    }
+
+    /// Returns the gradient of step `done + 1`, its norm and the step's scores. Error (65), naming step and rows, when it is not finite.
+    fn gradient(
+        &self,
+        trainer: &Trainer,
+        lora: &Lora,
+        done: u64,
+        blocks: &[Block],
+    ) -> Result<(Lora, f64, StepOutput)> {
+        let gradients = lora.zeros_like()?;
+        let key = random::key(&[self.plan.seed, purpose("dropout"), done]);
+        let p = self.plan.lora_dropout;
+        let dropout = (p > 0.0).then_some(DropoutKey { p, key });
+        let at = |e: Error| Error::new(e.kind(), format!("step {}: {e}", done + 1));
+        let out = trainer.step(lora, blocks, dropout, &gradients).map_err(at)?;
+        let grad_norm = norm(&gradients)?;
+        if !grad_norm.is_finite() {
+            let rows: Vec<String> = blocks.iter().flatten().map(|m| (m.row + 1).to_string()).collect();
+            let text = format!("the gradient is not finite (rows {})", rows.join(", "));
+            return Err(at(Error::data(text)).with_hint("a lower --lr; the last checkpoint is kept"));
+        }
+        Ok((gradients, grad_norm, out))
     }
 
     /// Saves when it is time to, and ends the run after a signal.

@@ -96,13 +96,27 @@ fn difference(a: &[f64], b: &[f64]) -> (f64, f64) {
     (largest, norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied()))
 }
 
-/// Tolerances: a small multiple of the distance of TRL's own float32 run from float64 arithmetic (testdata/trl/README.md).
+/// How far TRL's own float32 run is from float64 arithmetic: (case, loss, grad_norm relative). From testdata/trl/README.md.
+const TRL_ERROR: [(&str, f64, f64); 8] = [
+    ("llama", 2.3e-7, 5.2e-7),
+    ("llama_apo", 2.3e-7, 1.1e-6),
+    ("llama_ga2", 3.1e-7, 5.2e-7),
+    ("llama_paired", 5.1e-7, 2.8e-6),
+    ("llama_text", 2.4e-7, 1.5e-7),
+    ("llama_refadapter", 2.8e-7, 3.7e-7),
+    ("llama_gc", 2.3e-7, 5.2e-7),
+    ("qwen2", 3.4e-7, 7.0e-7),
+];
+
+/// Our f32 may be three times as far as TRL's, our f64 no further than TRL's.
 #[test]
 fn every_step_equals_float64_arithmetic() {
     for name in CASES {
         let case = Case::open(name);
         let truth = case.lines("steps_f64");
-        for (dtype, loss_tolerance, norm_tolerance) in [(DType::F64, 5e-7, 2e-6), (DType::F32, 8e-7, 3e-6)] {
+        let (_, trl_loss, trl_norm) = TRL_ERROR.into_iter().find(|t| t.0 == name).unwrap();
+        for (dtype, times) in [(DType::F64, 1.0), (DType::F32, 3.0)] {
+            let (loss_tolerance, norm_tolerance) = (times * trl_loss, times * trl_norm);
             let run = replay(&case, dtype, Packing::Shared(1024));
             assert_eq!(run.steps.len(), truth.len(), "{name}");
             let (mut worst_loss, mut worst_norm) = (0.0f64, 0.0f64);
