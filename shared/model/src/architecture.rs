@@ -127,10 +127,17 @@ impl Architecture {
                 format!("hidden_size {} is not a multiple of num_attention_heads {heads}", self.hidden);
             return Err(Error::data(format!("config.json: {text}")));
         }
-        let act = config.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
-        if act != "silu" {
-            return Err(Error::data(format!("config.json: hidden_act \"{}\" is not supported", escape(act)))
+        let act = config.get("hidden_act").filter(|v| !v.is_null());
+        if let Some(act) = act.filter(|v| v.as_str() != Some("silu")) {
+            let found = escape(&act.to_string());
+            return Err(Error::data(format!("config.json: hidden_act {found} is not supported"))
                 .with_hint("supported: silu"));
+        }
+        let kinds = config.get("layer_types").and_then(Value::as_array).into_iter().flatten();
+        if let Some(kind) = kinds.into_iter().find(|k| k.as_str() != Some("full_attention")) {
+            let found = escape(&kind.to_string());
+            return Err(Error::data(format!("config.json: layer_types {found} is not supported"))
+                .with_hint("supported: full_attention"));
         }
         if flag(config, "use_sliding_window", false)? {
             return Err(Error::data("config.json: use_sliding_window is not supported"));
@@ -208,16 +215,17 @@ fn flag(config: &Value, field: &str, default: bool) -> Result<bool> {
 /// Reads the rotary base from either form: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling`.
 fn rope_theta(config: &Value) -> Result<f64> {
     for field in ["rope_parameters", "rope_scaling"] {
-        let kind = config
-            .get(field)
-            .and_then(|p| p.get("rope_type").or_else(|| p.get("type")))
-            .and_then(Value::as_str);
-        if let Some(kind) = kind.filter(|k| *k != "default") {
-            return Err(Error::data(format!(
-                "config.json: {field} of type \"{}\" is not supported",
-                escape(kind)
-            ))
-            .with_hint("supported: default"));
+        let Some(rope) = config.get(field).filter(|v| !v.is_null()) else { continue };
+        let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+        // Without a type a factor would be a form that is not known here.
+        let plain = match kind {
+            Some(kind) => kind.as_str() == Some("default"),
+            None => rope.is_object() && rope.get("factor").is_none(),
+        };
+        if !plain {
+            let found = escape(&kind.unwrap_or(rope).to_string());
+            return Err(Error::data(format!("config.json: {field} of type {found} is not supported"))
+                .with_hint("supported: default"));
         }
     }
     match config.get("rope_parameters").filter(|p| p.get("rope_theta").is_some()) {

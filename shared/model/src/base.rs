@@ -4,6 +4,7 @@ use crate::{
     architecture::{Architecture, Module},
     numeric::Numeric,
     projection::Linear,
+    weights,
 };
 use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
@@ -46,6 +47,7 @@ impl BaseModel {
     /// Errors (65): a tensor that is missing, of another shape than config.json says, or not finite.
     pub fn load(directory: ModelDir, dtype: DType, positions: usize) -> Result<Self> {
         let architecture = Architecture::from_config(&directory.config)?;
+        weights::check(&architecture, &directory)?;
         let (v, c) = (architecture.vocab_size, architecture.hidden);
         let read = |name: &str, shape: &[usize]| dense(&directory, name, shape, dtype);
         let embedding = read("model.embed_tokens.weight", &[v, c])?;

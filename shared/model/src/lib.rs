@@ -21,3 +21,4 @@ mod projection;
 pub mod reference;
 pub mod rows;
 pub mod sweep;
+pub mod weights;

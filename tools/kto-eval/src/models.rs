@@ -5,7 +5,7 @@ use candle_core::DType;
 use kto_cli::{Context, Error, Kind, Result, escape};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir};
 use kto_kernels::RopeTable;
-use kto_model::{architecture::Architecture, base::BaseModel, fit, lora::Lora};
+use kto_model::{architecture::Architecture, base::BaseModel, fit, lora::Lora, weights};
 use std::path::Path;
 
 /// A base and perhaps an adapter on it.
@@ -22,6 +22,7 @@ impl Policy {
     pub fn open(args: &ModelArgs, positions: usize) -> Result<Self> {
         let directory = ModelDir::open(&args.model)?;
         let architecture = Architecture::from_config(&directory.config).at(shown(&args.model))?;
+        weights::check(&architecture, &directory).at(shown(&args.model))?;
         let lora = match &args.adapter {
             Some(path) => Some(adapter(path, "--adapter", &directory, &architecture, args.force_base)?),
             None => None,

@@ -2,7 +2,7 @@
 
 use crate::{args::Args, plan::Plan, run_dir::RunDir};
 use kto_cli::{Error, Result, Ui, atomic, input};
-use kto_formats::tokens::TokenSet;
+use kto_formats::tokens::{TokenRow, TokenSet};
 use kto_model::architecture::Architecture;
 use std::path::Path;
 
@@ -31,6 +31,13 @@ pub fn spool(args: &Args, dir: &RunDir, tokens: &TokenSet) -> Result<()> {
 
 fn is_piped(args: &Args) -> bool {
     args.data == Path::new("-")
+}
+
+/// Returns how many positions a row or a KL pair can have.
+pub fn positions(tokens: &TokenSet) -> usize {
+    let longest = |f: fn(TokenRow) -> usize| tokens.rows().map(f).max().unwrap_or(0);
+    let joined = longest(|r| r.prompt_ids.len()) + longest(|r| r.completion_ids.len());
+    joined.min(tokens.meta.max_length as usize)
 }
 
 /// Fails (65) when a token id has no row in the embedding.

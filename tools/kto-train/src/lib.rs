@@ -26,6 +26,7 @@ use kto_model::{
     architecture::Architecture,
     base::BaseModel,
     lora::{Lora, LoraSpec},
+    weights,
 };
 use order::Order;
 use plan::{Inputs, Plan};
@@ -38,10 +39,12 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let (_, micro) = plan::batches(&args)?;
     if !args.dry_run {
         run_dir::check(&args.out, existing(&args))?;
+        run_dir::check_inputs(&args)?;
     }
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
+    weights::check(&architecture, &model).at(shown(&args.model))?;
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;
     let tokens = data::read(&args)?;
     let order = order(&args, &tokens, micro)?;
@@ -88,7 +91,7 @@ fn train(
     lora: &Lora,
     ui: &Ui,
 ) -> Result<Exit> {
-    let base = BaseModel::load(model, DType::F32, plan.max_length).at(shown(&args.model))?;
+    let base = BaseModel::load(model, DType::F32, data::positions(tokens)).at(shown(&args.model))?;
     let dir = open_run(args, plan)?;
     if args.resume && dir.is_finished() {
         ui.note(format_args!("{}: the run is finished", shown(&args.out)));
@@ -114,7 +117,13 @@ fn existing(args: &Args) -> Existing {
 /// Locks the run directory; with --resume proves that the stored plan is this one.
 fn open_run(args: &Args, plan: &Plan) -> Result<RunDir> {
     let dir = RunDir::open(&args.out, existing(args))?;
-    if let Some(stored) = dir.stored_plan().filter(|_| args.resume) {
+    let stored = dir.stored_plan();
+    if args.resume && stored.is_none() && dir.file("checkpoints").exists() {
+        let text = "checkpoints, but no readable run.json that says what they are of";
+        return Err(Error::config(format!("{}: {text}", shown(&args.out)))
+            .with_hint("--force to start anew in this directory"));
+    }
+    if let Some(stored) = stored.filter(|_| args.resume) {
         let differences = run_dir::differences(&stored, plan);
         if !differences.is_empty() {
             let text: Vec<String> =

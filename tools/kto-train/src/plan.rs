@@ -71,6 +71,9 @@ pub struct Plan {
     pub typed: Typed,
 }
 
+/// Steps of a run, at most: every epoch's order and KL partners are drawn before the first step.
+const MOST_STEPS: u64 = 1_000_000_000;
+
 /// The plan's enumerations.
 #[derive(Clone, Debug)]
 pub struct Typed {
@@ -114,6 +117,10 @@ impl Plan {
         };
         let wanted = (args.epochs * steps_per_epoch as f64).ceil().max(1.0) as u64;
         let total_steps = args.max_steps.unwrap_or(wanted);
+        if total_steps > MOST_STEPS {
+            return Err(Error::usage(format!("{total_steps} steps are more than {MOST_STEPS}"))
+                .with_hint("a smaller --epochs or --max-steps"));
+        }
         let ratio = (args.warmup_ratio * total_steps as f64).ceil() as u64;
         let config = inputs.adapter.map(|a| &a.config);
         let names = |m: &[Module]| m.iter().map(|m| m.name().to_string()).collect();

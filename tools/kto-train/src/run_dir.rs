@@ -3,7 +3,7 @@
 //! `run.json` plan and state, `metrics.jsonl` a line a step, `adapter/` the result, `checkpoints/step-N/`,
 //! `reference.safetensors` cached reference log-probabilities, `data.kto.arrow` when the data came through a pipe.
 
-use crate::plan::Plan;
+use crate::{args::Args, plan::Plan};
 use kto_cli::{Error, Kind, Result, atomic, escape, lock::RunLock};
 use serde_json::{Value, json};
 use std::{
@@ -28,8 +28,12 @@ pub enum Existing {
     Resume,
 }
 
-/// Everything that a run writes; nothing else in the directory is ever touched.
-const OWN: [&str; 5] = ["run.json", "metrics.jsonl", "adapter", "checkpoints", "reference.safetensors"];
+/// Everything that a run writes; nothing else in the directory is ever touched. In the order in which a run is removed:
+/// no checkpoint may outlive the run.json that says what it is of.
+const OWN: [&str; 5] = ["checkpoints", "adapter", "metrics.jsonl", "reference.safetensors", "run.json"];
+
+/// What shows that a run is in a directory.
+const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];
 
 impl RunDir {
     /// Creates and locks `path`. Errors: 73 when it holds a run or cannot be created, 75 when another process uses it.
@@ -57,7 +61,7 @@ impl RunDir {
 
     /// Returns the plan of the run that is in the directory.
     pub fn stored_plan(&self) -> Option<Value> {
-        self.manifest()?.get("plan").cloned()
+        self.manifest()?.get("plan").filter(|p| p.is_object()).cloned()
     }
 
     fn manifest(&self) -> Option<Value> {
@@ -98,12 +102,26 @@ impl RunDir {
 
 /// Refuses (73) a directory with a run in it, unless that is wanted. Called before the model is loaded, and under the lock.
 pub fn check(path: &Path, existing: Existing) -> Result<()> {
-    if existing != Existing::Refuse || !path.join("run.json").exists() {
+    if existing != Existing::Refuse || !SIGNS.iter().any(|name| path.join(name).exists()) {
         return Ok(());
     }
     let shown = escape(&path.display().to_string());
     Err(Error::new(Kind::CantCreate, format!("{shown}: there is a run in this directory"))
         .with_hint("--resume to go on with it, --force to replace it"))
+}
+
+/// Refuses (2) to replace a run by one that reads from it: its files would be gone before the new run has ended.
+pub fn check_inputs(args: &Args) -> Result<()> {
+    let replaced = args.force && !args.resume;
+    let Some(out) = fs::canonicalize(&args.out).ok().filter(|_| replaced) else { return Ok(()) };
+    for (flag, path) in [("--model", Some(&args.model)), ("--init-adapter", args.init_adapter.as_ref())] {
+        let Some(input) = path.and_then(|p| fs::canonicalize(p).ok()) else { continue };
+        if OWN.iter().any(|name| input.starts_with(out.join(name))) {
+            let text = format!("--force would remove {flag}, which is a part of the run in --out");
+            return Err(Error::usage(text).with_hint("another --out, or move the directory away first"));
+        }
+    }
+    Ok(())
 }
 
 /// Lists the fields in which two plans differ, as (field, old, new).

@@ -92,7 +92,7 @@ impl Run<'_> {
         if !self.plan.typed.loss.loss.needs_reference() {
             return Ok(Reference::default());
         }
-        let pairs = self.pairs();
+        let pairs = self.pairs()?;
         let adapter = if initial.is_some() { self.plan.init_adapter.as_str() } else { "base" };
         let key = sha256_hex(
             format!("{} {} {adapter} {}", self.plan.base, self.plan.data, self.plan.max_length).as_bytes(),
@@ -112,10 +112,11 @@ impl Run<'_> {
         Ok(reference)
     }
 
-    fn pairs(&self) -> BTreeSet<Pair> {
+    fn pairs(&self) -> Result<BTreeSet<Pair>> {
         let mut pairs: BTreeSet<Pair> = BTreeSet::new();
         let per_epoch = self.plan.steps_per_epoch;
         for epoch in 0..self.plan.total_steps.div_ceil(per_epoch) {
+            signal::check()?;
             let rows = self.order.epoch(epoch);
             for step in 0..per_epoch.min(self.plan.total_steps - epoch * per_epoch) {
                 for member in self.order.step(epoch, &rows, step).iter().flatten() {
@@ -126,7 +127,7 @@ impl Run<'_> {
                 }
             }
         }
-        pairs
+        Ok(pairs)
     }
 
     fn steps(
@@ -159,6 +160,7 @@ impl Run<'_> {
             let lr = schedule.at(position.step);
             position.step += 1;
             optimizer.step(lora, &gradients, grad_norm, lr, position.step)?;
+            check_finite(lora, position.step)?;
             position.num_tokens += out.tokens;
             let epoch = self.order.epoch_after(epoch, at);
             let facts = StepFacts {
@@ -249,6 +251,15 @@ fn say(line: &Value, rate: f64) -> String {
     text + &format!(" {rate:.0} tok/s")
 }
 
+/// Fails (65) when a step has left the range of f32: neither a checkpoint nor the result may hold such numbers.
+fn check_finite(lora: &Lora, step: u64) -> Result<()> {
+    if norm(lora)?.is_finite() {
+        return Ok(());
+    }
+    Err(Error::data(format!("step {step}: the adapter is no longer finite"))
+        .with_hint("a lower --lr; the last checkpoint is kept"))
+}
+
 /// metrics.jsonl, appended to a line at a time.
 struct MetricsLog {
     path: PathBuf,
@@ -261,11 +272,13 @@ impl MetricsLog {
     fn open(path: PathBuf, bytes: u64) -> Result<Self> {
         let open = || {
             let mut file = OpenOptions::new().create(true).write(true).truncate(false).open(&path)?;
+            // A file that someone shortened is not filled up with NULs.
+            let bytes = bytes.min(file.metadata()?.len());
             file.set_len(bytes)?;
             file.seek(SeekFrom::End(0))?;
-            Ok(file)
+            Ok((file, bytes))
         };
-        let file = open().map_err(|e| Error::writing(&path, &e))?;
+        let (file, bytes) = open().map_err(|e| Error::writing(&path, &e))?;
         Ok(Self { path, file, bytes })
     }
 

@@ -185,3 +185,52 @@ fn losses_without_kl_train() {
         assert!(losses[0] > start && mean(&losses[35..]) < mean(&losses[..5]) * 0.97, "{loss}: {losses:?}");
     }
 }
+
+#[test]
+fn sizes_of_config_that_the_weights_do_not_have_cost_nothing() {
+    let b = Bench::new();
+    let copy = b.dir.path().join("model");
+    std::fs::create_dir(&copy).unwrap();
+    for name in ["model.safetensors", "tokenizer.json"] {
+        std::fs::copy(b.model.join(name), copy.join(name)).unwrap();
+    }
+    let text = std::fs::read(b.model.join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let huge = serde_json::json!(16_777_216);
+    for (field, value, found) in [
+        ("num_hidden_layers", huge.clone(), "layers.2."),
+        ("num_hidden_layers", serde_json::json!(1), "config.json says 1 blocks"),
+        ("hidden_size", huge.clone(), "embed_tokens"),
+        ("intermediate_size", huge.clone(), "gate_proj"),
+        ("head_dim", huge, "q_proj"),
+        ("hidden_act", serde_json::json!(5), "hidden_act"),
+        ("rope_scaling", serde_json::json!({"factor": 8.0}), "rope_scaling"),
+        ("rope_parameters", serde_json::json!(5), "rope_parameters"),
+        ("layer_types", serde_json::json!(["sliding_attention"]), "layer_types"),
+    ] {
+        let mut changed = config.clone();
+        changed[field] = value;
+        std::fs::write(copy.join("config.json"), changed.to_string()).unwrap();
+        let (model, data) = (copy.display().to_string(), b.data.display().to_string());
+        let out = b.out().display().to_string();
+        refused(&kto_train(&["--model", &model, "--data", &data, "--out", &out]), 65, found);
+    }
+}
+
+#[test]
+fn numbers_out_of_range_end_a_run_before_they_are_saved() {
+    let b = Bench::new();
+    refused(&b.train(&["--epochs", "1e300"]), 2, "steps are more than");
+    let output = b.train(&["--max-steps", "1", "--lr", "1e308", "--checkpoint-every", "1"]);
+    refused(&output, 65, "no longer finite");
+    assert!(!b.out().join("adapter").exists() && !b.out().join("checkpoints").exists());
+}
+
+#[test]
+fn force_keeps_what_the_new_run_reads() {
+    let b = Bench::new();
+    assert!(b.train(&["-q", "--max-steps", "1"]).status.success());
+    let adapter = b.out().join("adapter");
+    refused(&b.train(&["--force", "--init-adapter", &adapter.display().to_string()]), 2, "--init-adapter");
+    assert!(adapter.join("adapter_model.safetensors").exists());
+}

@@ -120,3 +120,21 @@ fn a_finished_run_stays_as_it_is() {
         std::fs::metadata(b.out().join("adapter/adapter_model.safetensors")).unwrap().modified().unwrap();
     assert_eq!(before, after);
 }
+
+#[test]
+fn checkpoints_of_an_unknown_plan_are_not_used() {
+    for manifest in [None, Some("{\"plan\": 5}"), Some("{")] {
+        let b = Bench::new();
+        assert!(b.train(&["-q", "--max-steps", "2", "--checkpoint-every", "1"]).status.success());
+        std::fs::remove_dir_all(b.out().join("adapter")).unwrap();
+        let path = b.out().join("run.json");
+        match manifest {
+            None => std::fs::remove_file(path).unwrap(),
+            Some(text) => std::fs::write(path, text).unwrap(),
+        }
+        let resumed = b.train(&["-q", "--max-steps", "2", "--lr", "0.5", "--resume"]);
+        assert_eq!(resumed.status.code(), Some(78), "{}", stderr(&resumed));
+        assert_eq!(b.train(&["-q", "--max-steps", "2"]).status.code(), Some(73));
+        assert!(b.train(&["-q", "--max-steps", "2", "--force"]).status.success());
+    }
+}
