@@ -48,6 +48,8 @@ enum Job {
     Greedy,
     /// Waits for a signal, as a training run does
     Wait,
+    /// Takes over the signals and never looks
+    Deaf,
     /// Takes a lock, says so and sleeps
     Lock,
     /// Says everything it can say
@@ -100,6 +102,10 @@ fn run(args: Args, ui: &Ui) -> Result<Exit> {
                 signal::check()?;
                 sleep(Duration::from_millis(5));
             }
+        }
+        Job::Deaf => {
+            signal::install();
+            ready_and_sleep()?;
         }
         Job::Lock => {
             let _lock = RunLock::acquire(out.unwrap_or(".".as_ref()))?;
