@@ -98,7 +98,8 @@ pub fn same_origin(a: &str, b: &str) -> bool {
     a.split('+').any(|x| b.split('+').any(|y| x == y))
 }
 
-/// Fails (2) when the output directory `out` is the input directory `input` or lies inside it.
+/// Fails (2) when the output directory `out` is the input directory `input`, lies inside it or holds it: replacing the
+/// output would remove the input.
 pub fn refuse_output(out: &Path, input: &Path) -> Result<()> {
     let real = |path: &Path| {
         let existing = path.ancestors().find(|a| !a.as_os_str().is_empty() && a.exists());
@@ -107,8 +108,12 @@ pub fn refuse_output(out: &Path, input: &Path) -> Result<()> {
             None => std::path::absolute(path).unwrap_or_else(|_| path.into()),
         }
     };
-    if real(out).starts_with(real(input)) {
+    let (real_out, real_input) = (real(out), real(input));
+    if real_out.starts_with(&real_input) {
         return Err(Error::usage(format!("the output {} lies in the input {}", shown(out), shown(input))));
+    }
+    if real_input.starts_with(&real_out) {
+        return Err(Error::usage(format!("the input {} lies in the output {}", shown(input), shown(out))));
     }
     Ok(())
 }

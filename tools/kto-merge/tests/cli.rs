@@ -186,7 +186,7 @@ fn outputs_inside_an_input_are_usage_errors() {
         }
     }
     std::os::unix::fs::symlink("base", top.path().join("link")).unwrap();
-    for out in [base.clone(), base.join("m"), adapter.clone(), top.path().join("link")] {
+    for out in [base.clone(), base.join("m"), adapter.clone(), top.path().join("link"), top.path().into()] {
         assert_eq!(run(&base, &adapter, &out, &["--force"]).status.code(), Some(2), "{}", out.display());
     }
     assert!(ModelDir::open(&base).is_ok() && Adapter::read(&adapter).is_ok());

@@ -147,7 +147,7 @@ fn existing_outputs_dry_runs_and_outputs_inside_the_model() {
     assert!(run(&[text(&model), "-o", text(&out), "--force"]).status.success());
     assert!(!out.join("mine").exists() && ModelDir::open(&out).is_ok());
     let copy = edited(top.path(), &|_| {}, |c| c);
-    for inside in [copy.clone(), copy.join("q")] {
+    for inside in [copy.clone(), copy.join("q"), top.path().to_path_buf()] {
         assert_eq!(run(&[text(&copy), "-o", text(&inside), "--force"]).status.code(), Some(2));
     }
     assert_eq!(run(&[text(&model), "-o", text(&top.path().join("no/such/out"))]).status.code(), Some(73));
