@@ -76,7 +76,7 @@ pub fn quantize(values: &[f32], block: usize) -> (Vec<u8>, Vec<f32>) {
     (codes, absmax)
 }
 
-/// Returns map[code] · absmax of the code's block.
+/// Returns `map[code] · absmax` of the code's block.
 pub fn dequantize(codes: &[u8], absmax: &[f32], block: usize) -> Vec<f32> {
     codes.iter().enumerate().map(|(i, &c)| signed()[c as usize] * absmax[i / block]).collect()
 }

@@ -99,7 +99,7 @@ impl<'a> Nf4Tensor<'a> {
     }
 
     /// Writes the values from `start` on into `out`; pieces may be decoded on several threads.
-    /// Formula: round(map[code] · absmax of the block), one rounding to f32 and one to the declared dtype.
+    /// Formula: `round(map[code] · absmax)` of the block, one rounding to f32 and one to the declared dtype.
     pub fn dequantize_range(&self, start: usize, out: &mut [f32]) -> Result<()> {
         let mut at = start;
         let mut rest = out;

@@ -1,6 +1,6 @@
 //! The KTO engine: a decoder with LoRA whose forward and backward are written by hand, run layer by layer over the whole batch.
 //!
-//! Called by `kto-train` and `kto-eval`. Data flows one way: rows → [`pack`] → [`sweep`] (blocks, then [`head`]) → [`loss`] → sweep back.
+//! Called by `kto-train` and `kto-eval`. Data flows one way: rows → [`pack`] → [`sweep`] (blocks, then `head`) → [`loss`] → sweep back.
 //! Invariants: no padding; a prompt is computed once for all its branches; nothing depends on the number of threads.
 //! Deliberately absent: autograd, tokenization, files other than the model and the reference cache.
 

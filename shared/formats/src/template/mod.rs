@@ -1,7 +1,7 @@
 //! Chat templates: from a list of messages to the text a chat model was trained on.
 //!
 //! Templates are Jinja programs that come with models, written for Python's jinja2 inside transformers. minijinja runs
-//! them; [`environment`] holds what makes it agree with Python, `pystyle` how Python prints values, `clock` the one
+//! them; `environment` holds what makes it agree with Python, `pystyle` how Python prints values, `clock` the one
 //! function that reads the time, `source` where a model directory keeps its template. Called by kto-tokenize and
 //! kto-eval.
 //!

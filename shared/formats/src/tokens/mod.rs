@@ -3,12 +3,12 @@
 //! An Arrow IPC *stream* with one row per example and four columns, so pyarrow, datasets, polars and DuckDB
 //! read it as it is:
 //!
-//! | column           | type         | meaning                                                                 |
-//! |------------------|--------------|-------------------------------------------------------------------------|
-//! | `prompt_ids`     | list<uint32> | the prompt, at least one token and fewer than `kto.max_length`           |
-//! | `completion_ids` | list<uint32> | the completion, at least one token, at most `kto.max_length`             |
-//! | `label`          | bool         | true = desirable                                                        |
-//! | `prompt_hash`    | uint64       | [`prompt_hash`] of `prompt_ids`: equal prompts have equal hashes         |
+//! | column           | type           | meaning                                                                 |
+//! |------------------|----------------|-------------------------------------------------------------------------|
+//! | `prompt_ids`     | `list<uint32>` | the prompt, at least one token and fewer than `kto.max_length`           |
+//! | `completion_ids` | `list<uint32>` | the completion, at least one token, at most `kto.max_length`             |
+//! | `label`          | bool           | true = desirable                                                        |
+//! | `prompt_hash`    | uint64         | [`prompt_hash`] of `prompt_ids`: equal prompts have equal hashes         |
 //!
 //! Schema metadata: `kto.format_version` (1), `kto.tokenizer`, `kto.template`, `kto.vocab_size`, `kto.max_length`,
 //! `kto.truncated`, `kto.dropped`, `kto.rows`, `kto.fingerprint`.
@@ -89,7 +89,7 @@ impl TokenSet {
         }
     }
 
-    /// Appends a row. The caller has made sure that it obeys the rules of the format ([`TokenSet::check`]).
+    /// Appends a row. The caller has made sure that it obeys the rules of the format (`TokenSet::check`).
     pub fn push(&mut self, row: TokenRow<'_>) {
         self.prompts.extend_from_slice(row.prompt_ids);
         self.prompt_offsets.push(self.prompts.len());
