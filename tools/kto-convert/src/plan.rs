@@ -135,6 +135,9 @@ fn field_map(pairs: &[String]) -> Result<Vec<(String, String)>> {
         if map.iter().any(|(f, _)| f == field) {
             return Err(Error::usage(format!("--map gives \"{field}\" twice")));
         }
+        if map.iter().any(|(_, c)| c == column) {
+            return Err(Error::usage(format!("--map takes column \"{column}\" twice")));
+        }
         map.push((field.to_owned(), column.to_owned()));
     }
     Ok(map)
@@ -159,6 +162,7 @@ mod tests {
         assert_eq!(field_map(&["label=a=b".into()]).unwrap(), [("label".into(), "a=b".into())]);
         assert!(field_map(&["label".into()]).is_err());
         assert!(field_map(&["lable=x".into()]).is_err());
+        assert!(field_map(&["prompt=x".into(), "completion=x".into()]).is_err());
         assert_eq!(delimiter("tab").unwrap(), b'\t');
         assert!(delimiter(";;").is_err());
     }

@@ -98,7 +98,7 @@ impl Report {
             (
                 "replaced_columns",
                 "row",
-                "whose own prompt, completion or label column gave way",
+                "whose own column gave way to the record's field of that name",
                 &self.replaced,
             ),
         ]

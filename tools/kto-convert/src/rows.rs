@@ -8,10 +8,10 @@ use crate::{
     problem::{Problem, Reason},
     shapes::{self, Fields, Rules, Side},
 };
-use kto_cli::Error;
+use kto_cli::{Error, escape};
 use kto_formats::{
     json::{self, quoted},
-    record::Record,
+    record::{Record, columns},
 };
 use serde_json::Value;
 
@@ -45,7 +45,7 @@ pub fn convert(value: Value, table: bool, plan: &Plan) -> Result<Converted, Prob
         let hint = "--in-format json reads a JSON array";
         return Err(Reason::Unreadable.error(if value.is_array() { error.with_hint(hint) } else { error }));
     };
-    rename(&mut row, &plan.map)?;
+    let covered = rename(&mut row, &plan.map)?;
     refuse_media(&row)?;
     let rules = Rules {
         labels: &plan.labels,
@@ -54,7 +54,7 @@ pub fn convert(value: Value, table: bool, plan: &Plan) -> Result<Converted, Prob
         split_after: plan.split_after.as_deref(),
     };
     let unit = shapes::convert(&mut row, &rules)?;
-    let replaced = drop_columns(&mut row);
+    let replaced = drop_columns(&mut row) || covered;
     let tools = carried(&mut row, "tools", table)?;
     let chat_template_kwargs = carried(&mut row, "chat_template_kwargs", table)?;
     if plan.rows.drop_extra {
@@ -73,17 +73,25 @@ pub fn convert(value: Value, table: bool, plan: &Plan) -> Result<Converted, Prob
     Ok(Converted { shape: unit.shape, records, tie, differ: unit.differ, mixed: unit.mixed, replaced })
 }
 
-/// Gives columns the names of the fields they are mapped to.
-fn rename(row: &mut Fields, map: &[(String, String)]) -> Result<(), Problem> {
-    for (field, column) in map.iter().filter(|(field, column)| field != column) {
-        let Some(value) = row.shift_remove(column) else { continue };
-        if row.get(field).is_some_and(|v| !v.is_null()) {
-            let what = format!("column {} would be covered by --map {field}={column}", quoted(field));
-            return Err(Reason::UnknownShape.says(what));
-        }
-        row.insert(field.clone(), value);
+/// Gives columns the names of the fields they are mapped to; returns whether another column of such a name gave way.
+/// All columns are taken before any is named, so that a map may swap two.
+fn rename(row: &mut Fields, map: &[(String, String)]) -> Result<bool, Problem> {
+    if let Some((field, column)) = map.iter().find(|(_, column)| !row.contains_key(column)) {
+        let what = format!(
+            "no column {}, named by --map {field}={}{}",
+            quoted(column),
+            escape(column),
+            columns(row)
+        );
+        return Err(Reason::MissingField.says(what));
     }
-    Ok(())
+    let taken: Vec<Value> =
+        map.iter().map(|(_, column)| row.shift_remove(column).unwrap_or_default()).collect();
+    let mut covered = false;
+    for ((field, _), value) in map.iter().zip(taken) {
+        covered |= row.insert(field.clone(), value).is_some_and(|old| !old.is_null());
+    }
+    Ok(covered)
 }
 
 fn refuse_media(row: &Fields) -> Result<(), Problem> {
