@@ -55,36 +55,43 @@ impl Reference {
         self.logps.is_empty()
     }
 
-    /// Scores `pairs` with the base, or with `lora` on it. `step` is called with the number of pairs done; its error ends the pass.
-    pub fn compute(
+    /// Scores the missing ones of `pairs` with the base, or with `lora` on it. `step` is called after every sweep with what is
+    /// there by then and the number of pairs just done; its error ends the pass.
+    ///
+    /// Sweeps are cut from all pairs, whatever is there already: a pass that was interrupted goes on with the same packs
+    /// and so ends with the same bits.
+    pub fn extend(
+        &mut self,
         base: &BaseModel,
         lora: Option<&Lora>,
         tokens: &TokenSet,
         max_length: usize,
         pairs: &BTreeSet<Pair>,
-        mut step: impl FnMut(usize) -> Result<()>,
-    ) -> Result<Self> {
+        mut step: impl FnMut(&Self, usize) -> Result<()>,
+    ) -> Result<()> {
         let sweep = Sweep { base, lora, dropout: None };
         let pairs: Vec<Pair> = pairs.iter().copied().collect();
-        let mut this = Self::default();
         let mut start = 0;
         while start < pairs.len() {
             let end = chunk_end(tokens, &pairs, start);
-            let job = |(i, p): (usize, &Pair)| Job {
-                prompt: p.0 as usize,
-                completion: p.1 as usize,
-                gradient: false,
-                tag: start + i,
-            };
-            let jobs: Vec<Job> = pairs[start..end].iter().enumerate().map(job).collect();
-            let packs = packs(tokens, max_length, &jobs, Packing::Shared(PACK_ROWS));
-            for branch in sweep.forward(&packs, false)?.branches.iter().flatten() {
-                this.logps.insert(pairs[branch.tag], branch.logps);
+            let chunk = &pairs[start..end];
+            if !chunk.iter().all(|p| self.logps.contains_key(p)) {
+                let job = |(tag, p): (usize, &Pair)| Job {
+                    prompt: p.0 as usize,
+                    completion: p.1 as usize,
+                    gradient: false,
+                    tag,
+                };
+                let jobs: Vec<Job> = chunk.iter().enumerate().map(job).collect();
+                let packs = packs(tokens, max_length, &jobs, Packing::Shared(PACK_ROWS));
+                for branch in sweep.forward(&packs, false)?.branches.iter().flatten() {
+                    self.logps.insert(chunk[branch.tag], branch.logps);
+                }
             }
-            step(end - start)?;
+            step(self, end - start)?;
             start = end;
         }
-        Ok(this)
+        Ok(())
     }
 
     /// Writes the cache under `key`, which names base, adapter, tokens and form.

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 /// Train a LoRA adapter on a language model with KTO
 ///
 /// Reads a model directory (safetensors, dense or bitsandbytes NF4) and a token file from kto-tokenize, and writes a run
-/// directory: adapter/ (PEFT), metrics.jsonl (one line a step), run.json (the resolved plan). All numbers are f32; results are
+/// directory: adapter/ (PEFT), metrics.jsonl (one line a step), run.json (the resolved plan), checkpoints/, and the cached reference
+/// log-probabilities. Prints the directory's path. All numbers are f32; results are
 /// the same bits at any --threads.
 #[derive(Parser, Clone, Debug)]
 #[command(after_long_help = EXAMPLES)]
@@ -16,7 +17,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", alias = "model-name-or-path", help_heading = "Input")]
     pub model: PathBuf,
 
-    /// Token file (.kto.arrow); standard input is copied into the run directory
+    /// Token file (.kto.arrow); standard input is copied into the run directory, and --resume reads that copy
     #[arg(long, value_name = "FILE", default_value = "-", help_heading = "Input")]
     pub data: PathBuf,
 
@@ -24,7 +25,7 @@ pub struct Args {
     #[arg(long, short, value_name = "DIR", alias = "output-dir", help_heading = "Output")]
     pub out: PathBuf,
 
-    /// Replace a finished run in --out
+    /// Replace the run in --out, finished or not
     #[arg(long, help_heading = "Output")]
     pub force: bool,
 
@@ -40,27 +41,27 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", default_value = "base", help_heading = "Adapter")]
     pub reference: ReferenceKind,
 
-    /// Rank of a fresh adapter
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = "Adapter")]
-    pub lora_r: u32,
+    /// Rank of a fresh adapter [default: 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub lora_r: Option<u32>,
 
-    /// Alpha of a fresh adapter; the scale is alpha / rank
-    #[arg(long, value_name = "X", default_value_t = 16.0, value_parser = positive, help_heading = "Adapter")]
-    pub lora_alpha: f64,
+    /// Alpha of a fresh adapter; the scale is alpha / rank [default: 16]
+    #[arg(long, value_name = "X", value_parser = positive, conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub lora_alpha: Option<f64>,
 
-    /// Dropout on the adapter's input; prompts are then computed once for every completion
+    /// Dropout on the adapter's input; a prompt is then computed anew for each completion, not once for all
     #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = probability, help_heading = "Adapter")]
     pub lora_dropout: f64,
 
-    /// Adapted layers: all-linear, or a comma-separated list such as q_proj,v_proj
+    /// Adapted layers of a fresh adapter: all-linear, or a comma-separated list such as q_proj,v_proj [default: all-linear]
     #[arg(
         long,
         value_name = "LIST",
-        default_value = "all-linear",
         alias = "lora-target-modules",
+        conflicts_with = "init_adapter",
         help_heading = "Adapter"
     )]
-    pub target_modules: String,
+    pub target_modules: Option<String>,
 
     /// Loss
     #[arg(long, value_name = "NAME", default_value = "kto", alias = "loss-type", help_heading = "Loss")]
@@ -112,7 +113,7 @@ pub struct Args {
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = positive, alias = "num-train-epochs", help_heading = "Optimizer")]
     pub epochs: f64,
 
-    /// Stop after this many steps, whatever --epochs says
+    /// Number of steps, instead of --epochs
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Optimizer")]
     pub max_steps: Option<u64>,
 
@@ -133,7 +134,7 @@ pub struct Args {
     pub seed: u64,
 
     /// Worker threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Run")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), help_heading = "Run")]
     pub threads: Option<u32>,
 
     /// Save a checkpoint every N steps (one is always saved on SIGINT and SIGTERM)

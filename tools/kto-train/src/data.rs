@@ -82,12 +82,16 @@ fn warn_of_imbalance(plan: &Plan, desirable: f64, undesirable: f64, ui: &Ui) {
         return ui.warn("all rows have one label: KTO learns from the difference between the two");
     }
     let ratio = plan.desirable_weight * desirable / (plan.undesirable_weight * undesirable);
-    // Two decimals of the advice below must not warn again.
-    if !(0.99..=1.34).contains(&ratio) {
-        let advice = plan.undesirable_weight * undesirable / desirable;
-        ui.warn(format_args!(
-            "desirable and undesirable rows weigh {ratio:.2} to 1; the KTO paper advises 1 to 1.33: --desirable-weight {advice:.2} to {:.2}",
-            advice * 4.0 / 3.0
-        ));
+    if (0.99..=1.34).contains(&ratio) || !ratio.is_normal() {
+        return;
     }
+    // The class that is too light gets the weight.
+    let (flag, low) = match ratio < 1.0 {
+        true => ("--desirable-weight", plan.desirable_weight / ratio),
+        false => ("--undesirable-weight", plan.undesirable_weight * ratio * 0.75),
+    };
+    ui.warn(format_args!(
+        "desirable and undesirable rows weigh {ratio:.2} to 1; the KTO paper advises 1 to 1.33: {flag} {low:.2} to {:.2}",
+        low * 4.0 / 3.0
+    ));
 }

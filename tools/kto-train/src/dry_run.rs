@@ -10,15 +10,38 @@ use kto_model::lora::Lora;
 /// Prints the plan to standard output.
 pub fn print(plan: &Plan, inputs: &Inputs, lora: &Lora) -> Result<Exit> {
     let mut out = Output::create(None)?;
-    let mut line = |name: &str, value: String| out.write(format!("{name:<28}{value}\n").as_bytes());
+    let mut line = |name: &str, value: String| out.write(format!("{name:<36}{value}\n").as_bytes());
     let a = inputs.architecture;
     line(
         "model",
         format!("{}, {} blocks, hidden {}, vocabulary {}", a.family, a.layers, a.hidden, a.vocab_size),
     )?;
     line("parameters", format!("{}, of them trained {}", a.parameters(), lora.parameters()))?;
+    let modules: Vec<&str> = plan.target_modules.iter().map(String::as_str).collect();
+    line(
+        "adapter",
+        format!(
+            "rank {}, alpha {}, dropout {}, {}",
+            plan.lora_r,
+            plan.lora_alpha,
+            plan.lora_dropout,
+            modules.join(" ")
+        ),
+    )?;
+    line(
+        "start and reference",
+        format!(
+            "{} adapter, reference {}",
+            if inputs.adapter.is_some() { "given" } else { "fresh" },
+            plan.reference
+        ),
+    )?;
+    line(
+        "order",
+        format!("preset {}, seed {}, rows cut at {} tokens", plan.preset, plan.seed, plan.max_length),
+    )?;
     line("rows", format!("{} in {} steps an epoch", plan.rows, plan.steps_per_epoch))?;
-    line("steps", format!("{} of {} rows", plan.total_steps, plan.batch))?;
+    line("steps", format!("{} of {} rows, KL over {}", plan.total_steps, plan.batch, plan.micro_batch))?;
     line(
         "loss",
         format!(

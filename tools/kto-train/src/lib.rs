@@ -38,6 +38,7 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     let (_, micro) = plan::batches(&args)?;
     if !args.dry_run {
+        run_dir::check_lock(&args.out)?;
         run_dir::check(&args.out, existing(&args))?;
         run_dir::check_inputs(&args)?;
     }

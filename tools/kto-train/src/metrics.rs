@@ -44,7 +44,7 @@ impl BlockMetrics {
             class.reward += loss.reward;
             class.logps += row.policy_logps;
             class.logits += s.mean_logits;
-            class.right += usize::from((loss.reward > 0.0) == row.label);
+            class.right += usize::from(if row.label { loss.reward > 0.0 } else { loss.reward < 0.0 });
             entropy += s.entropy;
             tokens += s.tokens;
         }

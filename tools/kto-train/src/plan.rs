@@ -109,7 +109,7 @@ impl Plan {
     pub fn resolve(args: &Args, inputs: &Inputs, steps_per_epoch: u64) -> Result<Self> {
         check_fit(args, inputs)?;
         let (batch, micro) = batches(args)?;
-        let modules = modules(&args.target_modules)?;
+        let modules = modules(args.target_modules.as_deref().unwrap_or("all-linear"))?;
         let loss = match args.loss {
             LossKind::Kto => Loss::Kto,
             LossKind::ApoZero => Loss::ApoZero,
@@ -131,8 +131,8 @@ impl Plan {
             max_length: inputs.tokens.meta.max_length as usize,
             init_adapter: inputs.adapter.map_or("fresh".into(), fingerprint),
             reference: value_name(args.reference),
-            lora_r: config.map_or(args.lora_r as usize, |c| c.r),
-            lora_alpha: config.map_or(args.lora_alpha, |c| c.lora_alpha),
+            lora_r: config.map_or(args.lora_r.unwrap_or(16) as usize, |c| c.r),
+            lora_alpha: config.map_or(args.lora_alpha.unwrap_or(16.0), |c| c.lora_alpha),
             use_rslora: config.is_some_and(|c| c.use_rslora),
             lora_dropout: args.lora_dropout,
             target_modules: config.map_or_else(|| names(&modules), |c| c.target_modules.clone()),
@@ -183,7 +183,7 @@ pub fn batches(args: &Args) -> Result<(usize, usize)> {
             }
             if micro < 2 && args.loss == LossKind::Kto {
                 return Err(Error::usage("TRL's KL pairs need at least 2 rows in a block")
-                    .with_hint("--batch 2 or more; without --preset trl any --batch works"));
+                    .with_hint("--micro-batch 2 or more; without --preset trl any --batch works"));
             }
             Ok((batch, micro))
         }

@@ -102,12 +102,34 @@ impl RunDir {
 
 /// Refuses (73) a directory with a run in it, unless that is wanted. Called before the model is loaded, and under the lock.
 pub fn check(path: &Path, existing: Existing) -> Result<()> {
+    let shown = escape(&path.display().to_string());
+    if let Some(foreign) = foreign(path) {
+        let text = format!("{shown}: not a run directory: there is \"{foreign}\" in it");
+        return Err(Error::new(Kind::CantCreate, text).with_hint("--out with a new directory"));
+    }
     if existing != Existing::Refuse || !SIGNS.iter().any(|name| path.join(name).exists()) {
         return Ok(());
     }
-    let shown = escape(&path.display().to_string());
     Err(Error::new(Kind::CantCreate, format!("{shown}: there is a run in this directory"))
         .with_hint("--resume to go on with it, --force to replace it"))
+}
+
+/// Refuses (75) a directory that another process is using, before the model is loaded.
+pub fn check_lock(path: &Path) -> Result<()> {
+    match path.is_dir() {
+        true => RunLock::acquire(path).map(drop),
+        false => Ok(()),
+    }
+}
+
+/// Returns a file that no run has written. Token files may lie beside a run.
+fn foreign(path: &Path) -> Option<String> {
+    let known = |name: &str| {
+        OWN.contains(&name) || name.starts_with('.') || name.ends_with(".kto.arrow") || name.ends_with(".log")
+    };
+    let names =
+        fs::read_dir(path).ok()?.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()));
+    names.filter(|n| !known(n)).min().map(|n| escape(&n))
 }
 
 /// Refuses (2) to replace a run by one that reads from it: its files would be gone before the new run has ended.

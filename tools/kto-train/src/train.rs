@@ -29,11 +29,14 @@ use std::{
     fs::{File, OpenOptions},
     io::{Seek, SeekFrom, Write},
     path::PathBuf,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Rows of a pack: enough for full matrix products, few enough that a block's activations stay small.
 pub const PACK_ROWS: usize = 1024;
+
+/// Time between two writes of the reference cache while it is made.
+const REFERENCE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The parts of a run.
 pub struct Run<'a> {
@@ -98,16 +101,25 @@ impl Run<'_> {
             format!("{} {} {adapter} {}", self.plan.base, self.plan.data, self.plan.max_length).as_bytes(),
         );
         let path = self.dir.file("reference.safetensors");
-        if let Some(found) = Reference::read(&path, &key).filter(|r| r.covers(&pairs)) {
-            return Ok(found);
+        let mut reference = Reference::read(&path, &key).unwrap_or_default();
+        if reference.covers(&pairs) {
+            return Ok(reference);
         }
         let progress = self.ui.progress(pairs.len() as u64, "reference rows");
-        let step = |n: usize| {
+        let mut written = Instant::now();
+        let step = |done: &Reference, n: usize| {
             progress.add(n as u64);
-            signal::check()
+            let stopped = signal::check();
+            if stopped.is_err() || written.elapsed() > REFERENCE_INTERVAL {
+                done.write(&path, &key)?;
+                written = Instant::now();
+            }
+            stopped.map_err(|e| {
+                let text = format!("{e} while scoring references; the ones done are saved");
+                Error::new(e.kind(), text).with_hint("--resume goes on from there")
+            })
         };
-        let reference =
-            Reference::compute(self.base, initial, self.tokens, self.plan.max_length, &pairs, step)?;
+        reference.extend(self.base, initial, self.tokens, self.plan.max_length, &pairs, step)?;
         reference.write(&path, &key)?;
         Ok(reference)
     }
@@ -198,7 +210,7 @@ impl Run<'_> {
         if !grad_norm.is_finite() {
             let rows: Vec<String> = blocks.iter().flatten().map(|m| (m.row + 1).to_string()).collect();
             let text = format!("the gradient is not finite (rows {})", rows.join(", "));
-            return Err(at(Error::data(text)).with_hint("a lower --lr; the last checkpoint is kept"));
+            return Err(at(Error::data(text)).with_hint("a lower --lr or --beta; checkpoints are kept"));
         }
         Ok((gradients, grad_norm, out))
     }
@@ -257,7 +269,7 @@ fn check_finite(lora: &Lora, step: u64) -> Result<()> {
         return Ok(());
     }
     Err(Error::data(format!("step {step}: the adapter is no longer finite"))
-        .with_hint("a lower --lr; the last checkpoint is kept"))
+        .with_hint("a lower --lr or --beta; checkpoints are kept"))
 }
 
 /// metrics.jsonl, appended to a line at a time.

@@ -1,7 +1,11 @@
 //! kto-train at the shell: what it refuses, with which line and code.
 
 use crate::golden::Case;
-use kto_formats::tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash};
+use kto_formats::{
+    adapter::{Adapter, AdapterMeta},
+    model_dir::ModelDir,
+    tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
+};
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -81,6 +85,23 @@ fn bad_inputs_are_refused() {
     refused(&b.train(&["--lr", "nan"]), 2, "--lr");
     refused(&b.train(&["--init-adapter", "/none"]), 66, "/none");
     assert!(!b.out().exists(), "a refused run leaves nothing");
+}
+
+#[test]
+fn an_initial_adapter_may_come_from_a_4_bit_form_of_the_base() {
+    let b = Bench::new();
+    let own = ModelDir::open(&b.model).unwrap().fingerprint();
+    let adapter = Adapter::read(&Case::open("llama").file("adapter_init")).unwrap();
+    let train = |trained_on: String| {
+        let dir = b.dir.path().join("initial");
+        adapter.write(&dir, AdapterMeta { base_fingerprint: Some(trained_on) }).unwrap();
+        b.train(&["--dry-run", "--init-adapter", &dir.display().to_string()])
+    };
+    for trained_on in [own.clone(), format!("{}+{own}", "a".repeat(64))] {
+        let output = train(trained_on);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    refused(&train("a".repeat(64)), 78, "trained on another base");
 }
 
 #[test]
@@ -233,4 +254,19 @@ fn force_keeps_what_the_new_run_reads() {
     let adapter = b.out().join("adapter");
     refused(&b.train(&["--force", "--init-adapter", &adapter.display().to_string()]), 2, "--init-adapter");
     assert!(adapter.join("adapter_model.safetensors").exists());
+}
+
+#[test]
+fn flags_of_a_fresh_adapter_do_not_fit_a_given_one() {
+    let b = Bench::new();
+    let adapter = Case::open("llama").file("adapter_init").display().to_string();
+    refused(&b.train(&["--init-adapter", &adapter, "--lora-r", "4"]), 2, "--lora-r");
+}
+
+#[test]
+fn a_directory_with_other_files_is_no_run_directory() {
+    let b = Bench::new();
+    std::fs::create_dir(b.out()).unwrap();
+    std::fs::write(b.out().join("config.json"), "{}").unwrap();
+    refused(&b.train(&["--force"]), 73, "not a run directory: there is \"config.json\"");
 }

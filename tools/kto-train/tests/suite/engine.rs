@@ -81,7 +81,9 @@ fn reference(base: &BaseModel, initial: Option<&Lora>, tokens: &TokenSet, order:
     let members = (0..order.steps_per_epoch()).flat_map(|s| order.step(0, &rows, s)).flatten();
     let pairs: BTreeSet<Pair> =
         members.flat_map(|m| [(m.row as u32, m.row as u32), (m.row as u32, m.partner as u32)]).collect();
-    Reference::compute(base, initial, tokens, 96, &pairs, |_| Ok(())).unwrap()
+    let mut reference = Reference::default();
+    reference.extend(base, initial, tokens, 96, &pairs, |_, _| Ok(())).unwrap();
+    reference
 }
 
 fn flat(t: &Tensor) -> Vec<f64> {
