@@ -7,12 +7,16 @@
 pub use crate::adapter_config::AdapterConfig;
 use crate::{
     mmap::shown,
+    model_dir::{ModelDir, same_origin},
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata, standard_order},
     tensors::{TensorStore, TensorView, check_finite, push_floats},
 };
 use kto_cli::{Context, Error, Kind, Result, atomic, escape};
 use safetensors::Dtype;
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// File name of the settings.
 pub const CONFIG: &str = "adapter_config.json";
@@ -56,6 +60,13 @@ pub struct Adapter {
     pub meta: AdapterMeta,
 }
 
+/// Returns the adapter's directory in a run directory of kto-train, else the path itself.
+pub fn directory(path: &Path) -> PathBuf {
+    let inner = path.join("adapter");
+    let is_run = !path.join(CONFIG).exists() && inner.join(CONFIG).exists();
+    if is_run { inner } else { path.into() }
+}
+
 impl Adapter {
     /// Reads a PEFT directory. Errors: 66 for a missing file; 65 that names the field or tensor for features,
     /// shapes or values that cannot be used.
@@ -80,6 +91,13 @@ impl Adapter {
         }
         let meta = AdapterMeta { base_fingerprint: store.metadata().get(FINGERPRINT).cloned() };
         Ok(Self { config, tensors, meta })
+    }
+
+    /// Returns whether the adapter was trained on this base, on a 4-bit form of it or on the weights that it is a 4-bit
+    /// form of. An adapter that does not name its base fits all. The one rule for every tool.
+    pub fn fits(&self, base: &ModelDir) -> bool {
+        let trained_on = self.meta.base_fingerprint.as_deref();
+        trained_on.is_none_or(|trained_on| same_origin(trained_on, &base.fingerprint()))
     }
 
     /// Writes a PEFT directory: every file whole, the settings last. Creates `dir` when it is missing.

@@ -99,8 +99,12 @@ pub fn same_origin(a: &str, b: &str) -> bool {
 }
 
 /// Fails (2) when the output directory `out` is the input directory `input`, lies inside it or holds it: replacing the
-/// output would remove the input.
+/// output would remove the input. `-` is no directory (2).
 pub fn refuse_output(out: &Path, input: &Path) -> Result<()> {
+    if out == Path::new("-") {
+        return Err(Error::usage("the output is a directory; it cannot go to standard output")
+            .with_hint("./- is a directory of that name"));
+    }
     let real = |path: &Path| {
         let existing = path.ancestors().find(|a| !a.as_os_str().is_empty() && a.exists());
         match existing.and_then(|a| Some((a.canonicalize().ok()?, path.strip_prefix(a).ok()?))) {

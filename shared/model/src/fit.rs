@@ -22,15 +22,13 @@ pub fn check_tokenizer(model: &ModelDir, meta: &TokenMeta) -> Result<()> {
     .with_hint("kto-tokenize --model with this model, or --force-base"))
 }
 
-/// Fails (78) when an adapter says that it was trained on another base. `flag` names it in the message.
+/// Fails (78) when an adapter was trained on another base ([`Adapter::fits`]). `flag` names it in the message.
 pub fn check_adapter(model: &ModelDir, adapter: &Adapter, flag: impl Display) -> Result<()> {
-    match adapter.meta.base_fingerprint.as_deref() {
-        Some(base) if base != model.fingerprint() => {
-            Err(Error::config(format!("{flag} was trained on another base model"))
-                .with_hint("--force-base uses it all the same"))
-        }
-        _ => Ok(()),
+    if adapter.fits(model) {
+        return Ok(());
     }
+    Err(Error::config(format!("{flag} was trained on another base model"))
+        .with_hint("--force-base uses it all the same"))
 }
 
 fn short(hash: &str) -> String {

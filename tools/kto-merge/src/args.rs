@@ -32,7 +32,7 @@ pub struct Args {
     /// Model directory that the adapter was trained on
     #[arg(long, value_name = "DIR", help_heading = "Input")]
     pub base: PathBuf,
-    /// Adapter directory in PEFT form
+    /// Adapter directory in PEFT form, or a run directory of kto-train with its adapter
     #[arg(long, value_name = "DIR", help_heading = "Input")]
     pub adapter: PathBuf,
     /// Merge even if the adapter was trained on another base or is in the base already
@@ -54,7 +54,7 @@ pub struct Args {
     /// Check the inputs and print what would be done
     #[arg(long, help_heading = "Output")]
     pub dry_run: bool,
-    /// Threads to use; default: all processors
+    /// Worker threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     pub threads: Option<u16>,
 

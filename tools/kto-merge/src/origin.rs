@@ -1,11 +1,7 @@
 //! Which base an adapter belongs to, and what has been merged already.
 
 use kto_cli::{Error, Result, escape, hash::Sha256Hex};
-use kto_formats::{
-    adapter::Adapter,
-    model_dir::{ModelDir, same_origin},
-    safetensors_out::pt_metadata,
-};
+use kto_formats::{adapter::Adapter, model_dir::ModelDir, safetensors_out::pt_metadata};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -17,7 +13,6 @@ const MERGED_FROM: &str = "kto.merged_from";
 pub fn metadata(base: &ModelDir, adapter: &Adapter, force: bool) -> Result<BTreeMap<String, String>> {
     let print = base.fingerprint();
     let place = escape(&base.path.display().to_string());
-    let trained_on = adapter.meta.base_fingerprint.as_deref();
     let merged = base.tensors.metadata().get(MERGED_FROM);
     let mut merges = match merged.map(|text| serde_json::from_str(text)) {
         Some(Ok(Value::Array(list))) => list,
@@ -28,7 +23,7 @@ pub fn metadata(base: &ModelDir, adapter: &Adapter, force: bool) -> Result<BTree
         return Err(Error::config(format!("{place}: this adapter is merged into this base already"))
             .with_hint("--force-base merges it again"));
     }
-    if !force && trained_on.is_some_and(|trained| !same_origin(trained, &print)) {
+    if !force && !adapter.fits(base) {
         return Err(Error::config(format!("{place}: the adapter was trained on another base"))
             .with_hint("--force-base merges it all the same"));
     }

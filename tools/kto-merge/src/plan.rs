@@ -3,7 +3,7 @@
 use crate::{Args, origin};
 use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{
-    adapter::{Adapter, LoraPair},
+    adapter::{self, Adapter, LoraPair},
     bnb::{self, Nf4Tensor, torch_name},
     model_dir::{ModelDir, refuse_output},
     safetensors_out::TensorSpec,
@@ -41,11 +41,13 @@ impl Plan {
     pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
         let base = ModelDir::open(&args.base)?;
         refuse_output(&args.output, &base.path)?;
-        let adapter = Adapter::read(&args.adapter)?;
-        refuse_output(&args.output, &args.adapter)?;
+        let path = adapter::directory(&args.adapter);
+        let adapter = Adapter::read(&path)?;
+        refuse_output(&args.output, &path)?;
         base.notes.iter().for_each(|note| ui.warn(note));
-        check_pairs(&base, &adapter).at(escape(&args.adapter.display().to_string()))?;
+        // Before the shapes: of a wholly different base, that is what is wrong.
         let metadata = origin::metadata(&base, &adapter, args.force_base)?;
+        check_pairs(&base, &adapter).at(escape(&path.display().to_string()))?;
         let dtype = args.dtype.map(Dtype::from);
         let (tensors, dequantized) = result_tensors(&base, dtype)?;
         Ok(Self {

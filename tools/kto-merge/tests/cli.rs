@@ -167,6 +167,14 @@ fn the_base_is_known_and_merging_twice_is_refused() {
         "{message}"
     );
     merged(&base, &wrong, &top.path().join("forced"), &["--force-base"]);
+    // The base comes before the shapes, which do not fit either.
+    let mut strange = Adapter::read(&right).unwrap();
+    strange.tensors =
+        strange.tensors.into_values().map(|p| ("model.layers.9.mlp.up_proj".into(), p)).collect();
+    let meta = AdapterMeta { base_fingerprint: Some("0".repeat(64)) };
+    strange.write(&top.path().join("strange"), meta).unwrap();
+    assert_eq!(refused(&base, &top.path().join("strange"), &[]).0, 78);
+    assert_eq!(refused(&base, &top.path().join("strange"), &["--force-base"]).0, 65);
     for adapter in [&right, &from("again", print)] {
         let (code, message) = refused(&top.path().join("once"), adapter, &[]);
         assert!(code == 78 && message.contains("merged into this base already"), "{message}");
@@ -195,6 +203,13 @@ fn outputs_inside_an_input_are_usage_errors() {
     assert!(dry.status.success() && !out.exists());
     assert!(String::from_utf8(dry.stdout).unwrap().contains("merge 14 modules, rank 8, scale 2"));
     merged(&base, &adapter, &out, &[]);
+    // A run directory stands for its adapter.
+    let in_run = top.path().join("run");
+    fs::create_dir(&in_run).unwrap();
+    std::os::unix::fs::symlink(&adapter, in_run.join("adapter")).unwrap();
+    merged(&base, &in_run, &in_run.join("merged"), &[]);
+    let dash = run(&base, &adapter, Path::new("-"), &[]);
+    assert!(dash.status.code() == Some(2) && !Path::new("-").exists());
     assert_eq!(run(&base, &adapter, &out, &[]).status.code(), Some(73));
     merged(&base, &adapter, &out, &["--force"]);
 }

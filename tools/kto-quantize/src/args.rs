@@ -58,7 +58,7 @@ pub struct Args {
         help_heading = "Quantization"
     )]
     pub skip: Vec<String>,
-    /// Threads to use; default: all processors
+    /// Worker threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Quantization")]
     pub threads: Option<u16>,
 

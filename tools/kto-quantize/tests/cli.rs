@@ -151,6 +151,7 @@ fn existing_outputs_dry_runs_and_outputs_inside_the_model() {
         assert_eq!(run(&[text(&copy), "-o", text(&inside), "--force"]).status.code(), Some(2));
     }
     assert_eq!(run(&[text(&model), "-o", text(&top.path().join("no/such/out"))]).status.code(), Some(73));
+    assert!(run(&[text(&model), "-o", "-"]).status.code() == Some(2) && !Path::new("-").exists());
 }
 
 #[test]
