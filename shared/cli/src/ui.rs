@@ -84,6 +84,10 @@ impl Ui {
     pub fn warn(&self, line: impl Display) {
         self.note(format_args!("{}: {line}", paint("warning", YELLOW, self.colour)));
     }
+    /// Why the tool is about to end without success though nothing broke: said with `-q` too.
+    pub fn failure(&self, line: impl Display) {
+        self.line(format_args!("{}: {line}", self.tool));
+    }
     /// A detail for `-v`.
     pub fn detail(&self, line: impl Display) {
         if self.verbose > 0 {

@@ -26,6 +26,9 @@ pub enum Command {
     /// completion), logps, reference_logps, reward = beta · (logps − reference_logps); and for the KL estimate
     /// kl_from, the row whose completion is scored after this row's prompt, with kl_logps, kl_reference_logps and
     /// kl, their difference. A summary goes to standard error, or as JSON to --summary.
+    ///
+    /// An adapter in a run directory of kto-train is scored with that run's loss, beta and weights (run.json), unless
+    /// flags say otherwise.
     #[command(after_long_help = SCORE_HELP)]
     Score(ScoreArgs),
     /// Answers to prompts
@@ -44,7 +47,7 @@ pub struct ModelArgs {
     /// Model directory: config.json and safetensors (llama, qwen2; dense or bitsandbytes NF4)
     #[arg(long, value_name = "DIR", alias = "model-name-or-path", help_heading = "Model")]
     pub model: PathBuf,
-    /// PEFT adapter on it
+    /// PEFT adapter on it, or a run directory of kto-train with its adapter
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub adapter: Option<PathBuf>,
     /// Go on although tokens or adapter were made with another tokenizer or base
@@ -79,21 +82,24 @@ pub struct ScoreArgs {
     #[arg(long, conflicts_with = "output", help_heading = "Output")]
     pub no_rows: bool,
     /// End with 1 when the summary is so: 'rewards/accuracies<0.9' (repeatable; < <= > >= == !=)
+    ///
+    /// The files of --output and --summary are then not written, so that no target of make is there after a failure;
+    /// standard output and the summary on standard error are.
     #[arg(long, value_name = "KEY<NUMBER", help_heading = "Output")]
     pub fail_if: Vec<String>,
 
-    /// Loss to report
-    #[arg(long, value_name = "NAME", default_value = "kto", alias = "loss-type", help_heading = "Loss")]
-    pub loss: LossKind,
-    /// Strength of the pull towards the reference; the factor of rewards
-    #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = positive, help_heading = "Loss")]
-    pub beta: f64,
-    /// Weight of rows with label true
-    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = not_negative, help_heading = "Loss")]
-    pub desirable_weight: f64,
-    /// Weight of rows with label false
-    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = not_negative, help_heading = "Loss")]
-    pub undesirable_weight: f64,
+    /// Loss to report [default: that of the adapter's run, else kto]
+    #[arg(long, value_name = "NAME", alias = "loss-type", help_heading = "Loss")]
+    pub loss: Option<LossKind>,
+    /// Strength of the pull towards the reference; the factor of rewards [default: that of the adapter's run, else 0.1]
+    #[arg(long, value_name = "X", value_parser = positive, help_heading = "Loss")]
+    pub beta: Option<f64>,
+    /// Weight of rows with label true [default: that of the adapter's run, else 1]
+    #[arg(long, value_name = "X", value_parser = not_negative, help_heading = "Loss")]
+    pub desirable_weight: Option<f64>,
+    /// Weight of rows with label false [default: that of the adapter's run, else 1]
+    #[arg(long, value_name = "X", value_parser = not_negative, help_heading = "Loss")]
+    pub undesirable_weight: Option<f64>,
     /// Seed of the KL partners
     #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Loss")]
     pub seed: u64,
@@ -194,12 +200,16 @@ Examples:
 const SCORE_HELP: &str = "\
 Keys of the summary, for --summary and --fail-if, named as in kto-train's metrics (chosen: label true);
 a key about no rows is absent:
-  rows, count/chosen, count/rejected, tokens
-  loss, kl (at least 0), kl_raw
-  rewards/chosen, rewards/rejected, rewards/margins
-  rewards/accuracies    share of rows with a reward above 0 just when the label is true; or: accuracy
+  rows, tokens          of the completions
+  count/chosen, count/rejected    rows of each label
+  beta, loss
+  kl_raw                mean over the rows of the log-ratio of policy and reference on a mismatched completion
+  kl                    the same, but at least 0: what the kto loss subtracts
+  rewards/chosen, rewards/rejected    means
+  rewards/margins       their difference; or: margins
+  rewards/accuracies    share of rows with a reward above 0 (label true) or below 0 (label false); or: accuracy
   pairs                 pairs of a chosen and a rejected completion of one prompt
-  pairs/accuracies      share of them in which the chosen one has the higher reward
+  pairs/accuracies      share of them in which the chosen one has the higher reward; equal rewards are not right
   logps/chosen, logps/rejected, entropy (nats a token)
   perplexity, perplexity/chosen, perplexity/rejected, reference_perplexity
   non_finite            rows without a finite log-probability

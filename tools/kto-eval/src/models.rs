@@ -3,7 +3,10 @@
 use crate::args::ModelArgs;
 use candle_core::DType;
 use kto_cli::{Context, Error, Kind, Result, escape};
-use kto_formats::{adapter::Adapter, model_dir::ModelDir};
+use kto_formats::{
+    adapter::{self, Adapter},
+    model_dir::ModelDir,
+};
 use kto_kernels::RopeTable;
 use kto_model::{architecture::Architecture, base::BaseModel, fit, lora::Lora, weights};
 use std::path::Path;
@@ -49,7 +52,7 @@ pub fn adapter(
     architecture: &Architecture,
     force: bool,
 ) -> Result<Lora> {
-    let adapter = Adapter::read(path)?;
+    let adapter = Adapter::read(&adapter::directory(path))?;
     if !force {
         fit::check_adapter(directory, &adapter, format_args!("{flag} {}", shown(path)))?;
     }

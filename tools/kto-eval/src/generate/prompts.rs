@@ -75,7 +75,8 @@ impl Prompts {
     /// Returns the next prompt. Errors carry its place.
     pub fn next(&mut self) -> Result<Option<Prompt>> {
         while let Some(reader) = &mut self.current {
-            if let Some((place, value)) = reader.next()? {
+            let first = self.number == 0;
+            if let Some((place, value)) = reader.next().map_err(|e| hinted(e, first))? {
                 let mut prompt = match value {
                     Value::String(text) if self.text => Prompt {
                         place,
@@ -126,6 +127,12 @@ impl Reader {
             }
         }
     }
+}
+
+/// Plain text that is taken for JSON shows in the first row.
+fn hinted(error: Error, first: bool) -> Error {
+    let is_text = first && error.hint().is_none() && error.to_string().contains("JSON");
+    if is_text { error.with_hint("--text takes lines of plain text") } else { error }
 }
 
 /// Reads a line without its end.

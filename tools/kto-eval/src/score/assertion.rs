@@ -59,6 +59,11 @@ impl Assertion {
         }
     }
 
+    /// Returns the key that is compared.
+    pub fn key(&self) -> &'static str {
+        self.key
+    }
+
     /// Returns what was found when the summary is as it should not be. A number that is absent or not finite is
     /// a failure: nobody can say that it is good.
     pub fn failure(&self, summary: &Map<String, Value>) -> Option<String> {

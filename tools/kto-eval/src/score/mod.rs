@@ -1,15 +1,16 @@
 //! `kto-eval score`: every row of a token file under policy and reference.
 
 mod assertion;
+mod run_plan;
 mod scorer;
 mod summary;
 
 use crate::{
-    args::{LossKind, ScoreArgs},
+    args::ScoreArgs,
     models::{Policy, set_threads, shown},
 };
 use assertion::Assertion;
-use kto_cli::{Context, Error, Exit, Result, Ui, atomic, input, output, output::Output, signal};
+use kto_cli::{Context, Error, Exit, Result, Ui, atomic, escape, input, output, output::Output, signal};
 use kto_formats::tokens::TokenSet;
 use kto_model::{
     fit,
@@ -31,13 +32,15 @@ pub fn run(args: &ScoreArgs, ui: &Ui) -> Result<Exit> {
         )
         .with_hint("--summary FILE"));
     }
+    let loss = run_plan::loss(args, ui)?;
+    check_known(args, &assertions, &loss)?;
     set_threads(args.model.threads)?;
     let tokens = read_tokens(&args.file)?;
     let policy = Policy::open(&args.model, positions(&tokens))?;
     check(args, &tokens, &policy, ui)?;
     let reference = Reference::open(&args.reference, &policy, &args.model, positions(&tokens))?;
     if reference.is_policy() {
-        ui.note("no --adapter and no --reference: policy and reference are one model, all rewards are 0");
+        ui.warn("no --adapter and no --reference: policy and reference are one model, all rewards are 0");
     }
     let groups = PromptGroups::new(&tokens);
     let partners = match args.no_kl || reference.is_policy() {
@@ -47,13 +50,34 @@ pub fn run(args: &ScoreArgs, ui: &Ui) -> Result<Exit> {
     let scorer =
         Scorer { policy: &policy, reference: &reference, tokens: &tokens, partners: partners.as_deref() };
     let rows = if summary_only { None } else { Some(Output::create(args.output.as_deref())?) };
-    let mut summary = Summary::new(loss(args), &groups, reference.is_policy());
-    score_all(&scorer, rows, &mut summary, ui)?;
-    report(args, &summary.finish(), &assertions, ui)
+    let mut summary = Summary::new(loss, &groups, reference.is_policy());
+    let rows = score_all(&scorer, rows, &mut summary, ui)?;
+    report(args, rows, &summary.finish(), &assertions, ui)
 }
 
-/// Scores chunk by chunk and writes the rows in order.
-fn score_all(scorer: &Scorer, mut out: Option<Output>, summary: &mut Summary, ui: &Ui) -> Result<()> {
+/// Refuses (2) an assertion about what --no-kl leaves out, before any work.
+fn check_known(args: &ScoreArgs, assertions: &[Assertion], loss: &LossSpec) -> Result<()> {
+    let one_model = args.model.adapter.is_none() && args.reference == Path::new("base");
+    if !args.no_kl || one_model {
+        return Ok(());
+    }
+    let needs_kl = |key| ["kl", "kl_raw"].contains(&key) || key == "loss" && loss.loss == Loss::Kto;
+    match assertions.iter().zip(&args.fail_if).find(|(a, _)| needs_kl(a.key())) {
+        None => Ok(()),
+        Some((assertion, text)) => {
+            let text = escape(text);
+            Err(Error::usage(format!("--fail-if \"{text}\": --no-kl leaves {} out", assertion.key())))
+        }
+    }
+}
+
+/// Scores chunk by chunk and writes the rows in order. Returns the output, not yet final.
+fn score_all(
+    scorer: &Scorer,
+    mut out: Option<Output>,
+    summary: &mut Summary,
+    ui: &Ui,
+) -> Result<Option<Output>> {
     let progress = ui.progress(scorer.tokens.len() as u64, "rows");
     let mut start = 0;
     while start < scorer.tokens.len() {
@@ -73,11 +97,28 @@ fn score_all(scorer: &Scorer, mut out: Option<Output>, summary: &mut Summary, ui
         progress.add((end - start) as u64);
         start = end;
     }
-    out.map_or(Ok(()), Output::finish)
+    Ok(out)
 }
 
-/// Writes the summary and checks the assertions.
-fn report(args: &ScoreArgs, summary: &Map<String, Value>, assertions: &[Assertion], ui: &Ui) -> Result<Exit> {
+/// Checks the assertions and writes the summary. A file appears only when no assertion fails: a target of make must not
+/// be there after a failure.
+fn report(
+    args: &ScoreArgs,
+    rows: Option<Output>,
+    summary: &Map<String, Value>,
+    assertions: &[Assertion],
+    ui: &Ui,
+) -> Result<Exit> {
+    let failures: Vec<String> = assertions
+        .iter()
+        .zip(&args.fail_if)
+        .filter_map(|(a, text)| Some(format!("--fail-if {text}: {}", a.failure(summary)?)))
+        .collect();
+    match rows {
+        Some(Output::File(_)) if !failures.is_empty() => {}
+        Some(rows) => rows.finish()?,
+        None => {}
+    }
     for line in summary::lines(summary) {
         ui.note(line);
     }
@@ -87,18 +128,12 @@ fn report(args: &ScoreArgs, summary: &Map<String, Value>, assertions: &[Assertio
             let mut out = Output::create(None)?;
             out.write(text.as_bytes())?;
             out.finish()?;
-        } else {
+        } else if failures.is_empty() {
             atomic::write(path, text.as_bytes())?;
         }
     }
-    let mut exit = Exit::Ok;
-    for (assertion, text) in assertions.iter().zip(&args.fail_if) {
-        if let Some(found) = assertion.failure(summary) {
-            ui.note(format_args!("--fail-if {text}: {found}"));
-            exit = Exit::AssertionFailed;
-        }
-    }
-    Ok(exit)
+    failures.iter().for_each(|line| ui.failure(escape(line)));
+    Ok(if failures.is_empty() { Exit::Ok } else { Exit::AssertionFailed })
 }
 
 fn is_stdout(path: Option<&Path>) -> bool {
@@ -147,19 +182,6 @@ fn partners(groups: &PromptGroups, seed: u64) -> Result<Vec<usize>> {
         Error::data("all rows have the same prompt: the KL estimate needs completions of another prompt")
             .with_hint("--no-kl")
     })
-}
-
-fn loss(args: &ScoreArgs) -> LossSpec {
-    LossSpec {
-        loss: match args.loss {
-            LossKind::Kto => Loss::Kto,
-            LossKind::ApoZero => Loss::ApoZero,
-            LossKind::Sft => Loss::Sft,
-        },
-        beta: args.beta,
-        desirable_weight: args.desirable_weight,
-        undesirable_weight: args.undesirable_weight,
-    }
 }
 
 /// A number for JSON; what is not finite becomes null.

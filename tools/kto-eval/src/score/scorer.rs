@@ -7,7 +7,11 @@ use crate::{
 };
 use candle_core::DType;
 use kto_cli::{Context, Error, Result};
-use kto_formats::{model_dir::ModelDir, tokens::TokenSet};
+use kto_formats::{
+    adapter::{CONFIG, directory},
+    model_dir::ModelDir,
+    tokens::TokenSet,
+};
 use kto_model::{
     base::BaseModel,
     lora::Lora,
@@ -34,13 +38,14 @@ pub enum Reference {
 }
 
 impl Reference {
-    /// Opens `--reference`. A directory with adapter_config.json is an adapter, any other a model.
+    /// Opens `--reference`. A directory with adapter_config.json, or a run directory with one, is an adapter, any
+    /// other a model.
     pub fn open(path: &Path, policy: &Policy, args: &ModelArgs, positions: usize) -> Result<Self> {
         if path == Path::new("base") {
             return Ok(if policy.lora.is_some() { Self::Base } else { Self::Policy });
         }
         let base = &policy.base;
-        if path.join(kto_formats::adapter::CONFIG).exists() {
+        if directory(path).join(CONFIG).exists() {
             let lora = adapter(path, "--reference", base.directory(), &base.architecture, args.force_base)?;
             return Ok(Self::Adapter(lora));
         }

@@ -8,11 +8,12 @@ use kto_model::{
 use serde_json::{Map, Value, json};
 
 /// Every key that a summary can have, in its order.
-pub const KEYS: [&str; 21] = [
+pub const KEYS: [&str; 22] = [
     "rows",
     "count/chosen",
     "count/rejected",
     "tokens",
+    "beta",
     "loss",
     "kl",
     "kl_raw",
@@ -63,7 +64,7 @@ impl Class {
             this.reward += reward;
             this.logps += row.policy_logps;
             this.reference_logps += row.reference_logps;
-            this.right += usize::from((reward > 0.0) == row.label);
+            this.right += usize::from(if row.label { reward > 0.0 } else { reward < 0.0 });
         }
         this
     }
@@ -114,6 +115,7 @@ impl<'a> Summary<'a> {
             out.insert(key.into(), json!(count));
         }
         out.insert("tokens".into(), json!(all.tokens));
+        out.insert("beta".into(), number(beta));
         self.loss_and_kl(&mut out);
         let classes = [("chosen", &chosen), ("rejected", &rejected)];
         let present = || classes.iter().filter(|(_, class)| class.rows > 0);
@@ -180,10 +182,10 @@ fn reward(row: &ScoredRow, beta: f64) -> f64 {
 
 /// Returns the summary as a few lines for people.
 pub fn lines(summary: &Map<String, Value>) -> Vec<String> {
-    let rows: [&[&str]; 5] = [&KEYS[..4], &KEYS[4..7], &KEYS[7..13], &KEYS[13..16], &KEYS[16..20]];
+    let rows: [&[&str]; 5] = [&KEYS[..4], &KEYS[4..8], &KEYS[8..14], &KEYS[14..17], &KEYS[17..21]];
     let item = |key: &&str| {
         let value = summary.get(*key)?;
-        Some(match value.as_f64().filter(|_| value.is_f64()) {
+        Some(match value.as_f64().filter(|_| value.is_f64() && *key != "beta") {
             Some(x) => format!("{key} {x:.4}"),
             None => format!("{key} {value}"),
         })
@@ -245,6 +247,13 @@ mod tests {
         {
             assert!(!out.contains_key(key), "{key}");
         }
+        let mut untrained = Vec::new();
+        for label in [true, false] {
+            let mut summary = Summary::new(spec(Loss::Sft), &groups, true);
+            summary.add(&score(0, label, -10.0, None));
+            untrained.push(summary.finish()["rewards/accuracies"].clone());
+        }
+        assert_eq!(untrained, [json!(0.0), json!(0.0)], "a reward of 0 is not right");
         assert_eq!((&out["rewards/chosen"], &out["non_finite"]), (&Value::Null, &json!(1)));
     }
 }

@@ -3,6 +3,8 @@
 use super::{bytes, code, data, run, text, token_set, trl_tokens, words};
 use kto_formats::{
     adapter::{Adapter, AdapterMeta},
+    model_dir::{ModelDir, QUANTIZED_FROM},
+    safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
     tokens::TokenSet,
 };
 
@@ -65,6 +67,8 @@ fn a_bad_prompt_has_file_and_line() {
             assert!(stderr.starts_with(&format!("kto-eval: {expected}")), "{stderr}");
         }
     }
+    let (code, stderr) = generate("", b"What is it?\n");
+    assert!(code == 65 && stderr.ends_with("hint: --text takes lines of plain text\n"), "{stderr}");
     let (code, stderr) = generate("--text", b"ok\n\xff\n");
     assert_eq!(
         (code, stderr.lines().next()),
@@ -140,6 +144,35 @@ fn an_adapter_of_another_base_is_78_unless_forced() {
     }
     let (code, stderr) = generate(&format!("--ids --adapter {}", data("trl/llama/adapter_init")), b"");
     assert_eq!(code, 65, "an adapter that does not fit: {stderr}");
+}
+
+#[test]
+fn an_adapter_fits_the_4_bit_form_of_its_base_and_the_other_way_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let (own, form) = (super::testdata("trl/llama/model"), dir.path().join("form"));
+    let own = ModelDir::open(&own).unwrap();
+    // The marks of a 4-bit form decide, so the same weights can bear them.
+    std::fs::create_dir(&form).unwrap();
+    std::fs::copy(own.path.join("config.json"), form.join("config.json")).unwrap();
+    let mut metadata = pt_metadata();
+    metadata.insert(QUANTIZED_FROM.into(), own.fingerprint());
+    let specs = own.tensors.views().map(|v| TensorSpec::new(v.name, v.dtype, v.shape)).collect();
+    let mut writer = SafetensorsWriter::new(&form.join("model.safetensors"), specs, &metadata).unwrap();
+    own.tensors.views().for_each(|v| writer.write(v.name, v.data).unwrap());
+    writer.finish().unwrap();
+    let print = ModelDir::open(&form).unwrap().fingerprint();
+    assert!(print.len() > 64 && print.ends_with(&own.fingerprint()));
+    let adapter = Adapter::read(&super::testdata("trl/llama/adapter_init")).unwrap();
+    let (on_form, on_own) = (dir.path().join("on_form"), dir.path().join("on_own"));
+    adapter.write(&on_form, AdapterMeta { base_fingerprint: Some(print) }).unwrap();
+    adapter.write(&on_own, AdapterMeta { base_fingerprint: Some(own.fingerprint()) }).unwrap();
+    for model in [&own.path, &form] {
+        for adapter in [&on_form, &on_own] {
+            let line = format!("score --no-kl --model {} --adapter {}", model.display(), adapter.display());
+            let (code, stderr) = fault(&line, &bytes(&trl_tokens()));
+            assert_eq!(code, 0, "{line}: {stderr}");
+        }
+    }
 }
 
 #[test]

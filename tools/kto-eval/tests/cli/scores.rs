@@ -38,8 +38,9 @@ fn the_summary_is_that_of_the_rows() {
     near("kl", mean("kl", None).max(0.0));
     near("rewards/chosen", mean("reward", Some(true)));
     near("rewards/margins", mean("reward", Some(true)) - mean("reward", Some(false)));
-    let right =
-        scores.iter().filter(|r| (number(r, "reward") > 0.0) == r["label"].as_bool().unwrap()).count();
+    near("beta", 0.3);
+    let sign = |r: &Value| if r["label"] == true { 1.0 } else { -1.0 };
+    let right = scores.iter().filter(|r| number(r, "reward") * sign(r) > 0.0).count();
     near("rewards/accuracies", right as f64 / 20.0);
     let tokens: f64 = scores.iter().map(|r| number(r, "tokens")).sum();
     near("tokens", tokens);
@@ -148,8 +149,77 @@ fn an_assertion_that_is_met_ends_with_1() {
     let bad = run(&["--fail-if", "accuracy<0.1", "--fail-if", "accuracy <= 0.99"]);
     assert_eq!(code(&bad), 1);
     assert!(text(&bad.stderr).contains("--fail-if accuracy <= 0.99: rewards/accuracies is 0.55"));
-    let unknown = run(&["--fail-if", "kl<9"]);
-    assert_eq!(code(&unknown), 1, "--no-kl leaves kl out: nobody can say that it is good");
+    let quiet = run(&["-q", "--fail-if", "accuracy <= 0.99"]);
+    assert_eq!(
+        (code(&quiet), text(&quiet.stderr).as_str()),
+        (1, "kto-eval: --fail-if accuracy <= 0.99: rewards/accuracies is 0.55\n")
+    );
+    for text in ["kl<9", "kl_raw<9", "loss<1"] {
+        assert_eq!(code(&run(&["--fail-if", text])), 2, "--no-kl leaves it out: {text}");
+    }
+    assert_eq!(code(&run(&["--loss", "sft", "--fail-if", "loss<0"])), 0);
     assert_eq!(code(&run(&["--fail-if", "accuracy"])), 2);
     assert_eq!(code(&run(&["--fail-if", "acuracy<1"])), 2);
+}
+
+#[test]
+fn a_failed_assertion_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, summary) = (dir.path().join("rows"), dir.path().join("summary"));
+    let files = format!("--no-kl -o {} --summary {} --fail-if", out.display(), summary.display());
+    let input = bytes(&trl_tokens());
+    assert_eq!(code(&run(&trl(&format!("{files} rows==20")), &input)), 1);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    assert_eq!(code(&run(&trl(&format!("{files} rows!=20")), &input)), 0);
+    assert!(out.exists() && summary.exists());
+}
+
+#[test]
+fn an_adapter_in_a_run_is_scored_with_the_runs_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let inner = dir.path().join("adapter");
+    std::fs::create_dir(&inner).unwrap();
+    for file in std::fs::read_dir(testdata("trl/llama/adapter_init")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), inner.join(file.file_name())).unwrap();
+    }
+    let plan = |text: &str| std::fs::write(dir.path().join("run.json"), text).unwrap();
+    let input = bytes(&trl_tokens());
+    let model = data("trl/llama/model");
+    let score = |adapter: &std::path::Path, flags: &str| {
+        let flags = format!("--summary - --no-kl {flags}");
+        run(&words(&format!("score --model {model} --adapter {} {flags}", adapter.display())), &input)
+    };
+    let summary = |adapter: &std::path::Path, flags: &str| {
+        let output = score(adapter, flags);
+        assert_eq!(code(&output), 0, "{}", text(&output.stderr));
+        (serde_json::from_slice::<Value>(&output.stdout).unwrap(), text(&output.stderr))
+    };
+    assert_eq!(summary(&inner, "").0["beta"], 0.1);
+    plan(
+        r#"{"tool": "kto-train", "plan": {"loss": "apo-zero", "beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 1.0}}"#,
+    );
+    let (own, lines) = summary(&inner, "");
+    assert!(own["beta"] == 0.5 && lines.contains("beta 0.5, loss "), "{lines}");
+    assert_eq!(summary(dir.path(), "").0, own, "a run directory stands for its adapter");
+    let (flags, _) = summary(&inner, "--beta 0.5 --loss apo-zero --desirable-weight 2");
+    assert_eq!(flags, own);
+    assert_eq!(summary(&inner, "--beta 0.2").0["beta"], 0.2);
+    assert!(summary(&inner, "--loss kto").0.get("loss").is_none());
+    plan(r#"{"tool": "kto-train", "plan": {"beta": -1}}"#);
+    let bad = score(&inner, "");
+    assert!(code(&bad) == 65 && text(&bad.stderr).contains("\"beta\" cannot be -1\nhint: --beta"));
+    assert_eq!(code(&score(&inner, "--beta 1")), 0);
+    plan("no JSON");
+    let (by_default, lines) = summary(&inner, "");
+    assert!(by_default["beta"] == 0.1 && lines.contains("warning: "), "{lines}");
+}
+
+#[test]
+fn an_untrained_model_is_not_right_about_anything() {
+    let line = format!("score --model {} --summary -", data("trl/llama/model"));
+    let output = run(&words(&line), &bytes(&trl_tokens()));
+    let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((number(&summary, "rewards/accuracies"), number(&summary, "kl")), (0.0, 0.0));
+    assert!(text(&output.stderr).starts_with("kto-eval: warning: no --adapter and no --reference"));
 }
