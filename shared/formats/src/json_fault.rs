@@ -30,7 +30,7 @@ pub(crate) fn utf8_fault(text: &[u8], at: usize) -> Fault {
         line,
         column: (at - start) as u64 + 1,
         what: format!("invalid UTF-8 (byte 0x{:02x})", text[at]),
-        hint: Some("--lossy replaces it by U+FFFD".into()),
+        hint: Some("kto-convert --lossy replaces it by U+FFFD".into()),
     }
 }
 
@@ -49,7 +49,10 @@ pub(crate) fn fault(text: &[u8], error: &serde_json::Error) -> Fault {
         return fault;
     }
     if words.contains("surrogate") || (words.contains("unexpected end of hex escape") && !error.is_eof()) {
-        return fault("lone surrogate escape (half a character)", Some("--lossy replaces it by U+FFFD"));
+        return fault(
+            "lone surrogate escape (half a character)",
+            Some("kto-convert --lossy replaces it by U+FFFD"),
+        );
     }
     if error.is_eof() {
         return match text.trim_ascii() {
@@ -94,9 +97,6 @@ fn foreign(text: &[u8]) -> Option<Fault> {
     }
     if body.starts_with(b"<") {
         return whole("this looks like an HTML or XML page, not JSON".into(), None);
-    }
-    if body.starts_with(b"PAR1") || body.starts_with(b"ARROW1") {
-        return whole("Parquet and Arrow files are not read yet".into(), None);
     }
     if [&b"{'"[..], b"[{'", b"{u'"].iter().any(|p| body.starts_with(p)) {
         return whole("this is a Python literal, not JSON".into(), Some("write rows with json.dumps"));

@@ -5,7 +5,7 @@
 //! before it is in memory. A bad line does not end the stream: the next call goes on behind it.
 
 use crate::rows::{Place, ReadOptions, Row, parse_row, too_long};
-use kto_cli::{Result, input};
+use kto_cli::{Error, Result, input};
 use serde_json::Value;
 use std::io::{BufRead, Read};
 
@@ -55,6 +55,9 @@ impl<R: BufRead> JsonLines<R> {
                 return Ok(None);
             }
             self.line += 1;
+            if let Some(what) = binary(&self.buffer).filter(|_| self.line == 1) {
+                return Err(Error::data(format!("{}: this is {what}, not JSON Lines", self.name)));
+            }
             if self.buffer.len() as u64 > self.options.max_line {
                 self.skip_line()?;
                 let error = too_long(&self.name, self.line, "line", self.options.max_line);
@@ -86,6 +89,19 @@ impl<R: BufRead> JsonLines<R> {
         while self.buffer.last() != Some(&b'\n') && self.read_line()? {}
         Ok(())
     }
+}
+
+/// Names the binary formats that are mistaken for records, by their first bytes.
+fn binary(head: &[u8]) -> Option<&'static str> {
+    const FORMS: [(&[u8], &str); 3] = [
+        (b"\xff\xff\xff\xff", "an Arrow stream (a token file?)"),
+        (b"ARROW1", "an Arrow file"),
+        (b"PAR1", "a Parquet file"),
+    ];
+    // The length of a header of less than 4 GiB, then the header.
+    let safetensors = head.len() > 10 && head[4..8] == [0; 4] && head[8..].starts_with(b"{\"");
+    let form = FORMS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, what)| *what);
+    form.or(safetensors.then_some("a safetensors file"))
 }
 
 #[cfg(test)]
@@ -130,6 +146,20 @@ mod tests {
         assert_eq!(row.value.unwrap_err().to_string(), "f:1: line longer than 100 bytes");
         assert!(lines.buffer.capacity() < 1000);
         assert_eq!(lines.next().unwrap(), Some((2, json!({"a": 1}))));
+    }
+
+    #[test]
+    fn binary_files_are_named_and_end_the_stream() {
+        for (head, what) in [
+            (&b"\xff\xff\xff\xff\x10\0\0\0\n"[..], "an Arrow stream (a token file?)"),
+            (b"ARROW1\0\0", "an Arrow file"),
+            (b"PAR1\x15", "a Parquet file"),
+            (b"\x40\0\0\0\0\0\0\0{\"a\":1}", "a safetensors file"),
+        ] {
+            let error = JsonLines::from_reader("f".into(), head).next_row().unwrap_err();
+            assert_eq!(error.to_string(), format!("f: this is {what}, not JSON Lines"));
+            assert!(error.hint().is_none());
+        }
     }
 
     #[test]
