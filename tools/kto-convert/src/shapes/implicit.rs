@@ -10,11 +10,14 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
         (Content::Chat(chosen), Content::Chat(rejected)) => {
             split_chat::pair("implicit conversational", chosen, rejected, rules.keep_differing)
         }
-        _ => {
-            Err(Reason::Content
-                .says("\"chosen\" and \"rejected\" must both be text or both be message lists"))
-        }
+        (chosen, _) => Err(unlike(matches!(chosen, Content::Text(_)))),
     }
+}
+
+/// The problem of a pair of a text and a message list.
+pub fn unlike(chosen_is_text: bool) -> Problem {
+    let (text, list) = if chosen_is_text { ("chosen", "rejected") } else { ("rejected", "chosen") };
+    Reason::Content.says(format!("\"{text}\" is text and \"{list}\" a message list: both must be alike"))
 }
 
 fn texts(chosen: &str, rejected: &str, rules: &Rules<'_>) -> Result<Unit, Problem> {

@@ -3,6 +3,7 @@
 //! Called for every row: the shape of one row says nothing about the next. A new shape is a file beside this one and a
 //! line in [`SHAPES`]; the first line whose fields are all there wins.
 
+mod advice;
 mod implicit;
 mod join;
 mod messages;
@@ -103,19 +104,25 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
     let likely =
         || SIGNS.iter().find(|(field, _)| row.contains_key(*field)).map(|(_, shape)| &SHAPES[*shape]);
     let Some(shape) = complete.or_else(likely) else {
-        let what = format!("no known shape{}", columns(row));
-        let hint = "--map prompt=COLUMN,completion=COLUMN,label=COLUMN names the columns";
-        return Err(Reason::UnknownShape.error(Error::data(what).with_hint(hint)));
+        let error = Error::data(format!("no known shape{}", columns(row)));
+        let usual = || "--map prompt=COLUMN,completion=COLUMN,label=COLUMN names the columns".into();
+        return Err(Reason::UnknownShape.error(error.with_hint(advice::hint(row).unwrap_or_else(usual))));
     };
     missing(shape, row, rules)?;
-    (shape.convert)(row, rules)
+    let foreign = shape.needs.iter().find_map(|field| advice::share_gpt(field, row.get(*field)?));
+    (shape.convert)(row, rules).map_err(|problem| match foreign {
+        Some(hint) => problem.reason.error(problem.error.with_hint(hint)),
+        None => problem,
+    })
 }
 
 /// Names the first field that a shape needs and the row has not, beside those that it has.
 fn missing(shape: &Shape, row: &Fields, rules: &Rules<'_>) -> Result<(), Problem> {
     if let Some(field) = shape.needs.iter().find(|f| !row.contains_key(**f)) {
         let what = format!("field {} is missing{}", quoted(field), columns(row));
-        return Err(Reason::MissingField.says(what));
+        let usual = || format!("--map {field}=COLUMN names the column that holds it");
+        let hint = advice::hint(row).unwrap_or_else(usual);
+        return Err(Reason::MissingField.error(Error::data(what).with_hint(hint)));
     }
     if shape.labelled { rules.labels.missing(row) } else { Ok(()) }
 }

@@ -1,6 +1,6 @@
 //! TRL's explicit pairs: prompt, chosen, rejected. Also UltraFeedback's, whose sides repeat the prompt.
 
-use super::{Fields, Rules, Unit, content, join, split_chat, unpaired::name};
+use super::{Fields, Rules, Unit, content, implicit, join, split_chat, unpaired::name};
 use crate::problem::Problem;
 use kto_formats::record::Content;
 
@@ -18,6 +18,9 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
         }
         sides => sides,
     };
+    if matches!(prompt, Content::Text(_)) && is_text(&chosen) != is_text(&rejected) {
+        return Err(implicit::unlike(is_text(&chosen)));
+    }
     let chosen = join::join(prompt.clone(), chosen, "chosen")?;
     let rejected = join::join(prompt, rejected, "rejected")?;
     let shape = name(&chosen.prompt, "paired text", "paired conversational");
@@ -29,4 +32,8 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
         Unit::pair(shape, (chosen.prompt, chosen.completion), (rejected.prompt, rejected.completion));
     (unit.mixed, unit.differ) = (mixed, differ);
     Ok(unit)
+}
+
+fn is_text(content: &Content) -> bool {
+    matches!(content, Content::Text(_))
 }

@@ -163,7 +163,7 @@ fn what_is_missing_is_named() {
         (
             json!({"chosen": "c", "rejected": [bot("r")]}),
             Reason::Content,
-            "\"chosen\" and \"rejected\" must both be text or both be message lists",
+            "\"chosen\" is text and \"rejected\" a message list: both must be alike",
         ),
     ] {
         assert_eq!(refused(row), (reason, what.to_owned()));
