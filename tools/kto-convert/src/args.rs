@@ -62,7 +62,7 @@ pub struct Args {
     /// Leave out every column that kto-tokenize does not need
     #[arg(long, help_heading = "Output")]
     pub drop_extra: bool,
-    /// Also write the summary as JSON to FILE
+    /// Also write the summary as JSON to FILE; `-` is standard output, with -o
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
 

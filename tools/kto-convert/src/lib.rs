@@ -23,7 +23,7 @@ mod weights;
 pub use args::Args;
 pub use plan::Plan;
 
-use kto_cli::{Error, Exit, Result, Ui, atomic};
+use kto_cli::{Error, Exit, Result, Ui, output::Output};
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
@@ -33,7 +33,9 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     if let Some(path) = &plan.report {
         let text =
             serde_json::to_string_pretty(&report.json()).map_err(|e| Error::internal(e.to_string()))?;
-        atomic::write(path, format!("{text}\n").as_bytes())?;
+        let mut out = Output::create(Some(path))?;
+        out.write(format!("{text}\n").as_bytes())?;
+        out.finish()?;
     }
     Ok(Exit::Ok)
 }

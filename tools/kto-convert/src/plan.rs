@@ -65,6 +65,11 @@ pub struct RowRules {
 impl Plan {
     /// Checks the arguments. Errors are usage errors (2).
     pub fn new(args: &Args) -> Result<Self> {
+        let is_stdout = |path: &PathBuf| path.as_os_str() == "-" || path.as_os_str() == "/dev/stdout";
+        if args.report.as_ref().is_some_and(is_stdout) && args.output.as_ref().is_none_or(is_stdout) {
+            let error = Error::usage("--report - and the records would both go to standard output");
+            return Err(error.with_hint("-o FILE takes the records"));
+        }
         let empty = if args.skip_empty { Policy::Skip } else { args.empty };
         Ok(Self {
             inputs: input::or_stdin(&args.files)?,

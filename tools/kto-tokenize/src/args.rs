@@ -7,20 +7,19 @@ use std::path::PathBuf;
 const ABOUT: &str = "Turn KTO records into a token file for kto-train and kto-eval";
 
 const LONG_ABOUT: &str = "\
-Turn KTO records (JSON Lines with prompt, completion, label) into a token file, an Arrow IPC stream with the columns
+Turn KTO records (JSON Lines with prompt, completion, label) into a token file, an Arrow IPC stream with the columns \
 prompt_ids, completion_ids, label and prompt_hash. kto-convert makes records of other shapes.
 
-Tokens are those of TRL 1.16:
-  messages   the chat template renders the prompt with its generation prompt, and prompt + completion; both are
-             encoded without adding BOS or EOS. Of the row's columns, tools and chat_template_kwargs reach the template
-  text       prompt and prompt + completion are encoded with what the tokenizer puts around a text (BOS), after
-             the EOS token was appended to a completion that does not end with it
-The prompt's tokens are what both encodings begin with, the completion's are the rest.
+Tokens are those of TRL 1.16. Messages: the chat template renders the prompt with its generation prompt, and prompt + \
+completion; both are encoded without adding BOS or EOS. Of the row's columns, tools and chat_template_kwargs reach \
+the template. Text: prompt and prompt + completion are encoded with what the tokenizer puts around a text (BOS), \
+after the EOS token was appended to a completion that does not end with it. The prompt's tokens are what both \
+encodings begin with, the completion's are the rest.
 
-Control tokens such as <|im_end|> in a message, a prompt or a completion stay text and are counted; in text rows the
+Control tokens such as <|im_end|> in a message, a prompt or a completion stay text and are counted; in text rows the \
 EOS token at the very end is meant. --allow-special encodes all of them as control tokens, as TRL does.
 
-Rows whose prompt reaches --max-length are dropped and counted. Longer rows are kept whole and counted as truncated:
+Rows whose prompt reaches --max-length are dropped and counted. Longer rows are kept whole and counted as truncated: \
 kto-train cuts them, because a KL pair joins a prompt with the whole completion of another row.";
 
 const EXAMPLES: &str = "\
@@ -45,7 +44,7 @@ pub struct Args {
     /// Write to FILE, which appears whole or not at all, instead of standard output
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
-    /// Also write the summary as JSON to FILE
+    /// Also write the summary as JSON to FILE; `-` is standard output, with -o
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
 
@@ -82,7 +81,7 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..),
           help_heading = "Rows")]
     pub row_timeout: u32,
-    /// Threads; the result does not depend on them [default: all cores]
+    /// Worker threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Rows")]
     pub threads: Option<u16>,
 

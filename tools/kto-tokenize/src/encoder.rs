@@ -48,6 +48,11 @@ impl Encoder {
             let what = format!("token id {id}, the model's vocabulary ends at {}", size - 1);
             return Err(Error::data(what).with_hint("tokenizer.json and config.json are not of one model"));
         }
+        if full.is_empty() && !alone.is_empty() {
+            let what =
+                "the first token of prompt + completion spans both, so the prompt has no token of its own";
+            return Err(Error::data(what).with_hint("a blank or line end between the two keeps them apart"));
+        }
         if full.is_empty() {
             return Err(Error::data(
                 "the prompt has no tokens, so the first token of the completion has no context",

@@ -19,7 +19,7 @@ pub use args::Args;
 pub use plan::Plan;
 
 use kto_cli::{Context, output::Output};
-use kto_cli::{Error, Exit, Result, Ui, atomic, output};
+use kto_cli::{Error, Exit, Result, Ui, output};
 use kto_formats::tokens::TokenSet;
 use report::Report;
 use std::{
@@ -80,5 +80,7 @@ fn tokenize(plan: Plan, ui: &Ui) -> Result<(TokenSet, Report)> {
 fn write_report(path: &Path, report: &Report, set: &TokenSet) -> Result<()> {
     let text =
         serde_json::to_string_pretty(&report.json(&set.meta)).map_err(|e| Error::internal(e.to_string()))?;
-    atomic::write(path, format!("{text}\n").as_bytes()).at("--report")
+    let mut out = Output::create(Some(path)).at("--report")?;
+    out.write(format!("{text}\n").as_bytes()).at("--report")?;
+    out.finish().at("--report")
 }

@@ -41,6 +41,11 @@ impl Plan {
         if args.eos.as_deref() == Some("") {
             return Err(Error::usage("--eos must name a token"));
         }
+        let is_stdout = |path: &PathBuf| path.as_os_str() == "-" || path.as_os_str() == "/dev/stdout";
+        if args.report.as_ref().is_some_and(is_stdout) && args.output.as_ref().is_none_or(is_stdout) {
+            let error = Error::usage("--report - and the token file would both go to standard output");
+            return Err(error.with_hint("-o FILE takes the token file"));
+        }
         let is_file = |path: &PathBuf| path.as_os_str() != "-";
         Ok(Self {
             inputs: input::or_stdin(&args.files)?,

@@ -187,6 +187,7 @@ fn bad_rows_are_named_by_file_and_line() {
         ("{\"prompt\": \"a\", \"completion\"".to_string(), "<stdin>:2:"),
         ("{\"prompt\": \"a\", \"completion\": \"b\"}".into(), "<stdin>:2: field \"label\" is missing"),
         (text("", "b"), "<stdin>:2: the prompt has no tokens"),
+        (text("v", "e"), "<stdin>:2: the first token of prompt + completion spans both"),
         (json!({"prompt": "a", "completion": [], "label": true}).to_string(), "<stdin>:2: "),
         (json!({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}],
                 "label": true, "tools": "{"}).to_string(), "<stdin>:2: field \"tools\": not JSON"),
@@ -226,6 +227,10 @@ fn bad_models_and_flags_are_named() {
     let (code, message) = refused(dir.path(), &["--eos", "<|im_end|>"], &text("a", "b"));
     assert!(code == 65 && message.contains("the model's vocabulary ends at 9"), "{message}");
     assert_eq!(refused(&llama(), &["-", "-"], "").0, 2);
+    assert_eq!(refused(&llama(), &["--report", "-"], &chat("a", "b")).0, 2);
+    let out = dir.path().join("t.kto.arrow");
+    let output = run(&llama(), &["-q", "--report", "-", "-o", out.to_str().unwrap()], &chat("a", "b"));
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["rows"], 1);
     assert_eq!(refused(&llama(), &["/nowhere.jsonl"], "").0, 66);
 }
 

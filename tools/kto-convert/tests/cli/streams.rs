@@ -115,6 +115,18 @@ fn a_device_is_written_to_and_not_replaced() {
 }
 
 #[test]
+fn a_report_goes_to_standard_output_only_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("kto.jsonl");
+    let both = run(&["--report", "-"], ROW.as_bytes());
+    assert_eq!((code(&both), text(&both.stdout).as_str()), (2, ""));
+    let alone = run(&["-q", "--report", "-", "-o", target.to_str().unwrap()], ROW.as_bytes());
+    assert_eq!(code(&alone), 0);
+    assert!(text(&alone.stdout).starts_with("{\n") && text(&alone.stdout).contains("\"records\""));
+    assert_eq!(fs::read_to_string(&target).unwrap(), ROW);
+}
+
+#[test]
 fn absurd_sizes_end_in_one_line() {
     let deep = format!("{{\"prompt\": {}", "[".repeat(100_000));
     let deep_object = "{\"a\":".repeat(100_000);
