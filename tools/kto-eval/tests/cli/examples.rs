@@ -59,7 +59,7 @@ fn every_example_of_the_help_works() {
 fn help_is_complete() {
     let output = tool().args(["score", "--help"]).output().unwrap();
     let help = text(&output.stdout);
-    for part in ["Exit status:", "rewards/accuracies", "[default: 0.1]", "--fail-if"] {
+    for part in ["Exit status:", "rewards/accuracies", "run, else 0.1]", "--fail-if"] {
         assert!(help.contains(part), "{part}");
     }
     assert!(output.stderr.is_empty());
