@@ -14,6 +14,7 @@ pub mod guard;
 pub mod hash;
 pub mod input;
 pub mod lock;
+pub mod number;
 pub mod output;
 mod progress;
 mod run;

@@ -145,6 +145,18 @@ impl Architecture {
         Ok(())
     }
 
+    /// Fails (65) when a token id has no row in the embedding. `place` names the ids in the message.
+    pub fn check_ids(&self, ids: &[u32], place: impl std::fmt::Display) -> Result<()> {
+        let vocab = self.vocab_size;
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            None => Ok(()),
+            Some(id) => {
+                let text = format!("{place}: token id {id} is outside the model's vocabulary of {vocab}");
+                Err(Error::data(text).with_hint("kto-tokenize --model with this model"))
+            }
+        }
+    }
+
     /// Returns (rows, columns) of a module's weight.
     pub fn weight_shape(&self, module: Module) -> (usize, usize) {
         let (q, kv) = (self.shape.heads * self.shape.dim, self.shape.kv_heads * self.shape.dim);

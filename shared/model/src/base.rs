@@ -89,20 +89,6 @@ impl BaseModel {
         self.dtype
     }
 
-    /// Fails (65) when a token id has no row in the embedding.
-    pub fn check_ids(&self, ids: &[u32], place: impl std::fmt::Display) -> Result<()> {
-        match ids.iter().find(|id| **id as usize >= self.architecture.vocab_size) {
-            None => Ok(()),
-            Some(id) => {
-                let vocab = self.architecture.vocab_size;
-                Err(Error::data(format!(
-                    "{place}: token id {id} is outside the model's vocabulary of {vocab}"
-                ))
-                .with_hint("tokenize with --model of the same model"))
-            }
-        }
-    }
-
     fn is_quantized(&self, layer: usize) -> Result<bool> {
         for module in Module::ALL {
             if Nf4Tensor::find(&self.directory.tensors, &weight_name(module, layer))?.is_some() {

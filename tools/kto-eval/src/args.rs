@@ -1,7 +1,10 @@
 //! The command line of kto-eval. Flag names are stable and mean what they mean in kto-train.
 
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
-use kto_cli::Common;
+use kto_cli::{
+    Common,
+    number::{finite, not_negative, positive},
+};
 use std::path::PathBuf;
 
 /// Score preferences and generate answers with a language model
@@ -173,20 +176,8 @@ pub enum LossKind {
     Sft,
 }
 
-fn number(text: &str) -> Result<f64, String> {
-    text.parse::<f64>().ok().filter(|x| x.is_finite()).ok_or_else(|| "not a number".to_string())
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    number(text).and_then(|x| if x > 0.0 { Ok(x) } else { Err("must be above 0".into()) })
-}
-
-fn not_negative(text: &str) -> Result<f64, String> {
-    number(text).and_then(|x| if x >= 0.0 { Ok(x) } else { Err("must not be below 0".into()) })
-}
-
 fn share(text: &str) -> Result<f64, String> {
-    number(text)
+    finite(text)
         .and_then(|x| if x > 0.0 && x <= 1.0 { Ok(x) } else { Err("must be above 0, up to 1".into()) })
 }
 

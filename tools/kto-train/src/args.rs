@@ -1,7 +1,10 @@
 //! The command line of kto-train. Flag names are stable.
 
 use clap::{Parser, ValueEnum};
-use kto_cli::Common;
+use kto_cli::{
+    Common,
+    number::{finite, not_negative, positive},
+};
 use std::path::PathBuf;
 
 /// Train a LoRA adapter on a language model with KTO
@@ -194,20 +197,8 @@ pub enum Preset {
     Trl,
 }
 
-fn number(text: &str) -> Result<f64, String> {
-    text.parse::<f64>().ok().filter(|x| x.is_finite()).ok_or_else(|| "not a number".to_string())
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    number(text).and_then(|x| if x > 0.0 { Ok(x) } else { Err("must be above 0".into()) })
-}
-
-fn not_negative(text: &str) -> Result<f64, String> {
-    number(text).and_then(|x| if x >= 0.0 { Ok(x) } else { Err("must not be below 0".into()) })
-}
-
 fn probability(text: &str) -> Result<f64, String> {
-    number(text).and_then(|x| {
+    finite(text).and_then(|x| {
         if (0.0..1.0).contains(&x) { Ok(x) } else { Err("must be from 0 up to, not including, 1".into()) }
     })
 }

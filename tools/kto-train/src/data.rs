@@ -42,13 +42,10 @@ pub fn positions(tokens: &TokenSet) -> usize {
 
 /// Fails (65) when a token id has no row in the embedding.
 pub fn check_ids(architecture: &Architecture, tokens: &TokenSet) -> Result<()> {
-    let vocab = architecture.vocab_size;
     for (i, row) in tokens.rows().enumerate() {
-        let mut ids = row.prompt_ids.iter().chain(row.completion_ids);
-        if let Some(id) = ids.find(|id| **id as usize >= vocab) {
-            let text = format!("row {}: token id {id} is outside the model's vocabulary of {vocab}", i + 1);
-            return Err(Error::data(text).with_hint("kto-tokenize --model with this model"));
-        }
+        let place = format_args!("row {}", i + 1);
+        architecture.check_ids(row.prompt_ids, place)?;
+        architecture.check_ids(row.completion_ids, place)?;
     }
     Ok(())
 }

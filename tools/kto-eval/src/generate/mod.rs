@@ -90,7 +90,7 @@ fn check_prompt(ids: &[u32], policy: &Policy, args: &GenerateArgs) -> Result<()>
     if ids.is_empty() {
         return Err(Error::data("the prompt has no tokens"));
     }
-    policy.base.check_ids(ids, "prompt")?;
+    policy.base.architecture.check_ids(ids, "prompt")?;
     let (limit, wanted) = (policy.base.architecture.max_positions, args.max_new_tokens as usize);
     if ids.len() + wanted <= limit {
         return Ok(());

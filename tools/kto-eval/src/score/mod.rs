@@ -165,8 +165,8 @@ fn check(args: &ScoreArgs, tokens: &TokenSet, policy: &Policy, ui: &Ui) -> Resul
     }
     for (i, row) in tokens.rows().enumerate() {
         let place = format_args!("{}: row {}", shown(&args.file), i + 1);
-        policy.base.check_ids(row.prompt_ids, place)?;
-        policy.base.check_ids(row.completion_ids, place)?;
+        policy.base.architecture.check_ids(row.prompt_ids, place)?;
+        policy.base.architecture.check_ids(row.completion_ids, place)?;
     }
     let limit = policy.base.architecture.max_positions;
     if positions(tokens) > limit {
