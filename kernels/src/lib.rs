@@ -20,6 +20,7 @@ mod rms_norm;
 mod rope;
 mod rows;
 mod simd;
+mod stored;
 mod swiglu;
 mod tensor;
 
@@ -33,4 +34,5 @@ pub use real::Real;
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::{RopeTable, rope};
 pub use rows::{gather_rows, scale_rows, scatter_add_rows};
+pub use stored::{Bytes, Dense, Nf4Parts, Nf4Scales, Stored};
 pub use swiglu::{swiglu, swiglu_backward};

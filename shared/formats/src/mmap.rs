@@ -37,6 +37,21 @@ impl Map {
         &self.path
     }
 
+    /// Tells the system how a byte range is about to be used. Failure is harmless and ignored.
+    pub fn advise(&self, range: Range<usize>, access: Access) {
+        #[cfg(unix)]
+        if !range.is_empty() && range.end <= self.map.len() {
+            let advice = match access {
+                Access::WillNeed => memmap2::Advice::WillNeed,
+                Access::Sequential => memmap2::Advice::Sequential,
+                Access::Random => memmap2::Advice::Random,
+            };
+            let _ = self.map.advise_range(advice, range.start, range.len());
+        }
+        #[cfg(not(unix))]
+        let _ = (range, access);
+    }
+
     /// Gives the pages of a byte range back to the system; they are read again from the file when touched.
     /// Keeps the resident memory of a tool that walks through a large model small. Failure is harmless and ignored.
     pub fn release(&self, range: Range<usize>) {
@@ -50,6 +65,23 @@ impl Map {
         }
         #[cfg(not(unix))]
         let _ = range;
+    }
+}
+
+/// How a range of a map is about to be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Soon and whole: reading ahead starts now, in the background.
+    WillNeed,
+    /// From the beginning to the end: more is read ahead than usual.
+    Sequential,
+    /// Here and there: nothing is read ahead.
+    Random,
+}
+
+impl AsRef<[u8]> for Map {
+    fn as_ref(&self) -> &[u8] {
+        &self.map
     }
 }
 
@@ -79,6 +111,10 @@ mod tests {
         map.release(5000..90_000);
         map.release(0..map.len());
         map.release(99_999..200_000);
+        for access in [Access::WillNeed, Access::Sequential, Access::Random] {
+            map.advise(1..99_999, access);
+            map.advise(0..200_000, access);
+        }
         assert_eq!(&map[..], &bytes[..]);
     }
 

@@ -4,15 +4,17 @@
 //! [`crate::adapter`] and the tools. Invariant: every view lies inside its file and its length is shape × dtype.
 //! Nothing is copied until [`TensorView::to_f32`].
 
-use crate::{mmap::Map, safetensors_header};
+pub use crate::mmap::{Access, Map};
+
+use crate::safetensors_header;
 use half::{bf16, f16};
 use kto_cli::{Context, Error, Result, escape};
 use safetensors::Dtype;
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, ops::Range, path::Path, sync::Arc};
 
 /// The tensors of a model or adapter, by name.
 pub struct TensorStore {
-    files: Vec<Map>,
+    files: Vec<Arc<Map>>,
     entries: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
     /// What messages call the store: its file, or its directory.
@@ -23,7 +25,7 @@ struct Entry {
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
 }
 
 /// A tensor as it lies in the file: little-endian, row-major.
@@ -70,7 +72,7 @@ impl TensorStore {
         for (key, value) in header.metadata {
             self.metadata.entry(key).or_insert(value);
         }
-        self.files.push(map);
+        self.files.push(Arc::new(map));
         Ok(count)
     }
 
@@ -116,6 +118,18 @@ impl TensorStore {
         &self.metadata
     }
 
+    /// Returns the file that holds `name`, and where in it: for users that keep the map alive longer than the store.
+    pub fn bytes(&self, name: &str) -> Option<(Arc<Map>, Range<usize>)> {
+        self.entries.get(name).map(|e| (self.files[e.file].clone(), e.range.clone()))
+    }
+
+    /// Tells the system how a tensor's pages are about to be used.
+    pub fn advise(&self, name: &str, access: Access) {
+        if let Some(entry) = self.entries.get(name) {
+            self.files[entry.file].advise(entry.range.clone(), access);
+        }
+    }
+
     /// Gives the memory pages of a tensor back to the system; a later access reads the file again.
     pub fn release(&self, name: &str) {
         if let Some(entry) = self.entries.get(name) {
@@ -124,7 +138,7 @@ impl TensorStore {
     }
 
     /// As [`TensorStore::release`], for a part of the tensor's bytes.
-    pub fn release_part(&self, name: &str, bytes: std::ops::Range<usize>) {
+    pub fn release_part(&self, name: &str, bytes: Range<usize>) {
         if let Some(entry) = self.entries.get(name) {
             let start = entry.range.start;
             self.files[entry.file].release(start + bytes.start..(start + bytes.end).min(entry.range.end));

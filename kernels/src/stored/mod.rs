@@ -1,0 +1,203 @@
+//! Frozen matrices kept as their file holds them, and widened to f32 piece by piece on use.
+//!
+//! Called by the loader (`kto-model`), which wraps memory-mapped tensors, and by the matrix product, which widens the panel
+//! that it is about to multiply. Invariants: nothing is copied from the file's bytes, no alignment of them is asked for,
+//! lengths are checked once in the constructors, and the portable and the SIMD form of [`Stored::widen`] give the same bits.
+//! Deliberately absent: files and names (`kto-formats`), and quantizing (see [`crate::quant`]).
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod bytes;
+mod dense;
+mod nf4;
+#[cfg(test)]
+mod tests;
+
+pub use bytes::Bytes;
+pub use dense::Dense;
+pub use nf4::{Nf4Parts, Nf4Scales};
+
+use candle_core::{Result, bail};
+use rayon::prelude::*;
+
+/// A frozen (rows, columns) matrix kept as its file holds it, row-major. Cheap to clone.
+#[derive(Clone)]
+pub struct Stored {
+    rows: usize,
+    columns: usize,
+    form: Form,
+    /// Whether [`Stored::widen`] may use AVX2 and F16C.
+    wide: bool,
+}
+
+#[derive(Clone)]
+enum Form {
+    Dense(Dense, Bytes),
+    Nf4(nf4::Nf4),
+}
+
+/// A form whose slices are at hand.
+#[derive(Clone, Copy)]
+enum View<'a> {
+    Dense(Dense, &'a [u8]),
+    Nf4(nf4::View<'a>),
+}
+
+impl Form {
+    #[inline(always)]
+    fn view(&self) -> View<'_> {
+        match self {
+            Self::Dense(dtype, bytes) => View::Dense(*dtype, bytes),
+            Self::Nf4(form) => View::Nf4(form.view()),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+fn pieces_avx2(view: View, start: usize, step: usize, length: usize, out: &mut [f32]) {
+    match view {
+        View::Dense(dtype, bytes) => {
+            for (i, piece) in out.chunks_mut(length.max(1)).enumerate() {
+                dense::widen_avx2(dtype, bytes, start + i * step, piece);
+            }
+        }
+        View::Nf4(view) => {
+            for (i, piece) in out.chunks_mut(length.max(1)).enumerate() {
+                view.widen_avx2(start + i * step, piece);
+            }
+        }
+    }
+}
+
+impl Stored {
+    /// Wraps a matrix of floats. Fails unless `bytes` holds exactly rows · columns of them.
+    pub fn dense(dtype: Dense, bytes: Bytes, rows: usize, columns: usize) -> Result<Self> {
+        expect("bytes", bytes.len(), elements(rows, columns)?.checked_mul(dtype.size()))?;
+        Ok(Self::new(Form::Dense(dtype, bytes), rows, columns))
+    }
+
+    /// Wraps an NF4 matrix of bitsandbytes. Fails unless codes and scales are as many as rows · columns needs.
+    pub fn nf4(parts: Nf4Parts, rows: usize, columns: usize) -> Result<Self> {
+        let form = nf4::Nf4::new(parts, elements(rows, columns)?)?;
+        Ok(Self::new(Form::Nf4(form), rows, columns))
+    }
+
+    fn new(form: Form, rows: usize, columns: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let wide = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+        #[cfg(not(target_arch = "x86_64"))]
+        let wide = false;
+        Self { rows, columns, form, wide }
+    }
+
+    /// Returns the number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Returns the number of columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Returns the bytes that the matrix takes as stored, scales included.
+    pub fn bytes(&self) -> usize {
+        match &self.form {
+            Form::Dense(_, bytes) => bytes.len(),
+            Form::Nf4(form) => form.bytes(),
+        }
+    }
+
+    /// Writes the f32 values of `out.len()` consecutive elements of row `row` from column `column` on.
+    /// They must lie inside the row; what lies outside the matrix is not written.
+    #[inline]
+    pub fn widen(&self, row: usize, column: usize, out: &mut [f32]) {
+        debug_assert!(row < self.rows && column + out.len() <= self.columns);
+        self.widen_flat(row * self.columns + column, out);
+    }
+
+    /// As [`Stored::widen`], from the flat row-major index `start` on and across rows.
+    pub fn widen_flat(&self, start: usize, out: &mut [f32]) {
+        self.pieces(start, 0, out.len(), out);
+    }
+
+    /// Widens `columns` elements from column `column` on of as many rows as `out` holds, from `row` on: `out` is
+    /// (rows, columns), row-major. For narrow panels this is several times faster than a call a row.
+    pub fn widen_rows(&self, row: usize, column: usize, columns: usize, out: &mut [f32]) {
+        debug_assert!(columns > 0 && column + columns <= self.columns && out.len().is_multiple_of(columns));
+        debug_assert!(row + out.len() / columns.max(1) <= self.rows);
+        self.pieces(row * self.columns + column, self.columns, columns, out);
+    }
+
+    /// Fills `out` in chunks of `length` with the elements from `start`, `start + step`, … on.
+    fn pieces(&self, start: usize, step: usize, length: usize, out: &mut [f32]) {
+        let view = self.form.view();
+        #[cfg(target_arch = "x86_64")]
+        if self.wide {
+            // SAFETY: `wide` says that the processor has AVX2 and F16C.
+            return unsafe { pieces_avx2(view, start, step, length, out) };
+        }
+        for (i, piece) in out.chunks_mut(length.max(1)).enumerate() {
+            match view {
+                View::Dense(dtype, bytes) => dense::widen(dtype, bytes, start + i * step, piece),
+                View::Nf4(view) => view.widen(start + i * step, piece),
+            }
+        }
+    }
+
+    /// Returns the flat index and the value of the first element that is not finite. Of quantized forms only the scales are
+    /// read, unless one of them makes such a value possible.
+    pub fn first_non_finite(&self) -> Option<(usize, f32)> {
+        let pieces = (self.rows * self.columns).div_ceil(SCAN);
+        (0..pieces).into_par_iter().find_map_first(|piece| {
+            let start = piece * SCAN;
+            let end = (start + SCAN).min(self.rows * self.columns);
+            let sound = match self.form.view() {
+                View::Dense(dtype, bytes) => dense::all_finite(dtype, bytes, start..end),
+                View::Nf4(view) => view.all_finite(start..end),
+            };
+            if sound {
+                return None;
+            }
+            let mut values = vec![0.0; end - start];
+            self.widen_flat(start, &mut values);
+            values.iter().position(|v| !v.is_finite()).map(|i| (start + i, values[i]))
+        })
+    }
+
+    /// The portable form, for tests.
+    #[cfg(test)]
+    fn portable(mut self) -> Self {
+        self.wide = false;
+        self
+    }
+}
+
+impl std::fmt::Debug for Stored {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let form = match &self.form {
+            Form::Dense(dtype, _) => format!("{dtype:?}"),
+            Form::Nf4(_) => "Nf4".into(),
+        };
+        write!(f, "Stored({form}, {} × {}, {} bytes)", self.rows, self.columns, self.bytes())
+    }
+}
+
+/// Elements that one task scans for non-finite values.
+const SCAN: usize = 1 << 16;
+
+fn elements(rows: usize, columns: usize) -> Result<usize> {
+    match rows.checked_mul(columns).filter(|n| *n <= isize::MAX as usize / 4) {
+        Some(n) => Ok(n),
+        None => bail!("a matrix of {rows} × {columns} is too large"),
+    }
+}
+
+fn expect(what: &str, found: usize, expected: Option<usize>) -> Result<()> {
+    match expected {
+        Some(expected) if expected == found => Ok(()),
+        Some(expected) => bail!("{found} {what}, expected {expected}"),
+        None => bail!("{found} {what}, expected more than there can be"),
+    }
+}
