@@ -14,6 +14,7 @@ pub mod guard;
 pub mod hash;
 pub mod input;
 pub mod lock;
+pub mod memory;
 pub mod number;
 pub mod output;
 mod progress;
@@ -21,6 +22,7 @@ mod run;
 pub mod signal;
 mod stale;
 mod ui;
+pub mod units;
 pub mod version;
 
 pub use error::{Context, Error, Kind, Result, escape};

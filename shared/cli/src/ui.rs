@@ -29,7 +29,7 @@ pub struct Common {
     pub color: ColorChoice,
     /// Show progress: auto, always or never
     ///
-    /// A bar on a terminal, elsewhere one line every 30 s; `auto` is silent with --quiet or NO_PROGRESS.
+    /// A bar on a terminal, elsewhere a line after 5 s and then every 30 s; `auto` is silent with --quiet or NO_PROGRESS.
     #[arg(long, value_name = "WHEN", default_value = "auto", hide_possible_values = true, global = true)]
     #[arg(help_heading = "Messages")]
     pub progress: When,
@@ -101,7 +101,7 @@ impl Ui {
         }
     }
     /// Starts a progress display of `total` `unit`s (0: not known). A bar on a terminal, drawn first after 250 ms;
-    /// elsewhere one line in 30 s, or nothing with `-q`.
+    /// elsewhere a line after 5 s and then every 30 s, or nothing with `-q`.
     pub fn progress(&self, total: u64, unit: &'static str) -> Progress {
         Progress::new(self.tool, self.style, total, unit, Arc::clone(&self.bar))
     }

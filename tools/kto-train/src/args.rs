@@ -10,7 +10,7 @@ use std::path::PathBuf;
 /// Train a LoRA adapter on a language model with KTO
 ///
 /// Reads a model directory (safetensors, dense or bitsandbytes NF4) and a token file from kto-tokenize, and writes a run
-/// directory: adapter/ (PEFT), metrics.jsonl (one line a step), run.json (the resolved plan), checkpoints/, and the cached reference
+/// directory: adapter/ (PEFT), metrics.jsonl and timing.jsonl (one line a step), run.json (the resolved plan), checkpoints/, and the cached reference
 /// log-probabilities. Prints the directory's path. All numbers are f32; results are
 /// the same bits at any --threads.
 #[derive(Parser, Clone, Debug)]

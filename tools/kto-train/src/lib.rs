@@ -11,8 +11,10 @@ mod dry_run;
 pub mod metrics;
 pub mod optimizer;
 pub mod order;
+mod pace;
 pub mod plan;
 mod run_dir;
+mod run_log;
 pub mod schedule;
 pub mod step;
 mod train;
@@ -100,8 +102,8 @@ fn train(
         data::spool(args, &dir, tokens)?;
         let checkpoint_every = args.checkpoint_every;
         let run = train::Run { plan, base: &base, tokens, order, dir: &dir, checkpoint_every, ui };
-        run.train(lora, args.resume)?;
-        ui.note(format_args!("{} steps done, adapter in {}", plan.total_steps, shown(&dir.file("adapter"))));
+        let summary = run.train(lora, args.resume)?;
+        ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
     }
     output::print_path(&args.out)?;
     Ok(Exit::Ok)

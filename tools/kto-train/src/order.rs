@@ -87,6 +87,18 @@ impl Order {
         }
     }
 
+    /// Returns the rows of the first `steps` steps of a run, with repetitions, as (whole passes over all rows, rows of
+    /// the pass that is not whole).
+    pub fn rows_of(&self, steps: u64) -> (u64, Vec<usize>) {
+        let (epoch, rest) = (steps / self.steps_per_epoch(), steps % self.steps_per_epoch());
+        if rest == 0 {
+            return (epoch, Vec::new());
+        }
+        let mut rows = self.epoch(epoch);
+        rows.truncate(rest as usize * self.batch);
+        (epoch, rows)
+    }
+
     /// Returns how far into the data a step leads, in epochs.
     pub fn epoch_after(&self, epoch: u64, step_in_epoch: u64) -> f64 {
         let done = ((step_in_epoch as usize + 1) * self.batch).min(self.rows);
@@ -177,5 +189,6 @@ mod tests {
             [Member { row: 3, partner: 5 }, Member { row: 4, partner: 3 }, Member { row: 5, partner: 4 }]
         );
         assert_eq!(order.epoch_after(0, 0), 2.0 / 7.0);
+        assert_eq!((order.rows_of(8), order.rows_of(1)), ((2, vec![]), (0, (0..6).collect())));
     }
 }

@@ -1,6 +1,6 @@
 //! The run directory: who may write it, what is in it, and its manifest.
 //!
-//! `run.json` plan and state, `metrics.jsonl` a line a step, `adapter/` the result, `checkpoints/step-N/`,
+//! `run.json` plan and state, `metrics.jsonl` and `timing.jsonl` a line a step, `adapter/` the result, `checkpoints/step-N/`,
 //! `reference.safetensors` cached reference log-probabilities, `data.kto.arrow` when the data came through a pipe.
 
 use crate::{args::Args, plan::Plan};
@@ -30,7 +30,8 @@ pub enum Existing {
 
 /// Everything that a run writes; nothing else in the directory is ever touched. In the order in which a run is removed:
 /// no checkpoint may outlive the run.json that says what it is of.
-const OWN: [&str; 5] = ["checkpoints", "adapter", "metrics.jsonl", "reference.safetensors", "run.json"];
+const OWN: [&str; 6] =
+    ["checkpoints", "adapter", "metrics.jsonl", "timing.jsonl", "reference.safetensors", "run.json"];
 
 /// What shows that a run is in a directory.
 const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];

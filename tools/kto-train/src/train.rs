@@ -5,8 +5,10 @@ use crate::{
     metrics::{self, StepFacts},
     optimizer::{Optimizer, OptimizerSpec, norm},
     order::{Block, Order},
+    pace::{self, Lap, Pace, Work},
     plan::Plan,
     run_dir::RunDir,
+    run_log::RunLog,
     schedule::Schedule,
     step::{StepOutput, Trainer},
 };
@@ -26,9 +28,6 @@ use kto_model::{
 use serde_json::{Value, json};
 use std::{
     collections::BTreeSet,
-    fs::{File, OpenOptions},
-    io::{Seek, SeekFrom, Write},
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -57,8 +56,8 @@ pub struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Trains `lora` in place and writes the run's results.
-    pub fn train(&self, lora: &Lora, resume: bool) -> Result<()> {
+    /// Trains `lora` in place, writes the run's results and returns a line about them.
+    pub fn train(&self, lora: &Lora, resume: bool) -> Result<String> {
         let initial = if self.plan.typed.reference_is_adapter { Some(lora.deep_copy()?) } else { None };
         let spec =
             OptimizerSpec { weight_decay: self.plan.weight_decay, max_grad_norm: self.plan.max_grad_norm };
@@ -70,7 +69,14 @@ impl Run<'_> {
             Position::default()
         };
         self.dir.write_manifest(self.plan, "running", Value::Null)?;
-        let reference = self.reference(initial.as_ref())?;
+        let mut logs = Logs {
+            metrics: RunLog::open_at(self.dir.file("metrics.jsonl"), start.metrics_bytes)?,
+            timing: RunLog::open_end(self.dir.file("timing.jsonl"))?,
+        };
+        let (reference, scored) = self.reference(initial.as_ref())?;
+        if let Some(lap) = scored {
+            logs.timing.append(&lap.line(0))?;
+        }
         let trainer = Trainer {
             base: self.base,
             tokens: self.tokens,
@@ -79,21 +85,22 @@ impl Run<'_> {
             max_length: self.plan.max_length,
             packing: if self.plan.lora_dropout > 0.0 { Packing::Single } else { Packing::Shared(PACK_ROWS) },
         };
-        let mut log = MetricsLog::open(self.dir.file("metrics.jsonl"), start.metrics_bytes)?;
-        let end = self.steps(&trainer, lora, &optimizer, start, &mut log)?;
-        log.sync()?;
+        let (end, lap) = self.steps(&trainer, lora, &optimizer, start, &mut logs)?;
+        logs.metrics.sync()?;
         self.save_adapter(lora)?;
         self.dir.write_manifest(
             self.plan,
             "finished",
             json!({ "steps": end.step, "num_tokens": end.num_tokens }),
-        )
+        )?;
+        Ok(pace::summary(end.step - start.step, lap, scored))
     }
 
     /// Scores every pair that the order will ask for, or finds them beside the run.
-    fn reference(&self, initial: Option<&Lora>) -> Result<Reference> {
+    /// Returns also the work of this process, if there was any.
+    fn reference(&self, initial: Option<&Lora>) -> Result<(Reference, Option<Lap>)> {
         if !self.plan.typed.loss.loss.needs_reference() {
-            return Ok(Reference::default());
+            return Ok((Reference::default(), None));
         }
         let pairs = self.pairs()?;
         let adapter = if initial.is_some() { self.plan.init_adapter.as_str() } else { "base" };
@@ -103,12 +110,28 @@ impl Run<'_> {
         let path = self.dir.file("reference.safetensors");
         let mut reference = Reference::read(&path, &key).unwrap_or_default();
         if reference.covers(&pairs) {
-            return Ok(reference);
+            return Ok((reference, None));
         }
-        let progress = self.ui.progress(pairs.len() as u64, "reference rows");
+        let work = |p: &Pair| Work::of(self.tokens, self.plan.max_length, p.0 as usize, p.1 as usize);
+        let total: Work = pairs.iter().map(work).sum();
+        self.ui.note(format_args!("reference pass: {} completions, {} tokens", total.rows, total.tokens));
+        // What is there by now, in the order of the pass.
+        let known: Vec<bool> =
+            pairs.iter().map(|p| reference.get(p.0 as usize, p.1 as usize).is_ok()).collect();
+        let mut ahead = pairs.iter().zip(known);
+        let mut pace = Pace::new(self.ui, total.tokens, Work::default());
         let mut written = Instant::now();
         let step = |done: &Reference, n: usize| {
-            progress.add(n as u64);
+            let (mut scored, mut all_known) = (Work::default(), true);
+            for (pair, known) in ahead.by_ref().take(n) {
+                scored = scored + work(pair);
+                all_known &= known;
+            }
+            if all_known {
+                pace.skip(scored)
+            } else {
+                pace.add(scored, "reference pass")
+            }
             let stopped = signal::check();
             if stopped.is_err() || written.elapsed() > REFERENCE_INTERVAL {
                 done.write(&path, &key)?;
@@ -121,7 +144,16 @@ impl Run<'_> {
         };
         reference.extend(self.base, initial, self.tokens, self.plan.max_length, &pairs, step)?;
         reference.write(&path, &key)?;
-        Ok(reference)
+        Ok((reference, Some(pace.lap())))
+    }
+
+    /// Returns the work of the first `steps` steps.
+    fn work(&self, steps: u64) -> Work {
+        let work = |row| Work::of(self.tokens, self.plan.max_length, row, row);
+        let (passes, rest) = self.order.rows_of(steps);
+        let all: Work = (0..self.tokens.len()).map(work).sum();
+        let whole = Work { rows: all.rows * passes, tokens: all.tokens * passes };
+        whole + rest.into_iter().map(work).sum()
     }
 
     fn pairs(&self) -> Result<BTreeSet<Pair>> {
@@ -148,8 +180,8 @@ impl Run<'_> {
         lora: &Lora,
         optimizer: &Optimizer,
         start: Position,
-        log: &mut MetricsLog,
-    ) -> Result<Position> {
+        logs: &mut Logs,
+    ) -> Result<(Position, Lap)> {
         let plan = self.plan;
         let schedule = Schedule {
             kind: plan.typed.schedule,
@@ -157,8 +189,7 @@ impl Run<'_> {
             warmup: plan.warmup_steps,
             total: plan.total_steps,
         };
-        let progress = self.ui.progress(plan.total_steps, "steps");
-        progress.add(start.step);
+        let mut pace = Pace::new(self.ui, self.work(plan.total_steps).tokens, self.work(start.step));
         let mut position = start;
         let mut order = (u64::MAX, Vec::new());
         while position.step < plan.total_steps {
@@ -184,12 +215,13 @@ impl Run<'_> {
                 epoch,
             };
             let line = metrics::line(facts, &out.blocks, plan.typed.loss.loss);
-            progress.say(say(&line, out.tokens as f64 / began.elapsed().as_secs_f64()));
-            position.metrics_bytes = log.append(&line)?;
-            progress.add(1);
-            self.after_step(position, lora, optimizer, log)?;
+            position.metrics_bytes = logs.metrics.append(&line)?;
+            let work = Work { rows: blocks.iter().map(Vec::len).sum::<usize>() as u64, tokens: out.tokens };
+            logs.timing.append(&Lap { work, time: began.elapsed() }.line(position.step))?;
+            pace.add(work, &pace::describe(&line, position.step, plan.total_steps));
+            self.after_step(position, lora, optimizer, logs)?;
         }
-        Ok(position)
+        Ok((position, pace.lap()))
     }
 
     /// Returns the gradient of step `done + 1`, its norm and the step's scores. Error (65), naming step and rows, when it is not finite.
@@ -216,17 +248,11 @@ impl Run<'_> {
     }
 
     /// Saves when it is time to, and ends the run after a signal.
-    fn after_step(
-        &self,
-        position: Position,
-        lora: &Lora,
-        optimizer: &Optimizer,
-        log: &mut MetricsLog,
-    ) -> Result<()> {
+    fn after_step(&self, position: Position, lora: &Lora, optimizer: &Optimizer, logs: &Logs) -> Result<()> {
         let stopped = signal::check();
         let due = self.checkpoint_every.is_some_and(|n| position.step.is_multiple_of(n));
         if due || stopped.is_err() {
-            log.sync()?;
+            logs.metrics.sync()?;
             checkpoint::save(self.dir, position, lora, optimizer)?;
         }
         stopped.map_err(|e| {
@@ -252,17 +278,6 @@ impl Run<'_> {
     }
 }
 
-fn say(line: &Value, rate: f64) -> String {
-    let get = |key: &str| line.get(key).and_then(Value::as_f64);
-    let mut text = format!("loss {:.4}", get("loss").unwrap_or(f64::NAN));
-    for (key, name) in [("rewards/margins", "margin"), ("kl", "kl")] {
-        if let Some(v) = get(key) {
-            text += &format!(" {name} {v:.3}");
-        }
-    }
-    text + &format!(" {rate:.0} tok/s")
-}
-
 /// Fails (65) when a step has left the range of f32: neither a checkpoint nor the result may hold such numbers.
 fn check_finite(lora: &Lora, step: u64) -> Result<()> {
     if norm(lora)?.is_finite() {
@@ -272,37 +287,8 @@ fn check_finite(lora: &Lora, step: u64) -> Result<()> {
         .with_hint("a lower --lr or --beta; checkpoints are kept"))
 }
 
-/// metrics.jsonl, appended to a line at a time.
-struct MetricsLog {
-    path: PathBuf,
-    file: File,
-    bytes: u64,
-}
-
-impl MetricsLog {
-    /// Opens the file and cuts it to `bytes`: lines of steps that will be done again go.
-    fn open(path: PathBuf, bytes: u64) -> Result<Self> {
-        let open = || {
-            let mut file = OpenOptions::new().create(true).write(true).truncate(false).open(&path)?;
-            // A file that someone shortened is not filled up with NULs.
-            let bytes = bytes.min(file.metadata()?.len());
-            file.set_len(bytes)?;
-            file.seek(SeekFrom::End(0))?;
-            Ok((file, bytes))
-        };
-        let (file, bytes) = open().map_err(|e| Error::writing(&path, &e))?;
-        Ok(Self { path, file, bytes })
-    }
-
-    /// Appends a line and returns the new length.
-    fn append(&mut self, line: &Value) -> Result<u64> {
-        let text = format!("{line}\n");
-        self.file.write_all(text.as_bytes()).map_err(|e| Error::writing(&self.path, &e))?;
-        self.bytes += text.len() as u64;
-        Ok(self.bytes)
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(|e| Error::writing(&self.path, &e))
-    }
+/// The files that grow with every step.
+struct Logs {
+    metrics: RunLog,
+    timing: RunLog,
 }

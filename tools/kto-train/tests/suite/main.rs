@@ -4,5 +4,6 @@
 mod cli;
 mod engine;
 mod golden;
+mod pace;
 mod pipeline;
 mod resume;
