@@ -14,6 +14,7 @@ pub mod generate;
 mod head;
 pub mod lora;
 pub mod loss;
+pub mod memory;
 mod numeric;
 pub mod pack;
 pub mod partners;

@@ -4,6 +4,7 @@
 //! (KL completions, and whole groups without a trained branch). The first part is thus a contiguous range.
 
 use kto_kernels::{AttentionLayout, Segment, random};
+use std::ops::Range;
 
 /// A completion that follows a prompt.
 #[derive(Clone, Copy, Debug)]
@@ -136,20 +137,7 @@ impl Pack {
 
     /// Cuts `groups` into packs of about `limit` rows; one group is never cut.
     pub fn split(groups: &[Group], limit: usize) -> Vec<Self> {
-        let mut packs = Vec::new();
-        let mut start = 0;
-        let mut rows = 0;
-        for (i, group) in groups.iter().enumerate() {
-            if i > start && rows + group.rows() > limit {
-                packs.push(Self::new(&groups[start..i]));
-                (start, rows) = (i, 0);
-            }
-            rows += group.rows();
-        }
-        if start < groups.len() {
-            packs.push(Self::new(&groups[start..]));
-        }
-        packs
+        cuts(groups, limit).into_iter().map(|cut| Self::new(&groups[cut])).collect()
     }
 
     /// Makes one pack a branch: nothing is shared. Needed with dropout, and the check of the shared form.
@@ -253,6 +241,23 @@ impl Pack {
             }
         }
     }
+}
+
+/// Returns which groups go into which pack of about `limit` rows; one group is never cut.
+pub(crate) fn cuts(groups: &[Group], limit: usize) -> Vec<Range<usize>> {
+    let mut cuts = Vec::new();
+    let (mut start, mut rows) = (0, 0);
+    for (i, group) in groups.iter().enumerate() {
+        if i > start && rows + group.rows() > limit {
+            cuts.push(start..i);
+            (start, rows) = (i, 0);
+        }
+        rows += group.rows();
+    }
+    if start < groups.len() {
+        cuts.push(start..groups.len());
+    }
+    cuts
 }
 
 fn add_group(layout: &mut AttentionLayout, segments: Vec<Segment>) {

@@ -1,0 +1,139 @@
+//! How many rows the packs of a batch have, counted without laying them out.
+
+use crate::{
+    pack::{Group, cuts},
+    rows::Packing,
+};
+use std::ops::Range;
+
+/// Rows of a pack by what is done with them; the counts of [`crate::pack::Pack`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PackShape {
+    /// T, all rows.
+    pub rows: usize,
+    /// Tg, rows that need a gradient.
+    pub gradient_rows: usize,
+    /// Rows that the head reads.
+    pub head_rows: usize,
+    /// Those that need a gradient.
+    pub gradient_head_rows: usize,
+    /// Scored tokens.
+    pub entries: usize,
+    /// Those of trained completions.
+    pub gradient_entries: usize,
+    /// Keys that a query sees, at most.
+    pub keys: usize,
+}
+
+/// A batch: all packs of a step, or of a sweep of the reference pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchShape {
+    /// Sums over the packs; `keys` is the maximum.
+    pub all: PackShape,
+    /// The maximum of every count over the packs.
+    pub largest: PackShape,
+}
+
+impl PackShape {
+    fn of(groups: &[Group]) -> Self {
+        let mut this = Self::default();
+        for group in groups {
+            let trained = group.branches.iter().any(|b| b.gradient);
+            this.add(group.prompt.len(), 1, 0, trained);
+            for b in &group.branches {
+                this.add(b.ids.len(), b.ids.len().saturating_sub(1), b.ids.len(), b.gradient);
+                this.keys = this.keys.max(group.prompt.len() + b.ids.len());
+            }
+        }
+        this
+    }
+
+    fn add(&mut self, rows: usize, head_rows: usize, entries: usize, gradient: bool) {
+        self.rows += rows;
+        self.head_rows += head_rows;
+        self.entries += entries;
+        if gradient {
+            self.gradient_rows += rows;
+            self.gradient_head_rows += head_rows;
+            self.gradient_entries += entries;
+        }
+    }
+
+    /// Combines every count of two shapes.
+    fn with(self, other: Self, f: impl Fn(usize, usize) -> usize) -> Self {
+        Self {
+            rows: f(self.rows, other.rows),
+            gradient_rows: f(self.gradient_rows, other.gradient_rows),
+            head_rows: f(self.head_rows, other.head_rows),
+            gradient_head_rows: f(self.gradient_head_rows, other.gradient_head_rows),
+            entries: f(self.entries, other.entries),
+            gradient_entries: f(self.gradient_entries, other.gradient_entries),
+            keys: self.keys.max(other.keys),
+        }
+    }
+}
+
+impl BatchShape {
+    /// Returns the shape of the packs that [`crate::rows::packs`] makes of `groups`.
+    pub fn of(groups: &[Group], packing: Packing) -> Self {
+        let mut this = Self::default();
+        match packing {
+            Packing::Shared(limit) => {
+                cuts(groups, limit).into_iter().for_each(|cut: Range<usize>| this.add(&groups[cut]));
+            }
+            Packing::Single => {
+                for group in groups {
+                    for branch in &group.branches {
+                        this.add(&[Group { prompt: group.prompt, branches: vec![*branch] }]);
+                    }
+                }
+            }
+        }
+        this
+    }
+
+    fn add(&mut self, groups: &[Group]) {
+        let pack = PackShape::of(groups);
+        self.all = self.all.with(pack, |a, b| a + b);
+        self.largest = self.largest.with(pack, usize::max);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pack::{BranchSpec, Pack};
+
+    #[test]
+    fn counts_are_those_of_the_packs() {
+        let ids: Vec<u32> = (0..100).collect();
+        let branch = |len: usize, gradient: bool, tag: usize| BranchSpec { ids: &ids[..len], gradient, tag };
+        let mut groups = vec![
+            Group { prompt: &ids[..9], branches: vec![branch(4, true, 0), branch(1, false, 1)] },
+            Group { prompt: &ids[..7], branches: vec![branch(0, true, 2), branch(6, false, 3)] },
+            Group { prompt: &ids[..5], branches: vec![branch(3, false, 4)] },
+            Group { prompt: &ids[..30], branches: vec![branch(20, true, 5), branch(10, true, 6)] },
+        ];
+        groups.push(groups[0].clone());
+        for packing in [1, 20, 60, 1000].map(Packing::Shared).into_iter().chain([Packing::Single]) {
+            let packs = match packing {
+                Packing::Shared(limit) => Pack::split(&groups, limit),
+                Packing::Single => Pack::split_single(&groups),
+            };
+            let shape = BatchShape::of(&groups, packing);
+            let sum = |f: fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>();
+            let most = |f: fn(&Pack) -> usize| packs.iter().map(f).max().unwrap_or(0);
+            for (ours, f) in [
+                ((shape.all.rows, shape.largest.rows), (|p| p.ids.len()) as fn(&Pack) -> usize),
+                ((shape.all.gradient_rows, shape.largest.gradient_rows), |p| p.gradient_rows),
+                ((shape.all.head_rows, shape.largest.head_rows), |p| p.head_rows.len()),
+                ((shape.all.gradient_head_rows, shape.largest.gradient_head_rows), |p| p.gradient_head_rows),
+                ((shape.all.entries, shape.largest.entries), |p| p.entries.len()),
+                ((shape.all.gradient_entries, shape.largest.gradient_entries), |p| p.gradient_entries),
+            ] {
+                assert_eq!(ours, (sum(f), most(f)), "{packing:?}");
+            }
+            assert_eq!(shape.all.keys, 50);
+        }
+    }
+}

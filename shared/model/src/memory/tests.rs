@@ -1,0 +1,143 @@
+//! The plan on sizes that can be added up by hand.
+
+use super::*;
+use kto_kernels::HeadShape;
+
+fn architecture() -> Architecture {
+    Architecture {
+        family: "llama".into(),
+        vocab_size: 1 << 10,
+        hidden: 512,
+        intermediate: 1024,
+        layers: 8,
+        shape: HeadShape { heads: 8, kv_heads: 4, dim: 64 },
+        rms_eps: 1e-6,
+        rope_theta: 1e4,
+        tied: true,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        max_positions: 2048,
+    }
+}
+
+/// Steps of `rows` rows, half of them with gradient, in full packs.
+struct Plain {
+    rows: usize,
+}
+
+impl Batches for Plain {
+    fn steps(&self, pack_rows: usize) -> Vec<BatchShape> {
+        let pack = pack_rows.min(self.rows);
+        let all = PackShape {
+            rows: self.rows,
+            gradient_rows: self.rows / 2,
+            entries: self.rows / 4,
+            gradient_entries: self.rows / 8,
+            keys: 100,
+            ..Default::default()
+        };
+        let largest = PackShape { rows: pack, gradient_rows: pack / 2, entries: pack / 4, keys: 100, ..all };
+        // A small last step must not decide.
+        vec![BatchShape { all, largest }, BatchShape::default()]
+    }
+    fn reference(&self, _: usize, _: usize) -> Vec<BatchShape> {
+        Vec::new()
+    }
+}
+
+fn demand<'a>(architecture: &'a Architecture, batches: &'a Plain) -> Demand<'a> {
+    let block = 8 << 20;
+    let weights =
+        WeightSize { blocks: 8 * block, block, embedding: 2 << 20, embedding_touched: 2 << 20, head: 0 };
+    Demand {
+        architecture,
+        weights,
+        adapter: AdapterSize::fresh(architecture, 16, &crate::architecture::Module::ALL),
+        adapter_copy: false,
+        positions: 100,
+        threads: 2,
+        token_bytes: 1000,
+        pack_rows: None,
+        batches,
+    }
+}
+
+fn get(plan: &MemoryPlan, name: &str) -> u64 {
+    plan.items.iter().filter(|i| i.name.starts_with(name)).map(|i| i.bytes).sum()
+}
+
+#[test]
+fn a_roomy_plan_keeps_everything_and_adds_up() {
+    let (a, batches) = (architecture(), Plain { rows: 4096 });
+    let plan = plan(&demand(&a, &batches), u64::MAX).unwrap();
+    assert_eq!((plan.kept_layers, plan.pack_rows, plan.head_rows, plan.stream), (8, 1024, 1024, false));
+    assert_eq!(plan.peak, plan.items.iter().map(|i| i.bytes).sum::<u64>());
+    assert_eq!(get(&plan, "weights"), 66 << 20);
+    // q_proj, o_proj: 1024 sides each; k, v: 768; gate, up, down: 1536; rank 16, 8 blocks.
+    let parameters = (2 * 1024 + 2 * 768 + 3 * 1536) * 16 * 8;
+    assert_eq!(get(&plan, "adapter"), 4 * parameters);
+    assert_eq!(get(&plan, "gradients") + get(&plan, "AdamW"), 12 * parameters);
+    assert_eq!(get(&plan, "layer inputs"), 8 * 2048 * 512 * 4);
+    assert_eq!(get(&plan, "kept"), 8 * 2048 * (2 * 512 + 2 * 256 + 512 + 2 * 1024 + 7 * 16) * 4);
+    assert_eq!(get(&plan, "residual"), 4096 * 512 * 4);
+    assert_eq!(get(&plan, "one block's workspace"), 1024 * (3 * 512 + 2 * 512 + 2 * 256 + 3 * 1024) * 4);
+    assert_eq!(get(&plan, "logits"), 256 * 1024 * 4);
+}
+
+#[test]
+fn memory_is_given_up_in_order() {
+    let (a, batches) = (architecture(), Plain { rows: 4096 });
+    let demand = demand(&a, &batches);
+    let most = plan(&demand, u64::MAX).unwrap();
+    let layer = get(&most, "kept") / 8;
+    let at = |limit: u64| plan(&demand, limit).unwrap();
+    let chosen = |p: &MemoryPlan| (p.kept_layers, p.pack_rows, p.stream);
+    assert_eq!(chosen(&at(most.peak)), (8, 1024, false));
+    assert_eq!(chosen(&at(most.peak - 1)), (7, 1024, false));
+    assert_eq!(chosen(&at(most.peak - 3 * layer)), (5, 1024, false));
+    let bare = most.peak - 8 * layer;
+    assert_eq!(chosen(&at(bare)), (0, 1024, false));
+    let tighter = at(bare - 1);
+    assert_eq!((tighter.pack_rows, tighter.stream), (512, false));
+    let streamed = at(bare - (32 << 20));
+    assert!(streamed.stream && streamed.peak <= bare - (32 << 20), "{streamed:?}");
+}
+
+#[test]
+fn less_memory_never_predicts_more() {
+    let a = architecture();
+    for rows in [10, 700, 5000] {
+        let batches = Plain { rows };
+        let demand = demand(&a, &batches);
+        let least = plan(&demand, 0).unwrap_err().peak;
+        let most = plan(&demand, u64::MAX).unwrap().peak;
+        let mut before = 0;
+        for i in 0..=200 {
+            let limit = least + (most - least) * i / 200;
+            let plan = plan(&demand, limit).unwrap();
+            assert!(plan.peak <= limit && plan.peak >= before, "{rows} rows, {limit}");
+            before = plan.peak;
+        }
+        assert_eq!(before, most);
+        assert_eq!(plan(&demand, least - 1).unwrap_err().peak, least);
+    }
+}
+
+#[test]
+fn settled_packs_stay() {
+    let (a, batches) = (architecture(), Plain { rows: 4096 });
+    let settled = Demand { pack_rows: Some(256), ..demand(&a, &batches) };
+    let (most, least) = (plan(&settled, u64::MAX).unwrap(), plan(&settled, 0).unwrap_err());
+    assert_eq!((most.pack_rows, least.pack_rows), (256, 256));
+}
+
+#[test]
+fn blocks_below_the_lowest_adapted_one_keep_nothing() {
+    let (a, batches) = (architecture(), Plain { rows: 4096 });
+    let mut upper = demand(&a, &batches);
+    upper.adapter.first = 6;
+    let plan = plan(&upper, u64::MAX).unwrap();
+    assert_eq!(plan.kept_layers, 2);
+    assert_eq!(get(&plan, "layer inputs"), 2 * 2048 * 512 * 4);
+}
