@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Writes what a benchmark trains: a random model of a given shape, and rows of random words.
+
+usage: workload.py model DIR [--shape NAME] [--dtype float32|bfloat16|nf4] [--layers N]
+       workload.py rows FILE [--vocab V] [--steps N] [--batch N] [--sharing paired|unshared]
+                             [--prompt A-B] [--completion A-B] [--seed N]
+
+A word is a token (a WordLevel tokenizer that splits at spaces), so text and ids are the same thing. Rows are records of
+prompt, completion, label; paired: a prompt has a chosen row and then a rejected one; unshared: each prompt has one row.
+Everything follows from the seed. nf4 is written directly in bitsandbytes' form: random codes, nothing is quantized.
+"""
+import argparse
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+from shapes import SHAPES
+
+
+def tokenizer(vocab):
+    """tokenizer.json: the words w0, w1, …, then padding and end of text."""
+    words = {f"w{i}": i for i in range(vocab - 2)}
+    special = {"<pad>": vocab - 2, "<eos>": vocab - 1}
+    added = [{"id": i, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for word, i in special.items()]
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words | special, "unk_token": "w0"},
+    }
+
+
+def write_model(directory, shape, dtype, seed):
+    import numpy as np
+
+    import nf4
+    from safetensors_file import Tensor, write_model as write_tensors
+
+    directory.mkdir(parents=True)
+    stored = "float32" if dtype == "float32" else "bfloat16"
+    numbers = np.random.SeedSequence(seed)
+    fresh = lambda: np.random.default_rng(numbers.spawn(1)[0])
+
+    def bytes_of(values):
+        values = values.astype("<f4")
+        # Cut, not rounded: the values are random anyway.
+        return values.tobytes() if stored == "float32" else (values.view("<u4") >> 16).astype("<u2").tobytes()
+
+    def dense(name, dims, mean=0.0, std=0.02):
+        rng, kind = fresh(), {"float32": "F32", "bfloat16": "BF16"}[stored]
+        return Tensor(name, kind, dims, lambda: bytes_of(rng.standard_normal(dims, np.float32) * std + mean))
+
+    def linear(name, outputs, inputs):
+        if dtype == "nf4":
+            return nf4.weight(name, outputs, inputs, fresh(), 0.02)
+        return [dense(name, (outputs, inputs))]
+
+    norm = lambda name: dense(name, (shape.hidden,), 1.0, 0.05)
+    tensors = [dense("model.embed_tokens.weight", (shape.vocab, shape.hidden))]
+    for layer in range(shape.layers):
+        at = f"model.layers.{layer}."
+        tensors += [norm(at + "input_layernorm.weight"), norm(at + "post_attention_layernorm.weight")]
+        for name, inputs, outputs in shape.linears():
+            tensors += linear(f"{at}{name}.weight", outputs, inputs)
+            if shape.qkv_bias and name[10:] in ("q_proj", "k_proj", "v_proj"):
+                tensors.append(dense(f"{at}{name}.bias", (outputs,)))
+    tensors.append(norm("model.norm.weight"))
+    if not shape.tied:
+        tensors.append(dense("lm_head.weight", (shape.vocab, shape.hidden)))
+    config = shape.config(stored)
+    if dtype == "nf4":
+        config["quantization_config"] = nf4.QUANTIZATION
+    write_tensors(directory, tensors)
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer(shape.vocab)))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>",
+                "model_max_length": shape.positions}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    # The last file: a directory with a config.json is whole.
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def rows(vocab, steps, batch, sharing, prompt, completion, seed):
+    """Returns the records. Lengths count tokens; a completion's last token is the end of text, which tokenizing adds."""
+    draw = random.Random(seed)
+    words = lambda n: " ".join(f"w{draw.randrange(vocab - 2)}" for _ in range(n))
+    records = []
+    while len(records) < steps * batch:
+        text = words(draw.randint(*prompt))
+        labels = (True, False) if sharing == "paired" else (len(records) % 2 == 0,)
+        for label in labels:
+            # The space at the end keeps the end of text apart from the last word.
+            records.append({"prompt": text, "completion": " " + words(draw.randint(*completion) - 1) + " ", "label": label})
+    return records[: steps * batch]
+
+
+def span(text):
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sub = parser.add_subparsers(dest="what", required=True)
+    model = sub.add_parser("model")
+    model.add_argument("directory", type=Path)
+    model.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    model.add_argument("--dtype", choices=["float32", "bfloat16", "nf4"], default="float32")
+    model.add_argument("--layers", type=int)
+    model.add_argument("--seed", type=int, default=0)
+    data = sub.add_parser("rows")
+    data.add_argument("file", type=Path)
+    data.add_argument("--vocab", type=int, default=49152)
+    data.add_argument("--steps", type=int, default=6)
+    data.add_argument("--batch", type=int, default=4)
+    data.add_argument("--sharing", choices=["paired", "unshared"], default="paired")
+    data.add_argument("--prompt", type=span, default=(224, 288))
+    data.add_argument("--completion", type=span, default=(64, 128))
+    data.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.what == "model":
+        shape = SHAPES[args.shape]
+        write_model(args.directory, dataclasses.replace(shape, layers=args.layers or shape.layers), args.dtype, args.seed)
+    else:
+        records = rows(args.vocab, args.steps, args.batch, args.sharing, args.prompt, args.completion, args.seed)
+        args.file.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+if __name__ == "__main__":
+    main()
