@@ -19,10 +19,10 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners check fmt fmt-check lint deny golden peers doc man completions install dist clean
+.PHONY: help build demo test manners check fmt fmt-check lint deny golden peers bench bench-large bench-kernels doc man completions install dist clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## build the six tools into target/release
 	$(CARGO) build --release --workspace --bins
@@ -57,6 +57,19 @@ golden: ## check the fixtures against TRL and transformers (PYTHON=, versions: t
 
 peers: demo ## load what the demo made in PEFT, transformers and pyarrow (PYTHON=)
 	$(PYTHON) scripts/oracle/peers.py demo-out
+
+bench: build ## our step and TRL's in turn, growth, kernels; 35 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
+	$(PYTHON) scripts/bench/compare.py allocator paired-default paired-precomputed small-memory unshared
+	$(PYTHON) scripts/bench/growth.py
+	$(PYTHON) scripts/bench/kernels.py
+	$(PYTHON) scripts/bench/report.py
+
+bench-large: build ## random NF4 models of 7B and 14B shape: 40 minutes, 15 GB under target/bench (PYTHON=)
+	$(PYTHON) scripts/bench/large.py nf4-7b nf4-14b
+	$(PYTHON) scripts/bench/report.py
+
+bench-kernels: ## every kernel against its measured floor: a minute
+	$(CARGO) bench -p kto-kernels --bench kernels
 
 doc: ## API documentation into target/doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps

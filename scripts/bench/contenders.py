@@ -1,8 +1,9 @@
 """The two programs as processes that are let run one step at a time.
 
 A contender that is not at its step is stopped (SIGSTOP), so only one of them uses the cores. Ours has no notion of a
-driver: its step is over when the next line of metrics.jsonl is there, and is then stopped; whatever it did before the
-signal arrived counts for its next step. The peer waits for a line on its standard input.
+driver: its step is over when the next line of timing.jsonl is there, and is then stopped; whatever it did before the
+signal arrived counts for its next step. The times in that file are not used, because they contain the pauses. The peer
+waits for a line on its standard input.
 """
 import json
 import os
@@ -18,6 +19,12 @@ TICKS = os.sysconf("SC_CLK_TCK")
 def cpu_seconds(pid):
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def busy_seconds():
+    """CPU time that all processes of the machine have used."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
+    return (user + nice + system) / TICKS
 
 
 def anonymous_bytes(pid):
@@ -80,6 +87,18 @@ class Process:
             self.child.wait()
 
 
+def with_others(turn):
+    """Adds to a turn's record what other processes used of the cores meanwhile: a disturbed step shows."""
+
+    def measured(self):
+        began = busy_seconds()
+        record = turn(self)
+        others = busy_seconds() - began - (record["cpu_seconds"] or 0)
+        return {**record, "other_cpu_seconds": round(max(0.0, others), 2)}
+
+    return measured
+
+
 class Ours:
     """kto-train. Its run directory must not exist."""
 
@@ -99,15 +118,20 @@ class Ours:
             time.sleep(POLL)
         return True
 
-    def lines(self):
+    def timing(self):
+        """The lines of timing.jsonl: line 0 is the reference pass, line n is step n."""
         try:
-            return (self.out / "metrics.jsonl").read_bytes().count(b"\n")
+            text = (self.out / "timing.jsonl").read_text()
         except FileNotFoundError:
-            return 0
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def metrics(self, step):
+        return json.loads((self.out / "metrics.jsonl").read_text().splitlines()[step - 1])
 
     def prepare(self):
         """Loads the model, scores the references, and stops there; returns the seconds."""
-        self.wait_for(lambda: (self.out / "reference.safetensors").exists() or self.lines() > 0)
+        self.wait_for(lambda: len(self.timing()) > 0)
         self.mark = self.process.clock()
         if self.process.child.returncode is None:
             self.cpu = cpu_seconds(self.process.child.pid)
@@ -117,7 +141,7 @@ class Ours:
     def next_step(self):
         """Waits for the end of a step; returns (seconds, CPU seconds) since the end of the one before."""
         self.steps += 1
-        if not self.wait_for(lambda: self.lines() >= self.steps):
+        if not self.wait_for(lambda: len(self.timing()) > self.steps):
             raise SystemExit(f"kto-train ended before step {self.steps}; see {self.process.log.name}")
         now, alive = self.process.clock(), self.process.child.returncode is None
         seconds, self.mark = now - self.mark, now
@@ -125,12 +149,13 @@ class Ours:
         used, self.cpu = (cpu - self.cpu if alive else None), cpu
         return seconds, used
 
+    @with_others
     def turn(self):
         self.process.resume()
         seconds, cpu = self.next_step()
         if self.process.child.returncode is None:
             self.process.pause()
-        line = json.loads((self.out / "metrics.jsonl").read_text().splitlines()[self.steps - 1])
+        line = self.metrics(self.steps)
         return {"seconds": seconds, "cpu_seconds": cpu, "loss": line["loss"], "kl": line.get("kl")}
 
 
@@ -158,6 +183,7 @@ class Peer:
         self.process.pause()
         return self.process.clock()
 
+    @with_others
     def turn(self):
         self.process.resume()
         cpu, began = cpu_seconds(self.process.child.pid), time.perf_counter()

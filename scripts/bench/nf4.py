@@ -37,13 +37,13 @@ def weight(name, outputs, inputs, rng, std):
     state = json.dumps({
         "quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": [outputs, inputs],
         "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}).encode()
-    constant = lambda array: lambda: array.astype("<f4").tobytes()
+    constant = lambda array: lambda: [array.astype("<f4").tobytes()]
     return [
-        Tensor(f"{name}.absmax", "U8", [blocks], lambda: rng.bytes(blocks)),
+        Tensor(f"{name}.absmax", "U8", [blocks], lambda: [rng.bytes(blocks)]),
         Tensor(f"{name}.quant_map", "F32", [16], constant(CODE)),
-        Tensor(f"{name}.quant_state.bitsandbytes__nf4", "U8", [len(state)], lambda: state),
+        Tensor(f"{name}.quant_state.bitsandbytes__nf4", "U8", [len(state)], lambda: [state]),
         # Scales lie within a third of their mean.
         Tensor(f"{name}.nested_absmax", "F32", [nested], constant(np.full(nested, offset / 3))),
         Tensor(f"{name}.nested_quant_map", "F32", [256], constant(dynamic_map())),
-        Tensor(name, "U8", [-(-n // 2), 1], lambda: rng.bytes(-(-n // 2))),
+        Tensor(name, "U8", [-(-n // 2), 1], lambda: [rng.bytes(-(-n // 2))]),
     ]

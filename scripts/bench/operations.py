@@ -10,12 +10,17 @@ RANK = 16
 
 
 def pairs_of_step(lengths, step, batch):
-    """(trained, kl) of a step: lists of (prompt id, prompt tokens, completion id, completion tokens); KL partners as in TRL,
-    the completion of the row before."""
+    """(trained, kl) of a step: lists of (prompt id, prompt tokens, completion id, completion tokens). KL partners as in TRL:
+    the completion of the row before; where a step has one row, a completion of another step."""
+    if batch == 1:
+        row = lengths[step]
+        return [pair(row, row)], [pair(row, lengths[step - 1])]
     rows = lengths[step * batch : (step + 1) * batch]
-    trained = [(r["prompt_id"], r["prompt"], r["id"], r["completion"]) for r in rows]
-    kl = [(r["prompt_id"], r["prompt"], rows[i - 1]["id"], rows[i - 1]["completion"]) for i, r in enumerate(rows)]
-    return trained, kl
+    return [pair(r, r) for r in rows], [pair(r, rows[i - 1]) for i, r in enumerate(rows)]
+
+
+def pair(row, partner):
+    return row["prompt_id"], row["prompt"], partner["id"], partner["completion"]
 
 
 def lengths_of(records):

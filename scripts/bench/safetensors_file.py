@@ -7,7 +7,7 @@ SHARD = 2 << 30
 
 
 class Tensor:
-    """A tensor to be: name, dtype, shape, and a function that returns its bytes."""
+    """A tensor to be: name, dtype, shape, and a function that returns its bytes, in pieces."""
 
     def __init__(self, name, dtype, shape, data):
         self.name, self.dtype, self.shape, self.data = name, dtype, list(shape), data
@@ -25,9 +25,8 @@ def write_file(path, tensors):
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for t in tensors:
-            data = t.data()
-            assert len(data) == t.bytes, t.name
-            file.write(data)
+            written = sum(file.write(piece) for piece in t.data())
+            assert written == t.bytes, t.name
 
 
 def write_model(directory, tensors):

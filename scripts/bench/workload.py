@@ -49,7 +49,10 @@ def write_model(directory, shape, dtype, seed):
 
     def dense(name, dims, mean=0.0, std=0.02):
         rng, kind = fresh(), {"float32": "F32", "bfloat16": "BF16"}[stored]
-        return Tensor(name, kind, dims, lambda: bytes_of(rng.standard_normal(dims, np.float32) * std + mean))
+        # In pieces of 4096 rows: a head of 14B shape is 3 GB in float32.
+        heights = [min(4096, dims[0] - at) for at in range(0, dims[0], 4096)]
+        normal = lambda rows: rng.standard_normal((rows, *dims[1:]), np.float32)
+        return Tensor(name, kind, dims, lambda: (bytes_of(normal(rows) * std + mean) for rows in heights))
 
     def linear(name, outputs, inputs):
         if dtype == "nf4":
