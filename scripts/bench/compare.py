@@ -148,9 +148,9 @@ def result(args, case, rows, live, starts, records, rates):
     }
 
 
-def best_allocator():
+def best_allocator(runs):
     """The peer's better setting by the newest measurement."""
-    found = sorted((ROOT / "bench/runs").glob("*-allocator.json"))
+    found = sorted(runs.glob("*-allocator.json"))
     if not found:
         return "tuned"
     sides = json.loads(found[-1].read_text())["sides"]
@@ -182,16 +182,20 @@ def main():
     parser.add_argument("cases", nargs="+", choices=CASES)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    asked, unequal = args.allocator, []
+    asked, failed = args.allocator, []
     for case in args.cases:
         print(case, flush=True)
-        args.allocator = asked or best_allocator()
-        found = run(args, case)
+        args.allocator = asked or best_allocator(args.runs)
+        try:
+            found = run(args, case)
+        except SystemExit as error:  # the next case may still work
+            failed.append(f"{case}: {error}")
+            continue
         save(args, found)
         if not found["equal_work"]:
-            unequal.append(f"{case}: losses differ by {found['largest_loss_difference']:.1e}")
-    if unequal:
-        raise SystemExit("; ".join(unequal))
+            failed.append(f"{case}: losses differ by {found['largest_loss_difference']:.1e}")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":
