@@ -27,6 +27,11 @@ pub fn size(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
+/// Returns bytes rounded up to a value that a flag takes and that is not less: `613MiB`.
+pub fn flag(bytes: u64) -> String {
+    format!("{}MiB", bytes.div_ceil(1 << 20))
+}
+
 /// Returns a rate with one decimal, large ones without.
 pub fn rate(per_second: f64) -> String {
     let digits = if per_second < 99.95 { 1 } else { 0 };
@@ -46,6 +51,7 @@ mod tests {
         );
         assert_eq!(size(612 << 20), "612 MiB");
         assert_eq!(size(3 << 29), "1.50 GiB");
+        assert_eq!([1, 1 << 20, (1 << 20) + 1].map(flag), ["1MiB", "1MiB", "2MiB"]);
         assert_eq!(size(u64::MAX), "16777216 TiB");
         assert_eq!([3.16, 99.94, 99.96, 12_345.6].map(rate), ["3.2", "99.9", "100", "12346"]);
     }

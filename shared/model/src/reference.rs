@@ -15,12 +15,27 @@ use kto_formats::{
 use safetensors::Dtype;
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     path::Path,
 };
 
-/// Rows of a pack, and of one sweep: large enough to fetch a block's weights seldom.
-const PACK_ROWS: usize = 2048;
-const SWEEP_ROWS: usize = 16384;
+/// How the pass is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassForm {
+    /// Tokens after which a row is cut.
+    pub max_length: usize,
+    /// Rows of a pack, about.
+    pub pack_rows: usize,
+    /// Rows of one sweep, about: large enough to fetch a block's weights seldom.
+    pub sweep_rows: usize,
+}
+
+impl PassForm {
+    /// Returns the form of a pass that memory does not restrict.
+    pub fn roomy(max_length: usize) -> Self {
+        Self { max_length, pack_rows: 2048, sweep_rows: 16384 }
+    }
+}
 
 /// Summed log-probability of the completion of one row after the prompt of another (or the same) row.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -65,31 +80,21 @@ impl Reference {
         base: &BaseModel,
         lora: Option<&Lora>,
         tokens: &TokenSet,
-        max_length: usize,
+        form: PassForm,
         pairs: &BTreeSet<Pair>,
         mut step: impl FnMut(&Self, usize) -> Result<()>,
     ) -> Result<()> {
         let sweep = Sweep { base, lora, dropout: None };
         let pairs: Vec<Pair> = pairs.iter().copied().collect();
-        let mut start = 0;
-        while start < pairs.len() {
-            let end = chunk_end(tokens, &pairs, start);
-            let chunk = &pairs[start..end];
+        for cut in sweeps(tokens, &pairs, form.sweep_rows) {
+            let chunk = &pairs[cut];
             if !chunk.iter().all(|p| self.logps.contains_key(p)) {
-                let job = |(tag, p): (usize, &Pair)| Job {
-                    prompt: p.0 as usize,
-                    completion: p.1 as usize,
-                    gradient: false,
-                    tag,
-                };
-                let jobs: Vec<Job> = chunk.iter().enumerate().map(job).collect();
-                let packs = packs(tokens, max_length, &jobs, Packing::Shared(PACK_ROWS));
+                let packs = packs(tokens, form.max_length, &jobs(chunk), Packing::Shared(form.pack_rows));
                 for branch in sweep.forward(&packs, false)?.branches.iter().flatten() {
                     self.logps.insert(chunk[branch.tag], branch.logps);
                 }
             }
-            step(self, end - start)?;
-            start = end;
+            step(self, chunk.len())?;
         }
         Ok(())
     }
@@ -131,15 +136,31 @@ impl Reference {
     }
 }
 
-/// Returns where a sweep of about [`SWEEP_ROWS`] rows ends (prompts counted for every pair: an upper bound).
-fn chunk_end(tokens: &TokenSet, pairs: &[Pair], start: usize) -> usize {
-    let mut rows = 0;
-    for (i, pair) in pairs.iter().enumerate().skip(start) {
-        rows +=
+/// Returns the work of a sweep over `pairs`; tags count them.
+pub fn jobs(pairs: &[Pair]) -> Vec<Job> {
+    let job = |(tag, p): (usize, &Pair)| Job {
+        prompt: p.0 as usize,
+        completion: p.1 as usize,
+        gradient: false,
+        tag,
+    };
+    pairs.iter().enumerate().map(job).collect()
+}
+
+/// Cuts `pairs` into sweeps of about `limit` rows (prompts counted for every pair: an upper bound).
+pub fn sweeps(tokens: &TokenSet, pairs: &[Pair], limit: usize) -> Vec<Range<usize>> {
+    let (mut cuts, mut start, mut rows) = (Vec::new(), 0, 0);
+    for (i, pair) in pairs.iter().enumerate() {
+        let own =
             tokens.row(pair.0 as usize).prompt_ids.len() + tokens.row(pair.1 as usize).completion_ids.len();
-        if i > start && rows > SWEEP_ROWS {
-            return i;
+        if i > start && rows + own > limit {
+            cuts.push(start..i);
+            (start, rows) = (i, 0);
         }
+        rows += own;
     }
-    pairs.len()
+    if start < pairs.len() {
+        cuts.push(start..pairs.len());
+    }
+    cuts
 }

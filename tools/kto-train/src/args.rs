@@ -3,7 +3,7 @@
 use clap::{Parser, ValueEnum};
 use kto_cli::{
     Common,
-    number::{finite, not_negative, positive},
+    number::{Size, finite, not_negative, positive, size},
 };
 use std::path::PathBuf;
 
@@ -140,6 +140,13 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), help_heading = "Run")]
     pub threads: Option<u32>,
 
+    /// Most memory that the run may hold, weights included: 8GiB, 900MiB, 50% of what is available [default: 90%]
+    ///
+    /// With less, blocks compute their activations again, then packs get smaller, then weights are read from the file block by
+    /// block; a run that still does not fit is refused (71) before it starts.
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Run")]
+    pub memory: Option<Size>,
+
     /// Save a checkpoint every N steps (one is always saved on SIGINT and SIGTERM)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
     pub checkpoint_every: Option<u64>,
@@ -148,7 +155,7 @@ pub struct Args {
     #[arg(long, help_heading = "Run")]
     pub resume: bool,
 
-    /// Check everything, print the plan, train nothing
+    /// Check everything, print the plan with its memory, train nothing
     #[arg(long, help_heading = "Run")]
     pub dry_run: bool,
 

@@ -5,7 +5,7 @@
 
 use crate::{optimizer::Optimizer, run_dir::RunDir};
 use candle_core::Tensor;
-use kto_cli::{Error, Result, atomic, hash::sha256_hex};
+use kto_cli::{Error, Result, atomic, hash::Sha256Hex, input};
 use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tensors::TensorStore,
@@ -15,7 +15,7 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -52,7 +52,7 @@ pub fn save(run: &RunDir, position: Position, lora: &Lora, optimizer: &Optimizer
     writer.finish()?;
     let manifest = json!({
         "format": 1, "step": position.step, "num_tokens": position.num_tokens, "metrics_bytes": position.metrics_bytes,
-        "state_sha256": sha256_hex(&kto_cli::input::read(&state, u64::MAX)?),
+        "state_sha256": sha256(&state)?,
     });
     atomic::write(&directory.path().join("manifest.json"), manifest.to_string().as_bytes())?;
     directory.commit()?;
@@ -81,7 +81,7 @@ pub fn load(
 }
 
 fn read(path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
-    let manifest = kto_cli::input::read(&path.join("manifest.json"), 1 << 20)?;
+    let manifest = input::read(&path.join("manifest.json"), 1 << 20)?;
     let manifest: Value =
         serde_json::from_slice(&manifest).map_err(|_| Error::data("manifest.json is not JSON"))?;
     let number = |field: &str| {
@@ -91,7 +91,7 @@ fn read(path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
         return Err(Error::data("written by a newer kto-train"));
     }
     let state = path.join("state.safetensors");
-    let hash = sha256_hex(&kto_cli::input::read(&state, u64::MAX)?);
+    let hash = sha256(&state)?;
     if manifest.get("state_sha256").and_then(Value::as_str) != Some(hash.as_str()) {
         return Err(Error::data("state.safetensors does not match its hash"));
     }
@@ -117,6 +117,13 @@ fn read(path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
         num_tokens: number("num_tokens")?,
         metrics_bytes: number("metrics_bytes")?,
     })
+}
+
+/// Hashes a file without holding it: it is three times the adapter.
+fn sha256(path: &Path) -> Result<String> {
+    let mut hash = Sha256Hex::new();
+    io::copy(&mut input::open(path)?.reader, &mut hash).map_err(|e| Error::reading(path, &e))?;
+    Ok(hash.finish())
 }
 
 /// Returns the complete checkpoint directories, oldest first.

@@ -1,22 +1,21 @@
 //! The plan as a table, with what the run will hold in memory.
 
 use crate::{
+    memory::Fit,
     plan::{Inputs, Plan},
-    train::PACK_ROWS,
 };
-use kto_cli::{Exit, Result, output::Output};
-use kto_model::lora::Lora;
+use kto_cli::{Result, output::Output, units};
 
 /// Prints the plan to standard output.
-pub fn print(plan: &Plan, inputs: &Inputs, lora: &Lora) -> Result<Exit> {
+pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
     let mut out = Output::create(None)?;
-    let mut line = |name: &str, value: String| out.write(format!("{name:<36}{value}\n").as_bytes());
+    let mut line = |name: &str, value: String| out.write(format!("{name:<43} {value}\n").as_bytes());
     let a = inputs.architecture;
     line(
         "model",
         format!("{}, {} blocks, hidden {}, vocabulary {}", a.family, a.layers, a.hidden, a.vocab_size),
     )?;
-    line("parameters", format!("{}, of them trained {}", a.parameters(), lora.parameters()))?;
+    line("parameters", format!("{}, of them trained {}", a.parameters(), fit.adapter.parameters))?;
     let modules: Vec<&str> = plan.target_modules.iter().map(String::as_str).collect();
     line(
         "adapter",
@@ -50,45 +49,11 @@ pub fn print(plan: &Plan, inputs: &Inputs, lora: &Lora) -> Result<Exit> {
         ),
     )?;
     line("learning rate", format!("{} {}, warm-up {} steps", plan.lr, plan.schedule, plan.warmup_steps))?;
-    let mut total = 0.0;
-    for (name, bytes) in memory(plan, inputs, lora) {
-        total += bytes;
-        line(&format!("memory: {name}"), mebibytes(bytes))?;
+    for item in &fit.plan.items {
+        line(&format!("memory: {}", item.name), units::size(item.bytes))?;
     }
-    line("memory: all (estimate)", mebibytes(total))?;
-    out.finish()?;
-    Ok(Exit::Ok)
-}
-
-/// Bytes of each large item, f32. An estimate of the peak from sizes alone.
-fn memory(plan: &Plan, inputs: &Inputs, lora: &Lora) -> Vec<(&'static str, f64)> {
-    let a = inputs.architecture;
-    let longest =
-        inputs.tokens.rows().map(|r| r.prompt_ids.len() + r.completion_ids.len()).max().unwrap_or(0);
-    let longest = longest.min(plan.max_length) as f64;
-    let tokens: usize = inputs
-        .tokens
-        .rows()
-        .map(|r| (r.prompt_ids.len() + r.completion_ids.len()).min(plan.max_length))
-        .sum();
-    let batch_rows = (tokens as f64 / plan.rows as f64 * plan.batch as f64 * 1.5).max(longest);
-    let pack = (PACK_ROWS as f64).max(longest * 2.0).min(batch_rows);
-    let heads = (a.shape.heads + 2 * a.shape.kv_heads) as f64 * a.shape.dim as f64;
-    vec![
-        ("weights", 4.0 * a.parameters() as f64),
-        ("adapter, gradient, optimizer", 16.0 * lora.parameters() as f64),
-        ("layer inputs", 4.0 * batch_rows * a.hidden as f64 * (a.layers + 1) as f64),
-        (
-            "one block's activations",
-            4.0 * pack * (8.0 * a.hidden as f64 + 3.0 * heads + 6.0 * a.intermediate as f64),
-        ),
-        (
-            "logits buffer",
-            4.0 * 1024.0f64.min((1u64 << 23) as f64 / a.vocab_size as f64).max(16.0) * a.vocab_size as f64,
-        ),
-    ]
-}
-
-fn mebibytes(bytes: f64) -> String {
-    format!("{:.1} MiB", bytes / 1_048_576.0)
+    line("memory: predicted peak", units::size(fit.plan.peak))?;
+    line("memory: limit", fit.limit.to_string())?;
+    line("memory: choice", fit.choices())?;
+    out.finish()
 }

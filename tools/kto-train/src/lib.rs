@@ -8,6 +8,7 @@ mod args;
 mod checkpoint;
 mod data;
 mod dry_run;
+mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod order;
@@ -28,8 +29,10 @@ use kto_model::{
     architecture::Architecture,
     base::BaseModel,
     lora::{Lora, LoraSpec},
+    memory::MemoryPlan,
     weights,
 };
+use memory::Fit;
 use order::Order;
 use plan::{Inputs, Plan};
 use run_dir::{Existing, RunDir};
@@ -56,11 +59,24 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
     data::report(&plan, &architecture, &tokens, ui);
     data::check_ids(&architecture, &tokens)?;
-    let lora = initial(&plan, &inputs)?;
+    let fit = Fit::new(&args, &plan, &inputs, &order)?;
+    // Nothing of the run's size exists before the plan has been found to fit.
+    let lora = if fit.fits() { Some(initial(&plan, &inputs)?) } else { None };
     if args.dry_run {
-        return dry_run::print(&plan, &inputs, &lora);
+        dry_run::print(&plan, &inputs, &fit)?;
     }
-    train(&args, &plan, model, &tokens, &order, &lora, ui)
+    fit.check(&model)?;
+    drop(adapter);
+    let Some(lora) = lora.filter(|_| !args.dry_run) else { return Ok(Exit::Ok) };
+    fit.report(ui);
+    train(&args, Planned { plan: &plan, memory: &fit.plan }, model, &tokens, &order, &lora, ui)
+}
+
+/// What will be done, and in how much memory.
+#[derive(Clone, Copy)]
+struct Planned<'a> {
+    plan: &'a Plan,
+    memory: &'a MemoryPlan,
 }
 
 /// Returns which rows make which step.
@@ -87,13 +103,14 @@ fn initial(plan: &Plan, inputs: &Inputs) -> Result<Lora> {
 
 fn train(
     args: &Args,
-    plan: &Plan,
+    planned: Planned,
     model: ModelDir,
     tokens: &TokenSet,
     order: &Order,
     lora: &Lora,
     ui: &Ui,
 ) -> Result<Exit> {
+    let Planned { plan, memory } = planned;
     let base = BaseModel::load(model, DType::F32, data::positions(tokens)).at(shown(&args.model))?;
     let dir = open_run(args, plan)?;
     if args.resume && dir.is_finished() {
@@ -101,7 +118,7 @@ fn train(
     } else {
         data::spool(args, &dir, tokens)?;
         let checkpoint_every = args.checkpoint_every;
-        let run = train::Run { plan, base: &base, tokens, order, dir: &dir, checkpoint_every, ui };
+        let run = train::Run { plan, memory, base: &base, tokens, order, dir: &dir, checkpoint_every, ui };
         let summary = run.train(lora, args.resume)?;
         ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
     }

@@ -3,7 +3,10 @@
 use kto_cli::{Error, Result};
 use kto_formats::tokens::TokenSet;
 use kto_kernels::random;
-use kto_model::partners::{PromptGroups, purpose, stream};
+use kto_model::{
+    partners::{PromptGroups, purpose, stream},
+    rows::Job,
+};
 
 /// A row of a step with its KL partner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +113,15 @@ impl Order {
             Kind::Shuffled { .. } => epoch as f64 + done as f64 / self.rows as f64,
         }
     }
+}
+
+/// Returns the work of a step: one trained job a row, then, with `kl`, one KL job a row. Tags count the step's rows.
+pub fn jobs(blocks: &[Block], kl: bool) -> Vec<Job> {
+    let members = || blocks.iter().flatten().enumerate();
+    let main = members().map(|(tag, m)| Job { prompt: m.row, completion: m.row, gradient: true, tag });
+    let kl_jobs =
+        members().map(|(tag, m)| Job { prompt: m.row, completion: m.partner, gradient: false, tag });
+    main.chain(kl_jobs.filter(|_| kl)).collect()
 }
 
 /// TRL's KL pairs: every prompt with the completion before it, the first with the last.

@@ -7,6 +7,7 @@ use kto_model::{
     architecture::{Architecture, Module},
     fit,
     loss::{Loss, LossSpec},
+    rows::Packing,
 };
 use serde::Serialize;
 use std::path::PathBuf;
@@ -165,6 +166,13 @@ impl Plan {
                 model: args.model.clone(),
             },
         })
+    }
+}
+
+impl Plan {
+    /// Returns how rows become packs of about `rows` rows.
+    pub fn packing(&self, rows: usize) -> Packing {
+        if self.lora_dropout > 0.0 { Packing::Single } else { Packing::Shared(rows) }
     }
 }
 

@@ -5,6 +5,7 @@
 
 use crate::{args::Args, plan::Plan};
 use kto_cli::{Error, Kind, Result, atomic, escape, lock::RunLock};
+use kto_model::memory::MemoryPlan;
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -66,18 +67,26 @@ impl RunDir {
     }
 
     fn manifest(&self) -> Option<Value> {
-        let bytes = kto_cli::input::read(&self.file("run.json"), 16 << 20).ok()?;
-        serde_json::from_slice(&bytes).ok()
+        manifest(&self.path)
     }
 
     /// Writes run.json.
-    pub fn write_manifest(&self, plan: &Plan, state: &str, result: Value) -> Result<()> {
+    pub fn write_manifest(&self, plan: &Plan, memory: &MemoryPlan, state: &str, result: Value) -> Result<()> {
         let manifest = json!({
             "format": 1,
             "tool": "kto-train",
             "version": kto_cli::version::number(),
             "state": state,
             "plan": plan,
+            // Not a part of the plan: all but the rows of a pack may change on --resume.
+            "memory": {
+                "pack_rows": memory.pack_rows,
+                "head_rows": memory.head_rows,
+                "reference_rows": memory.reference_rows,
+                "kept_layers": memory.kept_layers,
+                "stream": memory.stream,
+                "predicted_peak": memory.peak,
+            },
             "model": plan.typed.model.display().to_string(),
             "result": result,
         });
@@ -99,6 +108,17 @@ impl RunDir {
         }
         Ok(())
     }
+}
+
+fn manifest(path: &Path) -> Option<Value> {
+    let bytes = kto_cli::input::read(&path.join("run.json"), 16 << 20).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+/// Returns the rows of a pack with which the run in `path` has begun: sums over other packs would differ in their last bits.
+pub fn settled_pack_rows(path: &Path) -> Option<usize> {
+    let rows = manifest(path)?.get("memory")?.get("pack_rows")?.as_u64()?;
+    usize::try_from(rows).ok().filter(|rows| *rows > 0)
 }
 
 /// Refuses (73) a directory with a run in it, unless that is wanted. Called before the model is loaded, and under the lock.

@@ -1,6 +1,9 @@
 //! One optimizer step's gradient: score the batch, estimate the KL, weigh every row, go back.
 
-use crate::{metrics::BlockMetrics, order::Block};
+use crate::{
+    metrics::BlockMetrics,
+    order::{Block, jobs},
+};
 use kto_cli::{Error, Result};
 use kto_formats::tokens::TokenSet;
 use kto_kernels::DropoutKey;
@@ -9,7 +12,7 @@ use kto_model::{
     lora::Lora,
     loss::{LossSpec, RowLoss, ScoredRow, kl_estimate},
     reference::Reference,
-    rows::{Job, Packing, packs},
+    rows::{Packing, packs},
     sweep::{BranchStats, Sweep},
 };
 
@@ -56,7 +59,8 @@ impl Trainer<'_> {
         gradients: &Lora,
     ) -> Result<StepOutput> {
         let sweep = Sweep { base: self.base, lora: Some(lora), dropout };
-        let packs = packs(self.tokens, self.max_length, &self.jobs(blocks), self.packing);
+        let packs =
+            packs(self.tokens, self.max_length, &jobs(blocks, self.loss.loss.needs_kl()), self.packing);
         let forward = sweep.forward(&packs, true)?;
         let scores = self.scores(blocks, &forward.branches)?;
         let (mut loss, mut metrics, mut losses) = (0.0, Vec::new(), Vec::new());
@@ -73,14 +77,6 @@ impl Trainer<'_> {
             forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
         sweep.backward(&packs, forward, &coefficients, gradients)?;
         Ok(StepOutput { loss, blocks: metrics, tokens: self.count_tokens(blocks) })
-    }
-
-    /// One trained job a row, and one KL job where the loss asks for it. Tags count the step's rows.
-    fn jobs(&self, blocks: &[Block]) -> Vec<Job> {
-        let members = || blocks.iter().flatten().enumerate();
-        let main = members().map(|(tag, m)| Job { prompt: m.row, completion: m.row, gradient: true, tag });
-        let kl = members().map(|(tag, m)| Job { prompt: m.row, completion: m.partner, gradient: false, tag });
-        main.chain(kl.filter(|_| self.loss.loss.needs_kl())).collect()
     }
 
     /// Sorts the sweep's branches back to blocks and rows.

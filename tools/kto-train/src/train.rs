@@ -2,6 +2,7 @@
 
 use crate::{
     checkpoint::{self, Position},
+    memory::pairs,
     metrics::{self, StepFacts},
     optimizer::{Optimizer, OptimizerSpec, norm},
     order::{Block, Order},
@@ -21,18 +22,12 @@ use kto_kernels::{DropoutKey, random};
 use kto_model::{
     base::BaseModel,
     lora::Lora,
+    memory::MemoryPlan,
     partners::purpose,
-    reference::{Pair, Reference},
-    rows::Packing,
+    reference::{Pair, PassForm, Reference},
 };
 use serde_json::{Value, json};
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant},
-};
-
-/// Rows of a pack: enough for full matrix products, few enough that a block's activations stay small.
-pub const PACK_ROWS: usize = 1024;
+use std::time::{Duration, Instant};
 
 /// Time between two writes of the reference cache while it is made.
 const REFERENCE_INTERVAL: Duration = Duration::from_secs(60);
@@ -41,6 +36,8 @@ const REFERENCE_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Run<'a> {
     /// What will be done.
     pub plan: &'a Plan,
+    /// How much memory it takes.
+    pub memory: &'a MemoryPlan,
     /// The frozen base.
     pub base: &'a BaseModel,
     /// The rows.
@@ -68,7 +65,7 @@ impl Run<'_> {
         } else {
             Position::default()
         };
-        self.dir.write_manifest(self.plan, "running", Value::Null)?;
+        self.dir.write_manifest(self.plan, self.memory, "running", Value::Null)?;
         let mut logs = Logs {
             metrics: RunLog::open_at(self.dir.file("metrics.jsonl"), start.metrics_bytes)?,
             timing: RunLog::open_end(self.dir.file("timing.jsonl"))?,
@@ -83,13 +80,14 @@ impl Run<'_> {
             reference: &reference,
             loss: self.plan.typed.loss,
             max_length: self.plan.max_length,
-            packing: if self.plan.lora_dropout > 0.0 { Packing::Single } else { Packing::Shared(PACK_ROWS) },
+            packing: self.plan.packing(self.memory.pack_rows),
         };
         let (end, lap) = self.steps(&trainer, lora, &optimizer, start, &mut logs)?;
         logs.metrics.sync()?;
         self.save_adapter(lora)?;
         self.dir.write_manifest(
             self.plan,
+            self.memory,
             "finished",
             json!({ "steps": end.step, "num_tokens": end.num_tokens }),
         )?;
@@ -102,7 +100,7 @@ impl Run<'_> {
         if !self.plan.typed.loss.loss.needs_reference() {
             return Ok((Reference::default(), None));
         }
-        let pairs = self.pairs()?;
+        let pairs = pairs(self.plan, self.order, self.plan.total_steps)?;
         let adapter = if initial.is_some() { self.plan.init_adapter.as_str() } else { "base" };
         let key = sha256_hex(
             format!("{} {} {adapter} {}", self.plan.base, self.plan.data, self.plan.max_length).as_bytes(),
@@ -142,7 +140,12 @@ impl Run<'_> {
                 Error::new(e.kind(), text).with_hint("--resume goes on from there")
             })
         };
-        reference.extend(self.base, initial, self.tokens, self.plan.max_length, &pairs, step)?;
+        let form = PassForm {
+            max_length: self.plan.max_length,
+            pack_rows: self.memory.pack_rows,
+            sweep_rows: self.memory.reference_rows,
+        };
+        reference.extend(self.base, initial, self.tokens, form, &pairs, step)?;
         reference.write(&path, &key)?;
         Ok((reference, Some(pace.lap())))
     }
@@ -154,24 +157,6 @@ impl Run<'_> {
         let all: Work = (0..self.tokens.len()).map(work).sum();
         let whole = Work { rows: all.rows * passes, tokens: all.tokens * passes };
         whole + rest.into_iter().map(work).sum()
-    }
-
-    fn pairs(&self) -> Result<BTreeSet<Pair>> {
-        let mut pairs: BTreeSet<Pair> = BTreeSet::new();
-        let per_epoch = self.plan.steps_per_epoch;
-        for epoch in 0..self.plan.total_steps.div_ceil(per_epoch) {
-            signal::check()?;
-            let rows = self.order.epoch(epoch);
-            for step in 0..per_epoch.min(self.plan.total_steps - epoch * per_epoch) {
-                for member in self.order.step(epoch, &rows, step).iter().flatten() {
-                    pairs.insert((member.row as u32, member.row as u32));
-                    if self.plan.typed.loss.loss.needs_kl() {
-                        pairs.insert((member.row as u32, member.partner as u32));
-                    }
-                }
-            }
-        }
-        Ok(pairs)
     }
 
     fn steps(

@@ -18,6 +18,7 @@ pub use weights::{AdapterSize, WeightSize};
 pub use widths::{Widths, widths};
 
 use crate::architecture::Architecture;
+use std::cell::OnceCell;
 
 /// A named share of the memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,10 +72,10 @@ pub struct Demand<'a> {
 
 /// The batches of a run under a choice.
 pub trait Batches {
-    /// Returns the shape of every step.
-    fn steps(&self, pack_rows: usize) -> Vec<BatchShape>;
-    /// Returns the shape of every sweep of the reference pass; none when there is no pass.
-    fn reference(&self, pack_rows: usize, reference_rows: usize) -> Vec<BatchShape>;
+    /// Returns the largest of every count over the steps.
+    fn steps(&self, pack_rows: usize) -> BatchShape;
+    /// Returns the same over the sweeps of the reference pass; nothing when there is no pass.
+    fn reference(&self, pack_rows: usize, reference_rows: usize) -> BatchShape;
 }
 
 /// What the plan decides beside kept layers and streaming, from roomy to tight.
@@ -98,25 +99,24 @@ const LEVELS: [Level; 4] = [
 /// and head chunks, weights that stay resident. `Err` is the smallest plan, when even that is too large.
 pub fn plan(demand: &Demand, limit: u64) -> Result<MemoryPlan, Box<MemoryPlan>> {
     let levels = LEVELS.map(|level| demand.pack_rows.map_or(level, |pack_rows| Level { pack_rows, ..level }));
-    let sized = levels.map(|level| {
-        let steps = demand.batches.steps(level.pack_rows);
-        let reference = demand.batches.reference(level.pack_rows, level.reference_rows);
-        (level, steps, reference)
-    });
+    let sized: [OnceCell<(BatchShape, BatchShape)>; LEVELS.len()] = Default::default();
     let mut smallest: Option<MemoryPlan> = None;
     for stream in [false, true] {
-        for (level, steps, reference) in &sized {
+        for (level, sized) in levels.iter().zip(&sized) {
+            let (steps, reference) = *sized.get_or_init(|| {
+                let steps = demand.batches.steps(level.pack_rows);
+                (steps, demand.batches.reference(level.pack_rows, level.reference_rows))
+            });
             let at = |kept_layers: usize| {
-                items::largest(demand, choice(demand, *level, kept_layers, stream), steps, reference)
+                items::with_items(demand, choice(demand, *level, kept_layers, stream), steps, reference)
             };
             let without = at(0);
-            if without.peak > limit {
-                if smallest.as_ref().is_none_or(|s| without.peak < s.peak) {
-                    smallest = Some(without);
-                }
-                continue;
+            if without.peak <= limit {
+                return Ok(most_kept(demand.adapter.blocks(demand.architecture), limit, without, at));
             }
-            return Ok(most_kept(demand.adapter.blocks(demand.architecture), limit, without, at));
+            if smallest.as_ref().is_none_or(|s| without.peak < s.peak) {
+                smallest = Some(without);
+            }
         }
     }
     // Every level has been tried.

@@ -13,6 +13,10 @@ pub struct PackShape {
     pub rows: usize,
     /// Tg, rows that need a gradient.
     pub gradient_rows: usize,
+    /// The others.
+    pub rest_rows: usize,
+    /// The larger of the two parts, which are computed one after the other.
+    pub part_rows: usize,
     /// Rows that the head reads.
     pub head_rows: usize,
     /// Those that need a gradient.
@@ -25,10 +29,11 @@ pub struct PackShape {
     pub keys: usize,
 }
 
-/// A batch: all packs of a step, or of a sweep of the reference pass.
+/// A batch: all packs of a step, or of a sweep of the reference pass. Or the largest of every count over many batches: a buffer
+/// is never given back, so each is as large as the batch that needs most of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BatchShape {
-    /// Sums over the packs; `keys` is the maximum.
+    /// Sums over the packs of a batch; `keys` is the maximum.
     pub all: PackShape,
     /// The maximum of every count over the packs.
     pub largest: PackShape,
@@ -45,6 +50,8 @@ impl PackShape {
                 this.keys = this.keys.max(group.prompt.len() + b.ids.len());
             }
         }
+        this.rest_rows = this.rows - this.gradient_rows;
+        this.part_rows = this.gradient_rows.max(this.rest_rows);
         this
     }
 
@@ -64,6 +71,8 @@ impl PackShape {
         Self {
             rows: f(self.rows, other.rows),
             gradient_rows: f(self.gradient_rows, other.gradient_rows),
+            rest_rows: f(self.rest_rows, other.rest_rows),
+            part_rows: f(self.part_rows, other.part_rows),
             head_rows: f(self.head_rows, other.head_rows),
             gradient_head_rows: f(self.gradient_head_rows, other.gradient_head_rows),
             entries: f(self.entries, other.entries),
@@ -90,6 +99,14 @@ impl BatchShape {
             }
         }
         this
+    }
+
+    /// Returns the larger of every count.
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            all: self.all.with(other.all, usize::max),
+            largest: self.largest.with(other.largest, usize::max),
+        }
     }
 
     fn add(&mut self, groups: &[Group]) {
@@ -126,6 +143,10 @@ mod tests {
             for (ours, f) in [
                 ((shape.all.rows, shape.largest.rows), (|p| p.ids.len()) as fn(&Pack) -> usize),
                 ((shape.all.gradient_rows, shape.largest.gradient_rows), |p| p.gradient_rows),
+                ((shape.all.rest_rows, shape.largest.rest_rows), |p| p.ids.len() - p.gradient_rows),
+                ((shape.all.part_rows, shape.largest.part_rows), |p| {
+                    p.gradient_rows.max(p.ids.len() - p.gradient_rows)
+                }),
                 ((shape.all.head_rows, shape.largest.head_rows), |p| p.head_rows.len()),
                 ((shape.all.gradient_head_rows, shape.largest.gradient_head_rows), |p| p.gradient_head_rows),
                 ((shape.all.entries, shape.largest.entries), |p| p.entries.len()),

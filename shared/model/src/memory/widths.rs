@@ -27,14 +27,25 @@ pub fn widths(architecture: &Architecture) -> Widths {
 }
 
 impl Widths {
-    /// What a block that keeps its activations holds of a gradient row, beside its input: queries, keys, values, attention's
-    /// result, the stream after attention, gate, up, and the LoRA inputs (`lora`: the ranks of its adapted modules together).
-    pub fn kept(&self, lora: usize) -> usize {
-        2 * self.query + 2 * self.key + self.hidden + 2 * self.intermediate + lora
+    /// What a block computes of a row and may keep for the way back: queries, attention's result, the stream after attention, gate,
+    /// up, and the inner values of LoRA (`lora`: the ranks of a block's adapted modules together). Keys and values apart.
+    pub fn activations(&self, lora: usize) -> usize {
+        2 * self.query + self.hidden + 2 * self.intermediate + lora
     }
 
-    /// What the workspace of the block at work holds of a row of the largest pack.
-    pub fn workspace(&self) -> usize {
-        3 * self.hidden + 2 * self.query + 2 * self.key + 3 * self.intermediate
+    /// Keys and values of a row.
+    pub fn key_values(&self) -> usize {
+        2 * self.key
+    }
+
+    /// Work space of a row in a forward pass: the normed row, and gate times up.
+    pub fn forward(&self) -> usize {
+        self.hidden + self.intermediate
+    }
+
+    /// What a backward pass needs of a row on top: gradients that flow in both widths, those of queries, keys, values and LoRA's inner
+    /// values. Keys and values count twice: their gradients are summed transposed.
+    pub fn backward(&self, lora: usize) -> usize {
+        self.hidden + 2 * self.query + 2 * self.key_values() + lora
     }
 }

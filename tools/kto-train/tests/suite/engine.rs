@@ -7,7 +7,7 @@ use kto_model::{
     base::BaseModel,
     lora::Lora,
     loss::{Loss, LossSpec},
-    reference::{Pair, Reference},
+    reference::{Pair, PassForm, Reference},
     rows::Packing,
 };
 use kto_train::{
@@ -82,7 +82,7 @@ fn reference(base: &BaseModel, initial: Option<&Lora>, tokens: &TokenSet, order:
     let pairs: BTreeSet<Pair> =
         members.flat_map(|m| [(m.row as u32, m.row as u32), (m.row as u32, m.partner as u32)]).collect();
     let mut reference = Reference::default();
-    reference.extend(base, initial, tokens, 96, &pairs, |_, _| Ok(())).unwrap();
+    reference.extend(base, initial, tokens, PassForm::roomy(96), &pairs, |_, _| Ok(())).unwrap();
     reference
 }
 

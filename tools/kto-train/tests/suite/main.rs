@@ -4,6 +4,7 @@
 mod cli;
 mod engine;
 mod golden;
+mod memory;
 mod pace;
 mod pipeline;
 mod resume;

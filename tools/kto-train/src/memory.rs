@@ -1,0 +1,217 @@
+//! From `--memory` to the memory plan: the limit, the batches of the run by size, the table, and the refusal.
+
+use crate::{
+    args::Args,
+    order::{Order, jobs},
+    plan::{Inputs, Plan},
+    run_dir,
+};
+use kto_cli::{Error, Kind, Result, Ui, memory, number::Size, units};
+use kto_formats::{bnb, model_dir::ModelDir};
+use kto_model::{
+    memory::{self as planned, AdapterSize, BatchShape, Batches, Demand, Item, MemoryPlan, WeightSize},
+    reference::{self, Pair},
+    rows::{Packing, groups},
+};
+use std::collections::BTreeSet;
+
+/// Share of the available memory that a run takes when nobody says.
+const DEFAULT_SHARE: f64 = 0.9;
+
+/// Steps whose packs are counted, when an epoch has fewer; else one epoch.
+const COUNTED_STEPS: u64 = 4096;
+
+/// What a run may hold.
+pub struct Limit {
+    /// Resident bytes.
+    pub bytes: u64,
+    /// Where the number comes from, as a message says it.
+    pub origin: String,
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.bytes {
+            u64::MAX => f.write_str("what there is"),
+            bytes => write!(f, "{} ({})", units::size(bytes), self.origin),
+        }
+    }
+}
+
+/// Returns the limit that `--memory` asks for, or most of what is available; no limit where the system does not say.
+fn limit(asked: Option<Size>) -> Result<Limit> {
+    // What this process holds already is part of the plan.
+    let own = memory::resident().map_or(0, |r| r.anonymous);
+    let share = |share: f64| memory::available().map(|free| ((free + own) as f64 * share) as u64);
+    let percent = |share: f64| format!("{:.0} % of what is available", share * 100.0);
+    match asked {
+        Some(Size::Bytes(bytes)) => Ok(Limit { bytes, origin: "--memory".into() }),
+        Some(Size::Share(part)) => match share(part) {
+            Some(bytes) => Ok(Limit { bytes, origin: percent(part) }),
+            None => Err(Error::usage("--memory: this system does not say how much memory is available")
+                .with_hint("--memory with a size, such as 8GiB")),
+        },
+        None => Ok(match share(DEFAULT_SHARE) {
+            Some(bytes) => Limit { bytes, origin: percent(DEFAULT_SHARE) },
+            None => Limit { bytes: u64::MAX, origin: String::new() },
+        }),
+    }
+}
+
+/// The memory plan of a run, or the smallest one when none fits.
+pub struct Fit {
+    /// What the engine obeys.
+    pub plan: MemoryPlan,
+    /// What it was fitted to.
+    pub limit: Limit,
+    /// The adapter.
+    pub adapter: AdapterSize,
+    /// Blocks through which gradients go.
+    pub blocks: usize,
+}
+
+impl Fit {
+    /// Plans the memory of a run. Nothing large is allocated.
+    pub fn new(args: &Args, plan: &Plan, inputs: &Inputs, order: &Order) -> Result<Self> {
+        let limit = limit(args.memory)?;
+        let (a, tokens) = (inputs.architecture, inputs.tokens);
+        let ids = tokens.rows().flat_map(|row| row.prompt_ids.iter().chain(row.completion_ids).copied());
+        let adapter = match inputs.adapter {
+            Some(adapter) => AdapterSize::given(a, adapter),
+            None => AdapterSize::fresh(a, plan.lora_r, &plan.typed.modules),
+        };
+        let lengths = tokens.rows().map(|row| row.prompt_ids.len() + row.completion_ids.len());
+        let demand = Demand {
+            architecture: a,
+            weights: WeightSize::of(a, inputs.model, ids),
+            adapter,
+            adapter_copy: plan.typed.reference_is_adapter,
+            positions: crate::data::positions(tokens),
+            threads: rayon::current_num_threads(),
+            // Ids are u32; offsets, label and hash of a row are 25 bytes.
+            token_bytes: lengths.map(|n| 4 * n as u64 + 25).sum(),
+            pack_rows: if args.resume { run_dir::settled_pack_rows(&args.out) } else { None },
+            batches: &Counted { plan, inputs, order },
+        };
+        let memory = planned::plan(&demand, limit.bytes).unwrap_or_else(|smallest| *smallest);
+        Ok(Self { plan: memory, limit, adapter, blocks: adapter.blocks(a) })
+    }
+
+    /// Returns whether the run may begin.
+    pub fn fits(&self) -> bool {
+        self.plan.peak <= self.limit.bytes
+    }
+
+    /// Refuses (71) a run that does not fit, with the numbers.
+    pub fn check(&self, model: &ModelDir) -> Result<()> {
+        if self.fits() {
+            return Ok(());
+        }
+        let mut largest: Vec<&Item> = self.plan.items.iter().collect();
+        largest.sort_by_key(|item| std::cmp::Reverse(item.bytes));
+        let shown: Vec<String> =
+            largest.iter().take(4).map(|item| format!("{} {}", item.name, units::size(item.bytes))).collect();
+        let quantized = if bnb::is_quantized(&model.tensors) { "" } else { ", or a base from kto-quantize" };
+        let text = format!(
+            "the run needs at least {}, it may take {}; largest: {}",
+            units::size(self.plan.peak),
+            self.limit,
+            shown.join(", ")
+        );
+        Err(Error::new(Kind::OutOfMemory, text).with_hint(format!(
+            "--memory {} if the machine has it, or a lower --batch, kto-tokenize --max-length or --lora-r{quantized}",
+            units::flag(self.plan.peak)
+        )))
+    }
+
+    /// Says what the plan is, loudly when it gives up something that costs time.
+    pub fn report(&self, ui: &Ui) {
+        let text = format!("memory: {} of {}: {}", units::size(self.plan.peak), self.limit, self.choices());
+        if self.plan.kept_layers < self.blocks || self.plan.stream { ui.note(text) } else { ui.detail(text) }
+    }
+
+    /// Returns what the plan decides, in words.
+    pub fn choices(&self) -> String {
+        let MemoryPlan { kept_layers, pack_rows, stream, .. } = self.plan;
+        let weights = if stream { "streamed from the file" } else { "resident" };
+        format!(
+            "{kept_layers} of {} blocks keep activations, packs of {pack_rows} rows, weights {weights}",
+            self.blocks
+        )
+    }
+}
+
+/// Returns every pair that the first `steps` steps of the order will ask for.
+pub fn pairs(plan: &Plan, order: &Order, steps: u64) -> Result<BTreeSet<Pair>> {
+    let mut pairs = BTreeSet::new();
+    each_step(plan, order, steps, |blocks| {
+        for member in blocks.iter().flatten() {
+            pairs.insert((member.row as u32, member.row as u32));
+            if plan.typed.loss.loss.needs_kl() {
+                pairs.insert((member.row as u32, member.partner as u32));
+            }
+        }
+    })?;
+    Ok(pairs)
+}
+
+fn each_step(
+    plan: &Plan,
+    order: &Order,
+    steps: u64,
+    mut f: impl FnMut(&[crate::order::Block]),
+) -> Result<()> {
+    let per_epoch = plan.steps_per_epoch;
+    for epoch in 0..steps.div_ceil(per_epoch) {
+        kto_cli::signal::check()?;
+        let rows = order.epoch(epoch);
+        for step in 0..per_epoch.min(steps - epoch * per_epoch) {
+            f(&order.step(epoch, &rows, step));
+        }
+    }
+    Ok(())
+}
+
+/// The batches of a run, counted from its order.
+struct Counted<'a> {
+    plan: &'a Plan,
+    inputs: &'a Inputs<'a>,
+    order: &'a Order,
+}
+
+impl Counted<'_> {
+    fn steps_counted(&self) -> u64 {
+        let Plan { total_steps, steps_per_epoch, .. } = *self.plan;
+        if total_steps <= COUNTED_STEPS { total_steps } else { total_steps.min(steps_per_epoch) }
+    }
+
+    fn shape(&self, jobs: &[kto_model::rows::Job], packing: Packing) -> BatchShape {
+        BatchShape::of(&groups(self.inputs.tokens, self.plan.max_length, jobs), packing)
+    }
+}
+
+impl Batches for Counted<'_> {
+    fn steps(&self, pack_rows: usize) -> BatchShape {
+        let mut most = BatchShape::default();
+        let kl = self.plan.typed.loss.loss.needs_kl();
+        let packing = self.plan.packing(pack_rows);
+        // A signal ends the counting; the run asks for it again and stops.
+        let _ = each_step(self.plan, self.order, self.steps_counted(), |blocks| {
+            most = most.max(self.shape(&jobs(blocks, kl), packing));
+        });
+        most
+    }
+
+    fn reference(&self, pack_rows: usize, reference_rows: usize) -> BatchShape {
+        let mut most = BatchShape::default();
+        if !self.plan.typed.loss.loss.needs_reference() {
+            return most;
+        }
+        let pairs = pairs(self.plan, self.order, self.steps_counted()).unwrap_or_default();
+        let pairs: Vec<Pair> = pairs.into_iter().collect();
+        for cut in reference::sweeps(self.inputs.tokens, &pairs, reference_rows) {
+            most = most.max(self.shape(&reference::jobs(&pairs[cut]), Packing::Shared(pack_rows)));
+        }
+        most
+    }
+}
