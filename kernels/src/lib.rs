@@ -34,5 +34,5 @@ pub use real::Real;
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::{RopeTable, rope};
 pub use rows::{gather_rows, scale_rows, scatter_add_rows};
-pub use stored::{Bytes, Dense, Nf4Parts, Nf4Scales, Stored};
+pub use stored::{AffineParts, Bytes, Dense, Nf4Parts, Nf4Scales, Stored};
 pub use swiglu::{swiglu, swiglu_backward};

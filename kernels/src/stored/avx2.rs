@@ -1,6 +1,10 @@
-//! Look-up of 4-bit codes with AVX2: sixteen values in two registers, eight codes at a time.
+//! AVX2 forms, eight codes at a time: a look-up for NF4 (sixteen values in two registers), arithmetic for affine codes.
 
-use super::{Dense, nf4};
+use super::{
+    Dense,
+    affine::{self, Line},
+    nf4,
+};
 use std::arch::x86_64::*;
 
 /// The 16 values of one block.
@@ -51,6 +55,42 @@ impl Table {
             nf4::look_up(packed, at + first + 8 * done, &values, rest);
             nf4::look_up(packed, at, &values, &mut out[..first]);
         }
+    }
+}
+
+/// Decodes the affine codes from `at` on, of which there are enough and all in one group.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn decode(view: &affine::View, line: Line, at: usize, out: &mut [f32]) {
+    // Eight codes begin at a byte where their first index is a multiple of eight.
+    let (head, aligned) = out.split_at_mut((at.next_multiple_of(8) - at).min(out.len()));
+    let (eights, rest) = aligned.as_chunks_mut::<8>();
+    let first = at + head.len();
+    let bits = view.bits as i32;
+    let (scale, bias) = (_mm256_set1_ps(line.scale), _mm256_set1_ps(line.bias));
+    let shifts = _mm256_setr_epi32(0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits);
+    let mask = _mm256_set1_epi32((1 << bits) - 1);
+    let bytes = view.packed.get(first / 8 * view.bits..).unwrap_or_default();
+    for (i, o) in eights.iter_mut().enumerate() {
+        let word = word(bytes.get(i * view.bits..).unwrap_or_default());
+        let (low, high) = (word as i32, (word >> (4 * bits)) as i32);
+        let words = _mm256_set_m128i(_mm_set1_epi32(high), _mm_set1_epi32(low));
+        let codes = _mm256_and_si256(_mm256_srlv_epi32(words, shifts), mask);
+        let product = rounded(_mm256_mul_ps(_mm256_cvtepi32_ps(codes), scale), view.dtype);
+        let value = rounded(_mm256_add_ps(product, bias), view.dtype);
+        // SAFETY: `o` has 8 floats; the store is unaligned.
+        unsafe { _mm256_storeu_ps(o.as_mut_ptr(), value) };
+    }
+    view.decode(line, first + 8 * eights.len(), rest);
+    view.decode(line, at, head);
+}
+
+/// The first eight bytes as a word; zeros behind the end.
+#[inline]
+fn word(bytes: &[u8]) -> u64 {
+    match bytes.first_chunk::<8>() {
+        Some(eight) => u64::from_le_bytes(*eight),
+        None => bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
     }
 }
 

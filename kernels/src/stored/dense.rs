@@ -64,6 +64,14 @@ pub(super) fn widen(dtype: Dense, bytes: &[u8], start: usize, out: &mut [f32]) {
     }
 }
 
+/// Element `index`; 0 behind the end.
+#[inline(always)]
+pub(super) fn one(dtype: Dense, bytes: &[u8], index: usize) -> f32 {
+    let mut value = [0.0];
+    widen(dtype, bytes, index, &mut value);
+    value[0]
+}
+
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2,f16c")]

@@ -5,14 +5,17 @@
 //! lengths are checked once in the constructors, and the portable and the SIMD form of [`Stored::widen`] give the same bits.
 //! Deliberately absent: files and names (`kto-formats`), and quantizing (see [`crate::quant`]).
 
+mod affine;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod bytes;
 mod dense;
+mod int8;
 mod nf4;
 #[cfg(test)]
 mod tests;
 
+pub use affine::AffineParts;
 pub use bytes::Bytes;
 pub use dense::Dense;
 pub use nf4::{Nf4Parts, Nf4Scales};
@@ -34,6 +37,8 @@ pub struct Stored {
 enum Form {
     Dense(Dense, Bytes),
     Nf4(nf4::Nf4),
+    Int8(int8::Int8),
+    Affine(affine::Affine),
 }
 
 /// A form whose slices are at hand.
@@ -41,6 +46,8 @@ enum Form {
 enum View<'a> {
     Dense(Dense, &'a [u8]),
     Nf4(nf4::View<'a>),
+    Int8(int8::View<'a>),
+    Affine(affine::View<'a>),
 }
 
 impl Form {
@@ -49,6 +56,8 @@ impl Form {
         match self {
             Self::Dense(dtype, bytes) => View::Dense(*dtype, bytes),
             Self::Nf4(form) => View::Nf4(form.view()),
+            Self::Int8(form) => View::Int8(form.view()),
+            Self::Affine(form) => View::Affine(form.view()),
         }
     }
 }
@@ -56,15 +65,26 @@ impl Form {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c")]
 fn pieces_avx2(view: View, start: usize, step: usize, length: usize, out: &mut [f32]) {
+    let pieces = out.chunks_mut(length.max(1)).enumerate().map(|(i, piece)| (start + i * step, piece));
     match view {
         View::Dense(dtype, bytes) => {
-            for (i, piece) in out.chunks_mut(length.max(1)).enumerate() {
-                dense::widen_avx2(dtype, bytes, start + i * step, piece);
+            for (at, piece) in pieces {
+                dense::widen_avx2(dtype, bytes, at, piece);
             }
         }
         View::Nf4(view) => {
-            for (i, piece) in out.chunks_mut(length.max(1)).enumerate() {
-                view.widen_avx2(start + i * step, piece);
+            for (at, piece) in pieces {
+                view.widen_avx2(at, piece);
+            }
+        }
+        View::Int8(view) => {
+            for (at, piece) in pieces {
+                view.widen_avx2(at, piece);
+            }
+        }
+        View::Affine(view) => {
+            for (at, piece) in pieces {
+                view.widen_avx2(at, piece);
             }
         }
     }
@@ -81,6 +101,19 @@ impl Stored {
     pub fn nf4(parts: Nf4Parts, rows: usize, columns: usize) -> Result<Self> {
         let form = nf4::Nf4::new(parts, elements(rows, columns)?)?;
         Ok(Self::new(Form::Nf4(form), rows, columns))
+    }
+
+    /// Wraps an 8-bit matrix of bitsandbytes: int8 codes, and one scale a row whose 127th is the step.
+    /// Fails unless codes and scales are as many as the shape needs.
+    pub fn int8(codes: Bytes, dtype: Dense, scales: Bytes, rows: usize, columns: usize) -> Result<Self> {
+        let form = int8::Int8::new(codes, dtype, scales, rows, columns)?;
+        Ok(Self::new(Form::Int8(form), rows, columns))
+    }
+
+    /// Wraps a matrix in affine quantization of MLX. Fails unless the parts fit each other and the shape.
+    pub fn affine(parts: AffineParts, rows: usize, columns: usize) -> Result<Self> {
+        let form = affine::Affine::new(parts, rows, columns)?;
+        Ok(Self::new(Form::Affine(form), rows, columns))
     }
 
     fn new(form: Form, rows: usize, columns: usize) -> Self {
@@ -106,6 +139,8 @@ impl Stored {
         match &self.form {
             Form::Dense(_, bytes) => bytes.len(),
             Form::Nf4(form) => form.bytes(),
+            Form::Int8(form) => form.bytes(),
+            Form::Affine(form) => form.bytes(),
         }
     }
 
@@ -142,6 +177,8 @@ impl Stored {
             match view {
                 View::Dense(dtype, bytes) => dense::widen(dtype, bytes, start + i * step, piece),
                 View::Nf4(view) => view.widen(start + i * step, piece),
+                View::Int8(view) => view.widen(start + i * step, piece),
+                View::Affine(view) => view.widen(start + i * step, piece),
             }
         }
     }
@@ -156,6 +193,8 @@ impl Stored {
             let sound = match self.form.view() {
                 View::Dense(dtype, bytes) => dense::all_finite(dtype, bytes, start..end),
                 View::Nf4(view) => view.all_finite(start..end),
+                View::Int8(view) => view.all_finite(start..end),
+                View::Affine(view) => view.all_finite(start..end),
             };
             if sound {
                 return None;
@@ -179,6 +218,8 @@ impl std::fmt::Debug for Stored {
         let form = match &self.form {
             Form::Dense(dtype, _) => format!("{dtype:?}"),
             Form::Nf4(_) => "Nf4".into(),
+            Form::Int8(_) => "Int8".into(),
+            Form::Affine(form) => format!("Affine{}", form.bits()),
         };
         write!(f, "Stored({form}, {} × {}, {} bytes)", self.rows, self.columns, self.bytes())
     }

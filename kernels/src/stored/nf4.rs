@@ -131,11 +131,7 @@ impl View<'_> {
     #[inline(always)]
     fn scale(&self, block: usize) -> f32 {
         match &self.scales {
-            Scales::Plain(dtype, bytes) => {
-                let mut scale = [0.0];
-                dense::widen(*dtype, bytes, block, &mut scale);
-                scale[0]
-            }
+            Scales::Plain(dtype, bytes) => dense::one(*dtype, bytes, block),
             Scales::Nested { codes, map, absmax, shift, offset } => {
                 let code = codes.get(block).copied().unwrap_or_default();
                 map[usize::from(code)] * absmax.get(block >> shift).copied().unwrap_or_default() + offset

@@ -8,8 +8,9 @@ use crate::{
     },
     random,
 };
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use std::sync::Arc;
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 const TYPES: [Dense; 3] = [Dense::F32, Dense::F16, Dense::Bf16];
 /// Sizes with blocks that cross rows, odd rows, and a short last block.
@@ -212,4 +213,120 @@ fn lengths_that_do_not_fit_are_refused() {
     }
     assert!(Bytes::new(Arc::new(vec![1, 2, 3]), 1..4).is_none());
     assert_eq!(&*Bytes::new(Arc::new(vec![1, 2, 3]), 1..3).unwrap(), [2, 3]);
+}
+
+fn golden(name: &str) -> HashMap<String, Tensor> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata").join(name);
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn int8_widens_as_bitsandbytes_decodes() {
+    let golden = golden("bnb/int8.safetensors");
+    let (values, scales) = (flat(&golden["values"]), flat(&golden["scales"]));
+    let codes: Vec<u8> = golden["codes"].flatten_all().unwrap().to_vec1().unwrap();
+    let scales = |dtype| bytes(encode(dtype, &scales), 1);
+    let wrap = |rows, columns| {
+        Stored::int8(
+            bytes(codes[..rows * columns].to_vec(), 1),
+            Dense::F32,
+            scales(Dense::F32),
+            rows,
+            columns,
+        )
+    };
+    let stored = wrap(64, 160).unwrap();
+    assert_eq!(stored.bytes(), 64 * 161 + 64 * 3);
+    check(stored, &values, "int8");
+    assert!(wrap(64, 160).is_ok() && wrap(63, 160).is_err());
+    let short = Stored::int8(codes.clone().into(), Dense::F32, scales(Dense::F16), 64, 160);
+    assert!(short.unwrap_err().to_string().starts_with("128 bytes of scales, expected 256"));
+}
+
+#[test]
+fn int8_of_odd_shapes() {
+    for (rows, columns) in SIZES {
+        let codes: Vec<u8> = noise(rows * columns, 3).iter().map(|k| (k >> 9) as u8).collect();
+        for dtype in TYPES {
+            let scales: Vec<f32> = floats(rows, 4).iter().map(|v| rounded(dtype, *v)).collect();
+            let value = |(i, c): (usize, &u8)| {
+                f32::from(*c as i8) * scales[i / columns] * (7.874_015_718_698_502e-3f64 as f32)
+            };
+            let expected: Vec<f32> = codes.iter().enumerate().map(value).collect();
+            let (codes, scales) = (bytes(codes.clone(), 3), bytes(encode(dtype, &scales), 1));
+            check(Stored::int8(codes, dtype, scales, rows, columns).unwrap(), &expected, "int8");
+        }
+    }
+}
+
+#[test]
+fn affine_widens_as_mlx_decodes() {
+    let golden = golden("mlx/affine.safetensors");
+    let mut cases: Vec<&str> = golden.keys().filter_map(|k| k.strip_suffix(".packed")).collect();
+    cases.sort_unstable();
+    assert_eq!(cases.len(), 24);
+    for case in cases {
+        let of = |part: &str| &golden[&format!("{case}.{part}")];
+        let (bits, group) = case.rsplit_once(".g").unwrap();
+        let (bits, group) = (bits[bits.len() - 1..].parse().unwrap(), group.parse().unwrap());
+        let dtype = match of("scales").dtype() {
+            DType::F16 => Dense::F16,
+            DType::BF16 => Dense::Bf16,
+            _ => Dense::F32,
+        };
+        let words: Vec<u32> = of("packed").flatten_all().unwrap().to_vec1().unwrap();
+        let parts = AffineParts {
+            packed: bytes(words.iter().flat_map(|w| w.to_le_bytes()).collect(), 1),
+            dtype,
+            scales: bytes(encode(dtype, &flat(of("scales"))), 1),
+            biases: bytes(encode(dtype, &flat(of("biases"))), 1),
+            bits,
+            group,
+        };
+        let (rows, columns) = of("dq").dims2().unwrap();
+        let stored = Stored::affine(parts, rows, columns).unwrap();
+        assert_eq!(stored.bytes(), rows * columns * bits / 8 + 2 * (rows * columns / group) * dtype.size());
+        check(stored, &flat(of("dq")), case);
+    }
+}
+
+#[test]
+fn affine_parts_that_do_not_fit_are_refused() {
+    let wrap = |packed, scales, biases, bits, group| {
+        let zeros = |n: usize| Bytes::from(vec![0; n]);
+        let (packed, scales, biases) = (zeros(packed), zeros(scales), zeros(biases));
+        Stored::affine(AffineParts { packed, dtype: Dense::F16, scales, biases, bits, group }, 3, 64)
+    };
+    assert!(wrap(72, 12, 12, 3, 32).is_ok());
+    for (packed, scales, biases, bits, group) in [
+        (71, 12, 12, 3, 32),
+        (72, 11, 12, 3, 32),
+        (72, 12, 13, 3, 32),
+        (168, 12, 12, 7, 32),
+        (72, 3, 3, 3, 128),
+        (72, 24, 24, 3, 16),
+    ] {
+        assert!(
+            wrap(packed, scales, biases, bits, group).is_err(),
+            "{packed} {scales} {biases} {bits} {group}"
+        );
+    }
+    let scales = encode(Dense::F16, &[1.0, 1.0, 60_000.0, 1.0, 1.0, 1.0]);
+    let of = |code: u8| {
+        let mut packed = vec![0; 3 * 64];
+        packed[70] = code;
+        let (packed, scales, biases) = (packed.into(), scales.clone().into(), vec![0; 12].into());
+        Stored::affine(AffineParts { packed, dtype: Dense::F16, scales, biases, bits: 8, group: 32 }, 3, 64)
+            .unwrap()
+    };
+    assert_eq!(of(1).first_non_finite(), None);
+    assert_eq!(of(2).first_non_finite(), Some((70, f32::INFINITY)));
+    let scales = encode(Dense::F32, &[1.0, f32::NAN]).into();
+    let (index, value) =
+        Stored::int8(vec![1; 6].into(), Dense::F32, scales, 2, 3).unwrap().first_non_finite().unwrap();
+    assert!(index == 3 && value.is_nan());
 }

@@ -4,10 +4,12 @@
 //! decided per tensor by the presence of its quant_state, never by config.json: mixed checkpoints exist.
 //! For a weight `X` of shape (out, in) the file holds `X` (packed codes), `X.absmax`, `X.quant_map`,
 //! `X.quant_state.bitsandbytes__nf4` and, with double quantization, `X.nested_absmax`, `X.nested_quant_map`.
-//! Deliberately absent: the search for codes (see `kto-kernels`), FP4, LLM.int8().
+//! 8-bit weights are read by [`Int8Tensor`]. Deliberately absent: the search for codes (see `kto-kernels`), FP4.
 
+mod int8;
 mod quant_state;
 
+pub use int8::Int8Tensor;
 pub use quant_state::{BLOCK, NESTED_BLOCK, QuantState, torch_name};
 
 use crate::{
@@ -173,9 +175,10 @@ fn finite(view: &TensorView, expected: usize) -> Result<Vec<f32>> {
 
 /// Returns whether any weight of the store is quantized by a method that these tools know of.
 pub fn is_quantized(store: &TensorStore) -> bool {
+    let last = [".SCB", ".qweight", ".scales"];
     store
         .names()
-        .any(|n| n.contains(".quant_state.bitsandbytes__") || n.ends_with(".SCB") || n.ends_with(".qweight"))
+        .any(|n| n.contains(".quant_state.bitsandbytes__") || last.iter().any(|end| n.ends_with(end)))
 }
 
 /// Describes the tensors that `state` of the weight `name` becomes in a file, the weight itself last.

@@ -10,6 +10,7 @@ pub mod json;
 pub mod json_array;
 mod json_fault;
 pub mod jsonl;
+pub mod mlx;
 mod mmap;
 pub mod model_dir;
 pub mod python_json;

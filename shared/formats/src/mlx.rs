@@ -1,0 +1,153 @@
+//! Weights in the affine quantization of MLX: groups of a row share a scale and a bias.
+//!
+//! Read by the loaders of kto-train and kto-eval. For a layer `X` the file holds `X.weight` (codes packed into 32-bit words),
+//! `X.scales` and `X.biases`; a layer's own bias stays `X.bias`. Whether a weight is quantized is decided by the presence of its
+//! scales; bits and group size come from config.json's `quantization`, which may override them for single layers.
+//! Formula: value = code · scale + bias, each step rounded to the dtype of the scales. Codes are a stream of `bits` each,
+//! least significant first, from the beginning of a row.
+//! Deliberately absent: the float modes (mxfp4, mxfp8, nvfp4), which have no biases, and the search for codes.
+
+use crate::{
+    model_dir::ModelDir,
+    tensors::{TensorView, float_size},
+};
+use kto_cli::{Context, Error, Result, escape};
+use safetensors::Dtype;
+use serde_json::Value;
+
+/// A weight in affine quantization, still packed.
+pub struct AffineTensor<'a> {
+    /// 32-bit words, (rows, columns · bits / 32).
+    pub packed: TensorView<'a>,
+    /// Floats, (rows, columns / group).
+    pub scales: TensorView<'a>,
+    /// As the scales.
+    pub biases: TensorView<'a>,
+    /// Bits of a code: 2, 3, 4, 5, 6 or 8.
+    pub bits: usize,
+    /// Values that share a scale and a bias: 32, 64 or 128.
+    pub group: usize,
+    /// Shape of the decoded weight.
+    pub shape: [usize; 2],
+}
+
+impl<'a> AffineTensor<'a> {
+    /// Returns the weight `name` if it is quantized by MLX, `None` if it is not. Errors (65) say what does not fit.
+    pub fn find(directory: &'a ModelDir, name: &str) -> Result<Option<Self>> {
+        let Some(layer) = name.strip_suffix(".weight") else { return Ok(None) };
+        let Some(scales) = directory.tensors.get(&format!("{layer}.scales")) else { return Ok(None) };
+        let (bits, group) = settings(&directory.config, layer)?;
+        let read = || {
+            let store = &directory.tensors;
+            let (packed, biases) = (store.require(name)?, store.require(&format!("{layer}.biases"))?);
+            Self::checked(packed, scales, biases, bits, group)
+        };
+        read().at(format_args!("tensor \"{}\"", escape(name))).map(Some)
+    }
+
+    fn checked(
+        packed: TensorView<'a>,
+        scales: TensorView<'a>,
+        biases: TensorView<'a>,
+        bits: usize,
+        group: usize,
+    ) -> Result<Self> {
+        let (&[rows, words], &[_, groups]) = (packed.shape, scales.shape) else {
+            return Err(Error::data(format!("shape {:?}, scales {:?}", packed.shape, scales.shape)));
+        };
+        if packed.dtype != Dtype::U32 {
+            return Err(Error::data(format!("dtype {}, expected U32", packed.dtype)));
+        }
+        if float_size(scales.dtype).is_none() || biases.dtype != scales.dtype {
+            return Err(Error::data(format!("{} scales and {} biases", scales.dtype, biases.dtype)));
+        }
+        let columns = groups.checked_mul(group).filter(|c| c.checked_mul(bits) == words.checked_mul(32));
+        let Some(columns) = columns.filter(|_| scales.shape[0] == rows && biases.shape == scales.shape)
+        else {
+            let text =
+                format!("shape {:?}, scales {:?}, biases {:?}", packed.shape, scales.shape, biases.shape);
+            return Err(Error::data(format!("{text} do not fit {bits} bits in groups of {group}")));
+        };
+        Ok(Self { packed, scales, biases, bits, group, shape: [rows, columns] })
+    }
+}
+
+/// Returns bits and group size of a layer.
+fn settings(config: &Value, layer: &str) -> Result<(usize, usize)> {
+    let all = ["quantization", "quantization_config"].iter().find_map(|key| config.get(key)?.as_object());
+    let Some(all) = all else {
+        return Err(Error::data(format!(
+            "config.json: no \"quantization\", but \"{}.scales\"",
+            escape(layer)
+        )));
+    };
+    let own = all.get(layer).and_then(Value::as_object).unwrap_or(all);
+    let bad = |key: &str| {
+        let value = escape(&own.get(key).unwrap_or(&Value::Null).to_string());
+        Error::data(format!(
+            "config.json: quantization of \"{}\": {key} {value} is not supported",
+            escape(layer)
+        ))
+    };
+    if own.get("mode").is_some_and(|mode| mode != "affine") {
+        return Err(bad("mode").with_hint("quantize to mode affine, or use the unquantized model"));
+    }
+    let size = |key: &str, default: u64, allowed: &[u64]| {
+        let value = own.get(key).map_or(Some(default), Value::as_u64);
+        value.filter(|v| allowed.contains(v)).map(|v| v as usize).ok_or_else(|| bad(key))
+    };
+    Ok((size("bits", 4, &[2, 3, 4, 5, 6, 8])?, size("group_size", 64, &[32, 64, 128])?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_layer_may_have_its_own_settings() {
+        let config = json!({"quantization": {"group_size": 32, "bits": 3, "mode": "affine",
+            "model.layers.0.mlp.down_proj": {"group_size": 128, "bits": 6}, "lm_head": {"bits": 8}, "x": false,
+            "fp": {"mode": "mxfp4", "bits": 4, "group_size": 32}, "seven": {"bits": 7}}});
+        let of = |layer: &str| settings(&config, layer);
+        assert_eq!(of("model.layers.0.mlp.up_proj").unwrap(), (3, 32));
+        assert_eq!(of("model.layers.0.mlp.down_proj").unwrap(), (6, 128));
+        assert_eq!(of("lm_head").unwrap(), (8, 64));
+        assert_eq!(of("x").unwrap(), (3, 32));
+        let error = of("fp").unwrap_err().to_string();
+        assert!(error.starts_with("config.json: quantization of \"fp\": mode \"mxfp4\" is not supported"));
+        assert!(of("seven").unwrap_err().to_string().contains("bits 7 is not"));
+        let error = settings(&json!({}), "x").unwrap_err().to_string();
+        assert_eq!(error, "config.json: no \"quantization\", but \"x.scales\"");
+        let other = json!({"quantization_config": {"bits": 2, "group_size": 64}});
+        assert_eq!(settings(&other, "x").unwrap(), (2, 64));
+    }
+
+    #[test]
+    fn shapes_must_fit_the_settings() {
+        let view = |name, dtype, shape| TensorView { name, dtype, shape, data: &[] };
+        let found = |words: &'static [usize], scales: &'static [usize], biases: &'static [usize]| {
+            let (s, b) = (view("s", Dtype::F16, scales), view("b", Dtype::F16, biases));
+            AffineTensor::checked(view("w", Dtype::U32, words), s, b, 3, 64).map(|t| t.shape)
+        };
+        assert_eq!(found(&[5, 12], &[5, 2], &[5, 2]).unwrap(), [5, 128]);
+        for (words, scales, biases) in [
+            (&[5, 16][..], &[5, 2][..], &[5, 2][..]),
+            (&[5, 12], &[4, 2], &[4, 2]),
+            (&[5, 12], &[5, 2], &[5, 3]),
+            (&[5, usize::MAX], &[5, usize::MAX], &[5, usize::MAX]),
+        ] {
+            let error = found(words, scales, biases).unwrap_err().to_string();
+            assert!(error.ends_with("do not fit 3 bits in groups of 64"), "{error}");
+        }
+        let error = found(&[60], &[5, 2], &[5, 2]).unwrap_err().to_string();
+        assert_eq!(error, "shape [60], scales [5, 2]");
+        let floats = view("s", Dtype::F32, &[5, 2]);
+        let bytes = view("s", Dtype::U8, &[5, 2]);
+        let of = |w, s, b| AffineTensor::checked(w, s, b, 3, 64).err().unwrap().to_string();
+        let words = view("w", Dtype::U32, &[5, 12]);
+        assert_eq!(of(view("w", Dtype::I32, &[5, 12]), floats, floats), "dtype I32, expected U32");
+        assert_eq!(of(words, bytes, bytes), "U8 scales and U8 biases");
+        assert_eq!(of(words, floats, view("b", Dtype::F16, &[5, 2])), "F32 scales and F16 biases");
+    }
+}
