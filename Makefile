@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners check fmt fmt-check lint deny golden peers bench bench-large bench-kernels doc man completions install dist clean
+.PHONY: help build demo test manners check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench: build ## our step and TRL's in turn, growth, kernels; 35 minutes, an idle
 bench-large: build ## random NF4 models of 7B and 14B shape: 40 minutes, 15 GB under target/bench (PYTHON=)
 	$(PYTHON) scripts/bench/large.py nf4-7b nf4-14b
 	$(PYTHON) scripts/bench/report.py
+
+bench-memory: build ## predicted against measured peak memory of kto-train: ten minutes (PYTHON=)
+	$(PYTHON) scripts/check-memory
 
 bench-kernels: ## every kernel against its measured floor: a minute
 	$(CARGO) bench -p kto-kernels --bench kernels

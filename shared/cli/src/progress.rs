@@ -53,7 +53,7 @@ impl Progress {
     ) -> Self {
         let first = if style == Style::Bar { FIRST } else { FIRST_LINE };
         let due = AtomicU64::new(millis(first));
-        let (done, skipped) = (AtomicU64::new(0), AtomicU64::new(0));
+        let [done, skipped] = [const { AtomicU64::new(0) }; 2];
         Self {
             tool,
             style,
@@ -70,6 +70,13 @@ impl Progress {
     /// Moves on by `n`.
     pub fn add(&self, n: u64) {
         let done = self.done.fetch_add(n, Ordering::Relaxed) + n;
+        self.show_if_due(done);
+    }
+    /// Shows that of the next [`Progress::add`] about `n` is done: a long step is no silence.
+    pub fn under_way(&self, n: u64) {
+        self.show_if_due(self.done.load(Ordering::Relaxed) + n);
+    }
+    fn show_if_due(&self, done: u64) {
         if self.style == Style::Off {
             return;
         }
