@@ -3,27 +3,25 @@
 use crate::{
     parallel::for_rows,
     real::Real,
-    tensor::{apart, matrix, read, same_type, with_type, write},
+    tensor::{apart, read, same_type, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 
-/// Returns `a + b`. Shapes: all (T, C).
-pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+/// Adds `b` to `a` in place. Shapes: both (T, C).
+pub fn add(a: &Tensor, b: &Tensor) -> Result<()> {
     let (t, c) = a.dims2()?;
     same_type(a, b)?;
+    apart(a, b)?;
     if b.dims2()? != (t, c) {
         bail!("add: shapes {:?} and {:?}", a.shape(), b.shape());
     }
     with_type!(a, T => {
-        let (ra, rb) = (read(a), read(b));
-        let (x, y) = (ra.slice::<T>()?, rb.slice::<T>()?);
-        let mut out = vec![T::ZERO; t * c];
-        for_rows(&mut out, c, |i, row| {
-            for (j, v) in row.iter_mut().enumerate() {
-                *v = x[i * c + j] + y[i * c + j];
-            }
-        });
-        matrix(out, t, c, a)
+        let rb = read(b);
+        let y = rb.slice::<T>()?;
+        write::<T>(a, |data| {
+            for_rows(data, c, |i, row| row.iter_mut().zip(&y[i * c..][..c]).for_each(|(v, y)| *v += *y));
+            Ok(())
+        })
     })
 }
 

@@ -1,57 +1,177 @@
-//! Matrix products, plain and accumulating. Called for every linear layer, LoRA factor and the head.
+//! Matrix products on tensors: plain, with several terms, onto a start. Called for every linear layer, LoRA factor and the head.
 
 use crate::{
-    real::{Operand, Real, Sizes, product},
+    gemm::{Right, Start, Target, Term, product},
+    real::{Operand, Real},
     tensor::{apart, matrix, read, same_type, with_type, write},
+    weight::Weight,
 };
 use candle_core::{Result, Tensor, bail};
-use gemm::Parallelism;
 
-/// Returns `a · b`. Shapes: a (M, K), b (K, N), result (M, N); any strides, so `.t()` costs nothing.
-/// Errors: shapes or element types that do not match.
-pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    same_type(a, b)?;
-    with_type!(a, T => {
-        let (ra, rb) = (read(a), read(b));
-        let (x, y) = (ra.operand::<T>()?, rb.operand::<T>()?);
-        let s = sizes(x, y)?;
-        let mut out = vec![T::ZERO; s.m * s.n];
-        // SAFETY: the readers hold both operands, whose bounds were checked, and `out` is fresh with m·n elements.
-        unsafe { product(s, out.as_mut_ptr(), s.n as isize, T::ZERO, x.0, y.0, T::ONE, threads(s)) };
-        matrix(out, s.m, s.n, a)
-    })
+/// The second factor of a product.
+#[derive(Clone, Copy)]
+pub enum Factor<'a> {
+    /// A (k, n) tensor of any strides.
+    Plain(&'a Tensor),
+    /// A (n, k) tensor of any strides, transposed.
+    Transposed(&'a Tensor),
+    /// A frozen weight (k, n).
+    Weight(&'a Weight),
+    /// A frozen weight (n, k), transposed: a linear layer.
+    Linear(&'a Weight),
 }
 
-/// Computes `out += scale · a · b` in place. `out` (M, N) is contiguous and shares no memory with the operands.
-pub fn matmul_acc(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<()> {
-    same_type(a, b)?;
-    same_type(out, a)?;
-    apart(out, a)?;
-    apart(out, b)?;
+/// `scale · a · b`. Shapes: a (m, k) of any strides, b (k, n).
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// First factor.
+    pub a: &'a Tensor,
+    /// Second factor.
+    pub b: Factor<'a>,
+    /// Factor of the whole.
+    pub scale: f64,
+}
+
+impl<'a> Product<'a> {
+    /// Returns `a · b`.
+    pub fn new(a: &'a Tensor, b: Factor<'a>) -> Self {
+        Self { a, b, scale: 1.0 }
+    }
+    /// Returns `scale · a · b`.
+    pub fn scaled(a: &'a Tensor, b: Factor<'a>, scale: f64) -> Self {
+        Self { a, b, scale }
+    }
+}
+
+/// What products are added to.
+#[derive(Clone, Copy)]
+pub enum Onto<'a> {
+    /// Nothing: the target is overwritten.
+    Zero,
+    /// The target.
+    Itself,
+    /// This row (n), a bias.
+    Row(&'a Tensor),
+    /// This (m, n) matrix, a residual.
+    Matrix(&'a Tensor),
+}
+
+/// Returns `a · b`. Shapes: a (m, k), b (k, n), result (m, n); any strides, so `.t()` costs nothing.
+/// Errors: shapes or element types that do not match.
+pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (m, n) = (a.dims2()?.0, b.dims2()?.1);
+    let out = with_type!(a, T => matrix(vec![T::ZERO; m * n], m, n, a))?;
+    multiply(&out, Onto::Zero, &[Product::new(a, Factor::Plain(b))])?;
+    Ok(out)
+}
+
+/// Computes `out = onto + Σ products`. `out` (m, n) has unit column or row stride and shares no memory with any operand.
+/// Errors: shapes or element types that do not match.
+pub fn multiply(out: &Tensor, onto: Onto, products: &[Product]) -> Result<()> {
     let (m, n) = out.dims2()?;
-    with_type!(a, T => {
-        let (ra, rb) = (read(a), read(b));
-        let (x, y) = (ra.operand::<T>()?, rb.operand::<T>()?);
-        let s = sizes(x, y)?;
-        if (s.m, s.n) != (m, n) {
-            bail!("product of shape ({}, {}) cannot be added to ({m}, {n})", s.m, s.n);
+    for p in products {
+        same_type(out, p.a)?;
+        apart(out, p.a)?;
+        if let Some(b) = p.b.tensor() {
+            same_type(out, b)?;
+            apart(out, b)?;
         }
+        let (rows, k) = p.a.dims2()?;
+        let (depth, columns) = p.b.dims()?;
+        if (rows, columns) != (m, n) || k != depth {
+            bail!("product of ({rows}, {k}) and ({depth}, {columns}) for ({m}, {n})");
+        }
+    }
+    let from = match onto {
+        Onto::Zero | Onto::Itself => None,
+        Onto::Row(row) => Some(row.unsqueeze(0)?),
+        Onto::Matrix(matrix) => Some(matrix.clone()),
+    };
+    if let Some(from) = &from {
+        same_type(out, from)?;
+        apart(out, from)?;
+        let rows = if matches!(onto, Onto::Row(_)) { 1 } else { m };
+        if from.dims2()? != (rows, n) || !from.is_contiguous() {
+            bail!("cannot start from {:?} for ({m}, {n})", from.shape());
+        }
+    }
+    with_type!(out, T => {
+        let left: Vec<_> = products.iter().map(|p| read(p.a)).collect();
+        let right: Vec<_> = products.iter().map(|p| p.b.tensor().map(read)).collect();
+        let base = from.as_ref().map(read);
+        let start: Start<T> = match (&onto, &base) {
+            (_, Some(reader)) => {
+                let at = reader.slice::<T>()?.as_ptr();
+                let row = if matches!(onto, Onto::Row(_)) { 0 } else { n as isize };
+                Start::Matrix(Operand { at, row, column: 1 })
+            }
+            (Onto::Itself, _) => Start::Target,
+            _ => Start::Zero,
+        };
+        let mut terms: Vec<Term<T>> = Vec::with_capacity(products.len());
+        for ((p, a), b) in products.iter().zip(&left).zip(&right) {
+            let b = match (&p.b, b) {
+                (Factor::Plain(_), Some(reader)) => Right::Matrix(reader.operand()?.0),
+                (Factor::Weight(Weight::Stored(w)), _) => Right::Rows(w),
+                (Factor::Linear(Weight::Stored(w)), _) => Right::Columns(w),
+                (Factor::Weight(_), Some(reader)) => Right::Matrix(reader.operand()?.0),
+                (_, Some(reader)) => Right::Matrix(reader.operand()?.0.transposed()),
+                (_, None) => bail!("a factor without memory"),
+            };
+            let (a, _, k) = a.operand()?;
+            terms.push(Term { a, b, k, scale: T::of(p.scale) });
+        }
+        let turned = if matches!(onto, Onto::Zero | Onto::Itself) { turn(&terms, m, n) } else { None };
         write::<T>(out, |c| {
-            // SAFETY: as in `matmul`; the write lock on `out` proves that the operands live elsewhere.
-            unsafe { product(s, c.as_mut_ptr(), n as isize, T::ONE, x.0, y.0, T::of(scale), threads(s)) };
+            if let Some(terms) = &turned {
+                let target = Target { at: c.as_mut_ptr(), row: 1, column: n };
+                // SAFETY: as below, with both sides transposed.
+                unsafe { product(target, n, m, start, terms, true) };
+                return Ok(());
+            }
+            let target = Target { at: c.as_mut_ptr(), row: n, column: 1 };
+            // SAFETY: the readers hold all operands, whose bounds and sizes were checked; `apart` proved that the target is elsewhere.
+            unsafe { product(target, m, n, start, &terms, true) };
             Ok(())
         })
     })
 }
 
-fn sizes<T>(a: (Operand<T>, usize, usize), b: (Operand<T>, usize, usize)) -> Result<Sizes> {
-    if a.2 != b.1 {
-        bail!("cannot multiply ({}, {}) by ({}, {})", a.1, a.2, b.1, b.2);
+/// Columns up to which a product with a transposed first factor is computed transposed.
+const NARROW: usize = 64;
+
+/// Returns the terms of the transposed product where that packs the long factor by rows: gradients of narrow LoRA factors.
+/// Every element is the same chain of multiply-adds either way.
+fn turn<'a, T: Real>(terms: &[Term<'a, T>], m: usize, n: usize) -> Option<Vec<Term<'a, T>>> {
+    if n > NARROW || m <= n {
+        return None;
     }
-    Ok(Sizes { m: a.1, n: b.2, k: a.2 })
+    let turned = |t: &Term<'a, T>| match t.b {
+        Right::Matrix(b) if t.a.row == 1 => {
+            Some(Term { a: b.transposed(), b: Right::Matrix(t.a.transposed()), ..*t })
+        }
+        _ => None,
+    };
+    terms.iter().map(turned).collect()
 }
 
-/// Small products stay on the calling thread.
-fn threads(s: Sizes) -> Parallelism {
-    if s.m * s.n * s.k < 1 << 18 { Parallelism::None } else { Parallelism::Rayon(0) }
+impl<'a> Factor<'a> {
+    fn tensor(self) -> Option<&'a Tensor> {
+        match self {
+            Self::Plain(t) | Self::Transposed(t) => Some(t),
+            Self::Weight(Weight::Dense(t)) | Self::Linear(Weight::Dense(t)) => Some(t),
+            _ => None,
+        }
+    }
+
+    /// Returns (k, n).
+    fn dims(self) -> Result<(usize, usize)> {
+        let turned = |(n, k): (usize, usize)| (k, n);
+        match self {
+            Self::Plain(t) => t.dims2(),
+            Self::Transposed(t) => t.dims2().map(turned),
+            Self::Weight(w) => w.dims(),
+            Self::Linear(w) => w.dims().map(turned),
+        }
+    }
 }

@@ -21,8 +21,14 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], columns: usize, f: impl Fn(usize,
 }
 
 /// A pointer that may cross threads; the tasks that share it write disjoint places.
-#[derive(Clone, Copy)]
 pub(crate) struct Shared<T>(pub *mut T);
+// By hand: a derive would ask that T is Copy.
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Shared<T> {}
 // SAFETY: only handed to tasks whose written ranges do not overlap; every use says why.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.

@@ -1,8 +1,12 @@
 //! The two number types of the engine: f32 for work, f64 as the oracle of the tests.
 
+use crate::{
+    gemm::{Tiles, TransposeSquare, transpose_square, transpose_square_f32},
+    stored::Stored,
+};
 use candle_core::{CpuStorage, WithDType};
-use gemm::Parallelism;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
+use std::{cell::RefCell, sync::OnceLock, thread::LocalKey};
 
 /// A floating-point type that the kernels are generic over.
 pub trait Real:
@@ -38,10 +42,18 @@ pub trait Real:
     fn finite(self) -> bool;
     /// Returns the elements of a storage of this type.
     fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+    /// Returns the matrix-product tiles of this processor.
+    fn tiles() -> &'static Tiles<Self>;
+    /// Buffers of this thread for packed operands.
+    fn scratch() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>>;
+    /// Transposes small squares.
+    fn transpose_square() -> TransposeSquare<Self>;
+    /// Writes consecutive elements of a row of a frozen weight.
+    fn widen(weight: &Stored, row: usize, column: usize, out: &mut [Self]);
 }
 
 macro_rules! real {
-    ($t:ty, $variant:ident, $exp:path) => {
+    ($t:ty, $variant:ident, $exp:path, $tiles:ident, $square:expr, $widen:expr) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -72,11 +84,34 @@ macro_rules! real {
                     _ => None,
                 }
             }
+            fn tiles() -> &'static Tiles<Self> {
+                static CHOSEN: OnceLock<&'static Tiles<$t>> = OnceLock::new();
+                CHOSEN.get_or_init(crate::gemm::$tiles)
+            }
+            fn scratch() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>> {
+                thread_local!(static BUFFERS: RefCell<Vec<Vec<$t>>> = const { RefCell::new(Vec::new()) });
+                &BUFFERS
+            }
+            fn transpose_square() -> TransposeSquare<Self> {
+                $square
+            }
+            fn widen(weight: &Stored, row: usize, column: usize, out: &mut [Self]) {
+                $widen(weight, row, column, out)
+            }
         }
     };
 }
-real!(f32, F32, crate::exp::exp);
-real!(f64, F64, f64::exp);
+real!(f32, F32, crate::exp::exp, fastest_f32, transpose_square_f32(), Stored::widen);
+real!(f64, F64, f64::exp, fastest_f64, transpose_square::<f64>, widen_f64);
+
+fn widen_f64(weight: &Stored, row: usize, column: usize, out: &mut [f64]) {
+    let mut buffer = [0.0f32; 256];
+    for (i, out) in out.chunks_mut(buffer.len()).enumerate() {
+        let narrow = &mut buffer[..out.len()];
+        weight.widen(row, column + i * 256, narrow);
+        out.iter_mut().zip(narrow).for_each(|(wide, v)| *wide = f64::from(*v));
+    }
+}
 
 /// A strided matrix in memory, as a matrix product reads it.
 #[derive(Clone, Copy)]
@@ -88,51 +123,9 @@ pub(crate) struct Operand<T> {
     pub column: isize,
 }
 
-/// Sizes of a matrix product: (m, k) · (k, n).
-#[derive(Clone, Copy)]
-pub(crate) struct Sizes {
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-}
-
-/// Computes `out = beta·out + alpha·a·b`; with `beta` zero `out` is not read.
-///
-/// # Safety
-/// The operands and `out` (row stride `out_row`, unit column stride) must be valid for the sizes, and `out` must overlap neither.
-#[allow(clippy::too_many_arguments)] // the usual signature of a BLAS gemm
-pub(crate) unsafe fn product<T: Real>(
-    s: Sizes,
-    out: *mut T,
-    out_row: isize,
-    beta: T,
-    a: Operand<T>,
-    b: Operand<T>,
-    alpha: T,
-    parallelism: Parallelism,
-) {
-    // SAFETY: the caller's promise is the one that gemm asks for; T is f32 or f64, the types gemm knows.
-    unsafe {
-        gemm::gemm(
-            s.m,
-            s.n,
-            s.k,
-            out,
-            1,
-            out_row,
-            beta != T::ZERO,
-            a.at,
-            a.column,
-            a.row,
-            b.at,
-            b.column,
-            b.row,
-            beta,
-            alpha,
-            false,
-            false,
-            false,
-            parallelism,
-        )
+impl<T> Operand<T> {
+    /// Returns the same memory with rows and columns exchanged.
+    pub fn transposed(self) -> Self {
+        Self { at: self.at, row: self.column, column: self.row }
     }
 }

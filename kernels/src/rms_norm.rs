@@ -3,68 +3,95 @@
 use crate::{
     parallel::for_rows,
     real::Real,
-    tensor::{matrix, read, with_type},
+    simd::simd,
+    tensor::{apart, read, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 
-/// Returns `x / rms(x) · w` row by row, `rms(x) = sqrt(mean(x²) + eps)`. Shapes: x (T, C), w (C), result (T, C).
+/// Writes `x / rms(x) · w` row by row to `out`, `rms(x) = sqrt(mean(x²) + eps)`. Shapes: x and out (T, C), w (C).
 /// Source: arXiv 1910.07467; sums in the element type, as Llama does.
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-    let (t, c) = dims(x, w)?;
+pub fn rms_norm(out: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
+    let (_, c) = dims(out, x, w)?;
     with_type!(x, T => {
         let (rx, rw) = (read(x), read(w));
         let (x_, w_) = (rx.slice::<T>()?, rw.slice::<T>()?);
-        let mut out = vec![T::ZERO; t * c];
-        for_rows(&mut out, c, |i, y| {
-            let x = &x_[i * c..][..c];
-            let r = inverse_rms(x, eps);
-            for j in 0..c {
-                y[j] = x[j] * r * w_[j];
-            }
-        });
-        matrix(out, t, c, x)
+        write::<T>(out, |out| {
+            for_rows(out, c, |i, y| normalize(y, &x_[i * c..][..c], w_, T::of(eps)));
+            Ok(())
+        })
     })
 }
 
-/// Returns the gradient of `x` for the gradient `dy` of the result. Shapes: all (T, C), w (C).
-/// Formula, with `r = 1/rms(x)` and `g = dy·w`: `dx = r·(g − x·r²·mean(g·x))`.
-pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-    let (t, c) = dims(x, w)?;
-    if dy.dims2()? != (t, c) {
-        bail!("rms_norm_backward: gradient {:?} for an input {:?}", dy.shape(), x.shape());
-    }
+/// Adds to `dx` the gradient of `x` for the gradient `dy` of the result. Shapes: all (T, C), w (C).
+/// Formula, with `r = 1/rms(x)` and `g = dy·w`: `dx += r·(g − x·r²·mean(g·x))`.
+pub fn rms_norm_backward(dx: &Tensor, dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
+    let (_, c) = dims(dx, x, w)?;
+    dims(dy, x, w)?;
+    apart(dx, dy)?;
     with_type!(x, T => {
         let (rd, rx, rw) = (read(dy), read(x), read(w));
         let (d_, x_, w_) = (rd.slice::<T>()?, rx.slice::<T>()?, rw.slice::<T>()?);
-        let mut out = vec![T::ZERO; t * c];
-        for_rows(&mut out, c, |i, dx| {
-            let (x, dy) = (&x_[i * c..][..c], &d_[i * c..][..c]);
-            let r = inverse_rms(x, eps);
-            let mut dot = T::ZERO;
-            for j in 0..c {
-                dot += dy[j] * w_[j] * x[j];
-            }
-            let k = dot * r * r / T::of(c as f64);
-            for j in 0..c {
-                dx[j] = r * (dy[j] * w_[j] - x[j] * k);
-            }
-        });
-        matrix(out, t, c, x)
+        write::<T>(dx, |dx| {
+            for_rows(dx, c, |i, dx| add_gradient(dx, &d_[i * c..][..c], &x_[i * c..][..c], w_, T::of(eps)));
+            Ok(())
+        })
     })
 }
 
-fn dims(x: &Tensor, w: &Tensor) -> Result<(usize, usize)> {
-    let (t, c) = x.dims2()?;
-    if w.dims1()? != c || w.dtype() != x.dtype() {
-        bail!("rms_norm: weight {:?} for an input {:?}", w.shape(), x.shape());
+simd! {
+    fn normalize<T: Real>(y: &mut [T], x: &[T], w: &[T], eps: T) {
+        let r = inverse_rms(x, eps);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+            *y = *x * r * *w;
+        }
     }
+}
+
+simd! {
+    fn add_gradient<T: Real>(dx: &mut [T], dy: &[T], x: &[T], w: &[T], eps: T) {
+        let r = inverse_rms(x, eps);
+        let dot = lane_sum(x.len(), |j| dy[j] * w[j] * x[j]);
+        let k = dot * r * r / T::of(x.len() as f64);
+        for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+            *dx += r * (*dy * *w - *x * k);
+        }
+    }
+}
+
+fn dims(out: &Tensor, x: &Tensor, w: &Tensor) -> Result<(usize, usize)> {
+    let (t, c) = x.dims2()?;
+    if w.dims1()? != c || w.dtype() != x.dtype() || out.dims2()? != (t, c) || out.dtype() != x.dtype() {
+        bail!("rms_norm: weight {:?} and output {:?} for an input {:?}", w.shape(), out.shape(), x.shape());
+    }
+    apart(out, x)?;
+    apart(out, w)?;
     Ok((t, c))
 }
 
-fn inverse_rms<T: Real>(x: &[T], eps: f64) -> T {
-    let mut sum = T::ZERO;
-    for &v in x {
-        sum += v * v;
+#[inline(always)]
+fn inverse_rms<T: Real>(x: &[T], eps: T) -> T {
+    let sum = lane_sum(x.len(), |j| x[j] * x[j]);
+    T::ONE / (sum / T::of(x.len() as f64) + eps).sqrt()
+}
+
+/// Partial sums side by side, so that the loop is SIMD; the order of all additions is fixed.
+const LANES: usize = 16;
+
+#[inline(always)]
+fn lane_sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let whole = n / LANES * LANES;
+    for at in (0..whole).step_by(LANES) {
+        for l in 0..LANES {
+            lanes[l] += f(at + l);
+        }
     }
-    T::ONE / (sum / T::of(x.len() as f64) + T::of(eps)).sqrt()
+    let mut sum = T::ZERO;
+    for lane in lanes {
+        sum += lane;
+    }
+    for j in whole..n {
+        sum += f(j);
+    }
+    sum
 }

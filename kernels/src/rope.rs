@@ -3,7 +3,8 @@
 use crate::{
     parallel::for_rows,
     real::Real,
-    tensor::{matrix, read, with_type},
+    simd::simd,
+    tensor::{with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 
@@ -35,9 +36,9 @@ impl RopeTable {
     }
 }
 
-/// Rotates every head of `x` (T, H·D) by the angle of its row's position; with `inverse` by the opposite angle,
+/// Rotates every head of `x` (T, H·D) in place by the angle of its row's position; with `inverse` by the opposite angle,
 /// which is the backward pass. `positions` has T entries, all inside the table.
-pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], inverse: bool) -> Result<Tensor> {
+pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], inverse: bool) -> Result<()> {
     let (t, c) = x.dims2()?;
     let half = table.half;
     if half == 0 || c % (2 * half) != 0 || positions.len() != t {
@@ -46,21 +47,26 @@ pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], inverse: bool) -> 
     if let Some(p) = positions.iter().find(|p| table.row(**p).is_none()) {
         bail!("rope: position {p} is past the table");
     }
-    with_type!(x, T => {
-        let rx = read(x);
-        let x_ = rx.slice::<T>()?;
-        let mut out = vec![T::ZERO; t * c];
-        for_rows(&mut out, c, |i, y| {
+    with_type!(x, T => write::<T>(x, |x| {
+        for_rows(x, c, |i, row| {
             let Some((cos, sin)) = table.row(positions[i]) else { return };
-            for (y, x) in y.chunks_mut(2 * half).zip(x_[i * c..][..c].chunks(2 * half)) {
-                for j in 0..half {
-                    let cos = T::of(cos[j] as f64);
-                    let sin = T::of(if inverse { -sin[j] } else { sin[j] } as f64);
-                    y[j] = x[j] * cos - x[j + half] * sin;
-                    y[j + half] = x[j + half] * cos + x[j] * sin;
-                }
+            let sign = T::of(if inverse { -1.0 } else { 1.0 });
+            for head in row.chunks_mut(2 * half) {
+                let (low, high) = head.split_at_mut(half);
+                rotate(low, high, cos, sin, sign);
             }
         });
-        matrix(out, t, c, x)
-    })
+        Ok(())
+    }))
+}
+
+simd! {
+    fn rotate<T: Real>(low: &mut [T], high: &mut [T], cos: &[f32], sin: &[f32], sign: T) {
+        for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+            let (a, b) = (*low, *high);
+            let (cos, sin) = (T::of(f64::from(*cos)), T::of(f64::from(*sin)) * sign);
+            *low = a * cos - b * sin;
+            *high = b * cos + a * sin;
+        }
+    }
 }

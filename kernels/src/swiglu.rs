@@ -1,65 +1,78 @@
 //! The gated activation of Llama-form MLPs: `silu(gate) · up`.
 
 use crate::{
-    parallel::for_rows,
+    parallel::{Shared, for_rows},
     real::Real,
     simd::simd,
-    tensor::{matrix, read, with_type},
+    tensor::{apart, read, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 
-/// Returns `silu(gate)·up`, `silu(x) = x/(1+e^−x)`. Shapes: all (T, I).
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let (t, c) = dims(gate, up)?;
+/// Writes `silu(gate)·up` to `out`, `silu(x) = x/(1+e^−x)`. Shapes: all (T, I).
+pub fn swiglu(out: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+    let (_, c) = dims(gate, up)?;
+    dims(out, gate)?;
+    apart(out, gate)?;
+    apart(out, up)?;
     with_type!(gate, T => {
         let (rg, ru) = (read(gate), read(up));
         let (g_, u_) = (rg.slice::<T>()?, ru.slice::<T>()?);
-        let mut out = vec![T::ZERO; t * c];
-        for_rows(&mut out, c, |i, y| {
-            let (g, u) = (&g_[i * c..][..c], &u_[i * c..][..c]);
-            row(y, g, u);
-        });
-        matrix(out, t, c, gate)
+        write::<T>(out, |out| {
+            for_rows(out, c, |i, y| row(y, &g_[i * c..][..c], &u_[i * c..][..c]));
+            Ok(())
+        })
     })
 }
 
-/// Returns the gradients of `gate` and `up` for the gradient `dy` of the result. Shapes: all (T, I).
+/// For the gradient `y` of the result, turns all three in place: `gate` and `up` into their gradients, `y` into the result itself,
+/// which the layer after it needs for its own gradients. Shapes: all (T, I).
 /// Formula: `dgate = dy·up·s·(1 + gate·(1 − s))`, `dup = dy·gate·s` with `s = sigmoid(gate)`.
-pub fn swiglu_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
-    let (t, c) = dims(gate, up)?;
-    dims(dy, gate)?;
+pub fn swiglu_backward(y: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+    let (_, c) = dims(gate, up)?;
+    dims(y, gate)?;
+    apart(y, gate)?;
+    apart(y, up)?;
+    apart(gate, up)?;
     with_type!(gate, T => {
-        let (rd, rg, ru) = (read(dy), read(gate), read(up));
-        let (d_, g_, u_) = (rd.slice::<T>()?, rg.slice::<T>()?, ru.slice::<T>()?);
-        let mut dgate = vec![T::ZERO; t * c];
-        let part = |i: usize| (&d_[i * c..][..c], &g_[i * c..][..c], &u_[i * c..][..c]);
-        for_rows(&mut dgate, c, |i, y| {
-            let (d, g, u) = part(i);
-            gate_row(y, d, g, u);
-        });
-        let mut dup = vec![T::ZERO; t * c];
-        for_rows(&mut dup, c, |i, y| {
-            let (d, g, _) = part(i);
-            row(y, g, d);
-        });
-        Ok((matrix(dgate, t, c, gate)?, matrix(dup, t, c, gate)?))
+        write::<T>(gate, |gate| {
+            let gate = Shared(gate.as_mut_ptr());
+            write::<T>(up, |up| {
+                let up = Shared(up.as_mut_ptr());
+                write::<T>(y, |y| {
+                    for_rows(y, c, |i, y| {
+                        // SAFETY: the locks on both are held and the sizes were checked; every row is taken once.
+                        let (gate, up) = unsafe {
+                            (
+                                std::slice::from_raw_parts_mut(gate.at(i * c), c),
+                                std::slice::from_raw_parts_mut(up.at(i * c), c),
+                            )
+                        };
+                        backward_row(y, gate, up);
+                    });
+                    Ok(())
+                })
+            })
+        })
     })
 }
 
 simd! {
-    /// `y = silu(gate)·x`: the forward with `x = up`, the gradient of `up` with `x = dy`.
-    fn row<T: Real>(y: &mut [T], gate: &[T], x: &[T]) {
-        for ((y, g), x) in y.iter_mut().zip(gate).zip(x) {
-            *y = *g * sigmoid(*g) * *x;
+    fn row<T: Real>(y: &mut [T], gate: &[T], up: &[T]) {
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            *y = *g * sigmoid(*g) * *u;
         }
     }
 }
 
 simd! {
-    fn gate_row<T: Real>(y: &mut [T], dy: &[T], gate: &[T], up: &[T]) {
-        for (((y, d), g), u) in y.iter_mut().zip(dy).zip(gate).zip(up) {
-            let s = sigmoid(*g);
-            *y = *d * *u * s * (T::ONE + *g * (T::ONE - s));
+    fn backward_row<T: Real>(y: &mut [T], gate: &mut [T], up: &mut [T]) {
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            let (dy, gate, up) = (*y, *g, *u);
+            let s = sigmoid(gate);
+            let silu = gate * s;
+            *y = silu * up;
+            *g = dy * up * s * (T::ONE + gate * (T::ONE - s));
+            *u = dy * silu;
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
 use kto_formats::{bnb::Nf4Tensor, model_dir::ModelDir, tensors::check_finite};
-use kto_kernels::RopeTable;
+use kto_kernels::{RopeTable, Weight};
 use rayon::prelude::*;
 
 /// The weights of one block.
@@ -28,11 +28,11 @@ pub struct BaseModel {
     /// Sizes and features.
     pub architecture: Architecture,
     /// (V, C)
-    pub embedding: Tensor,
+    pub embedding: Weight,
     /// (C)
     pub final_norm: Tensor,
     /// (V, C); the embedding itself when tied.
-    pub head: Tensor,
+    pub head: Weight,
     /// Cosines and sines for every position in use.
     pub rope: RopeTable,
     dtype: DType,
@@ -50,9 +50,13 @@ impl BaseModel {
         weights::check(&architecture, &directory)?;
         let (v, c) = (architecture.vocab_size, architecture.hidden);
         let read = |name: &str, shape: &[usize]| dense(&directory, name, shape, dtype);
-        let embedding = read("model.embed_tokens.weight", &[v, c])?;
+        let embedding = Weight::Dense(read("model.embed_tokens.weight", &[v, c])?);
         let final_norm = read("model.norm.weight", &[c])?;
-        let head = if architecture.tied { embedding.clone() } else { read("lm_head.weight", &[v, c])? };
+        let head = if architecture.tied {
+            embedding.clone()
+        } else {
+            Weight::Dense(read("lm_head.weight", &[v, c])?)
+        };
         let rope = RopeTable::new(architecture.shape.dim, architecture.rope_theta, positions.max(1));
         let mut this =
             Self { embedding, final_norm, head, rope, dtype, directory, layers: Vec::new(), architecture };
@@ -140,7 +144,7 @@ impl BaseModel {
             }
             false => None,
         };
-        Ok(Linear { weight, bias })
+        Ok(Linear { weight: Weight::Dense(weight), bias })
     }
 }
 

@@ -1,15 +1,17 @@
-//! One decoder block, forward and backward. The backward recomputes the forward from the block's input.
+//! One decoder block, forward and backward. What the backward pass needs was kept by the forward pass, or is computed again.
 
 use crate::{
     architecture::{Architecture, Module},
     base::LayerWeights,
-    projection::{Dx, Factors, Projection},
+    buffers::{Activations, ForwardScratch, KeyValues, Scratch},
+    projection::{Factors, Projection, input_gradient},
 };
-use candle_core::{Error, Result, Tensor};
+use candle_core::{Result, Tensor};
 use kto_kernels::{
-    AttentionLayout, DropoutKey, RopeTable, add, attention, attention_backward, gather_rows, random,
-    rms_norm, rms_norm_backward, rope, scatter_add_rows, swiglu, swiglu_backward,
+    AttentionGradients, AttentionLayout, DropoutKey, RopeTable, attention, attention_backward, clear,
+    gather_rows, random, rms_norm, rms_norm_backward, rope, scatter_add_rows, swiglu, swiglu_backward,
 };
+use std::borrow::Cow;
 
 /// The factors (or their gradients) of one block, by [`Module`].
 pub type BlockFactors = [Option<Factors>; 7];
@@ -24,7 +26,7 @@ pub(crate) struct Block<'a> {
     pub dropout: Option<DropoutKey>,
 }
 
-/// The rows that a block works on.
+/// The rows that a block works on: a part of a pack.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
     /// Position of every row.
@@ -33,121 +35,189 @@ pub(crate) struct Rows<'a> {
     pub keys: &'a [u64],
     /// Rows of the result, when not all are needed (the last block); the others give keys and values only.
     pub selected: Option<&'a [u32]>,
-    /// Queries count within the selected rows.
+    /// Queries count within the selected rows, keys within the pack.
     pub layout: &'a AttentionLayout,
 }
 
-/// Everything between a block's input and its output.
-struct Forward {
-    n1: Tensor,
-    n1_selected: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attended: Tensor,
-    h2: Tensor,
-    n2: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gated: Tensor,
-    /// Row names and positions of the selected rows.
-    keys: Vec<u64>,
-    positions: Vec<u32>,
+impl<'a> Rows<'a> {
+    /// Returns the number of rows of the result.
+    pub fn results(&self) -> usize {
+        self.selected.map_or(self.positions.len(), <[u32]>::len)
+    }
+
+    fn of_selected<T: Copy>(&self, all: &'a [T]) -> Cow<'a, [T]> {
+        match self.selected {
+            Some(index) => index.iter().map(|i| all[*i as usize]).collect::<Vec<T>>().into(),
+            None => all.into(),
+        }
+    }
+
+    fn select(&self, x: &Tensor) -> Result<Tensor> {
+        self.selected.map_or_else(|| Ok(x.clone()), |index| gather_rows(x, index))
+    }
 }
 
 impl Block<'_> {
-    /// Returns the block's output. Shapes: h (T, C), result (selected or T, C).
-    pub fn forward(&self, h: &Tensor, rows: Rows) -> Result<Tensor> {
-        let f = self.run(h, rows)?;
-        add(&f.h2, &self.projection(Module::Down, &f.keys).forward(&f.gated)?)
+    /// Writes the rows' keys and values. Leaves the normed rows in `scratch`. Shapes: h (T, C), new (T, Hkv·D).
+    pub fn keys_and_values(
+        &self,
+        h: &Tensor,
+        rows: &Rows,
+        new: &KeyValues<Tensor>,
+        a: &Activations<Tensor>,
+        scratch: &ForwardScratch,
+    ) -> Result<()> {
+        rms_norm(&scratch.normed, h, &self.weights.input_norm, self.architecture.rms_eps)?;
+        let project = |m: Module, y: &Tensor| {
+            self.projection(m, rows.keys).forward(y, None, &scratch.normed, &a.inner[m as usize])
+        };
+        project(Module::K, &new.k)?;
+        rope(&new.k, self.rope, rows.positions, false)?;
+        project(Module::V, &new.v)
     }
 
-    /// Adds to the factors' gradients and returns the gradient of `h` (T, C), if asked for.
-    /// Shapes: h (T, C), dout as the block's output.
+    /// Computes everything from the queries to gate and up, after [`Block::keys_and_values`].
+    /// `all` holds the keys and values of the whole pack.
+    fn attend(
+        &self,
+        h: &Tensor,
+        rows: &Rows,
+        all: &KeyValues<Tensor>,
+        a: &Activations<Tensor>,
+        scratch: &ForwardScratch,
+    ) -> Result<()> {
+        let (keys, positions) = (rows.of_selected(rows.keys), rows.of_selected(rows.positions));
+        let project = |m: Module, y: &Tensor, residual: Option<&Tensor>, x: &Tensor| {
+            self.projection(m, &keys).forward(y, residual, x, &a.inner[m as usize])
+        };
+        project(Module::Q, &a.q, None, &rows.select(&scratch.normed)?)?;
+        rope(&a.q, self.rope, &positions, false)?;
+        attention(&a.attended, &a.q, &all.k, &all.v, rows.layout, self.architecture.shape)?;
+        project(Module::O, &a.h2, Some(&rows.select(h)?), &a.attended)?;
+        let normed = scratch.normed.narrow(0, 0, rows.results())?;
+        rms_norm(&normed, &a.h2, &self.weights.post_norm, self.architecture.rms_eps)?;
+        project(Module::Gate, &a.gate, None, &normed)?;
+        project(Module::Up, &a.up, None, &normed)
+    }
+
+    /// Writes the block's output, after [`Block::keys_and_values`]. Shapes: h (T, C), out (selected or T, C); they may be one.
+    pub fn output(
+        &self,
+        out: &Tensor,
+        h: &Tensor,
+        rows: &Rows,
+        all: &KeyValues<Tensor>,
+        a: &Activations<Tensor>,
+        scratch: &ForwardScratch,
+    ) -> Result<()> {
+        self.attend(h, rows, all, a, scratch)?;
+        swiglu(&scratch.wide, &a.gate, &a.up)?;
+        let keys = rows.of_selected(rows.keys);
+        let down = self.projection(Module::Down, &keys);
+        down.forward(out, Some(&a.h2), &scratch.wide, &a.inner[Module::Down as usize])
+    }
+
+    /// Computes again what [`Block::backward`] needs and was not kept.
+    pub fn recompute(
+        &self,
+        h: &Tensor,
+        rows: &Rows,
+        all: &KeyValues<Tensor>,
+        a: &Activations<Tensor>,
+        scratch: &ForwardScratch,
+    ) -> Result<()> {
+        self.keys_and_values(h, rows, all, a, scratch)?;
+        self.attend(h, rows, all, a, scratch)?;
+        let keys = rows.of_selected(rows.keys);
+        swiglu(&scratch.wide, &a.gate, &a.up)?;
+        self.projection(Module::Down, &keys).inner(&a.inner[Module::Down as usize], &scratch.wide)
+    }
+
+    /// Adds to the factors' gradients. `d` is the gradient of the block's output (selected or T, C) and is used up; the gradient of
+    /// `h` goes to `dh` (T, C), which is `d` itself when nothing is selected, if `need_dh`. Uses up gate and up.
+    #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &self,
+        dh: &Tensor,
+        d: &Tensor,
         h: &Tensor,
-        dout: &Tensor,
-        rows: Rows,
+        rows: &Rows,
+        all: &KeyValues<Tensor>,
+        a: &Activations<Tensor>,
+        scratch: &Scratch<Tensor>,
         gradient: &BlockFactors,
         need_dh: bool,
-    ) -> Result<Option<Tensor>> {
-        let f = self.run(h, rows)?;
-        let of = |m: Module| gradient[m as usize].as_ref();
-        let back = |m: Module, dy: &Tensor, x: &Tensor, keys: &[u64], dx| {
-            self.projection(m, keys).backward(dy, x, of(m), dx)
+    ) -> Result<()> {
+        let (keys, positions) = (rows.of_selected(rows.keys), rows.of_selected(rows.positions));
+        let layer = |m: Module| match m {
+            Module::K | Module::V => self.projection(m, rows.keys),
+            _ => self.projection(m, &keys),
         };
-
-        let dgated = needed(back(Module::Down, dout, &f.gated, &f.keys, Dx::New)?)?;
-        let (dgate, dup) = swiglu_backward(&dgated, &f.gate, &f.up)?;
-        let dn2 = needed(back(Module::Gate, &dgate, &f.n2, &f.keys, Dx::New)?)?;
-        let dn2 = needed(back(Module::Up, &dup, &f.n2, &f.keys, Dx::AddTo(dn2))?)?;
+        let back = Back { gradient, a, scratch };
         let eps = self.architecture.rms_eps;
-        let dh2 = add(dout, &rms_norm_backward(&dn2, &f.h2, &self.weights.post_norm, eps)?)?;
+        let (few, dattended) = (scratch.flow.0.narrow(0, 0, rows.results())?, &scratch.flow.1);
 
-        let dattended = needed(back(Module::O, &dh2, &f.attended, &f.keys, Dx::New)?)?;
-        let (dq, dk, dv) =
-            attention_backward(&dattended, &f.q, &f.k, &f.v, rows.layout, self.architecture.shape)?;
-        let dq = rope(&dq, self.rope, &f.positions, true)?;
-        let dk = rope(&dk, self.rope, rows.positions, true)?;
-        let first = || if need_dh { Dx::New } else { Dx::Skip };
-        let dn1_selected = back(Module::Q, &dq, &f.n1_selected, &f.keys, first())?;
-        let dn1 = back(Module::K, &dk, &f.n1, rows.keys, first())?;
-        let dn1 = back(Module::V, &dv, &f.n1, rows.keys, dn1.map_or(Dx::Skip, Dx::AddTo))?;
-        let (Some(dn1), Some(dn1_selected)) = (dn1, dn1_selected) else { return Ok(None) };
-        let all = |x: Tensor| match rows.selected {
-            Some(index) => scatter_add_rows(&x, index, rows.positions.len()),
-            None => Ok(x),
-        };
-        let dn1 = add(&dn1, &all(dn1_selected)?)?;
-        Ok(Some(add(&all(dh2)?, &rms_norm_backward(&dn1, h, &self.weights.input_norm, eps)?)?))
-    }
+        let down = layer(Module::Down);
+        back.inner(Module::Down, &down, d)?;
+        back.input(&scratch.wide, &[(Module::Down, &down, d)])?;
+        swiglu_backward(&scratch.wide, &a.gate, &a.up)?;
+        back.factors(Module::Down, &down, d, &scratch.wide)?;
 
-    fn run(&self, h: &Tensor, rows: Rows) -> Result<Forward> {
-        let eps = self.architecture.rms_eps;
-        let n1 = rms_norm(h, &self.weights.input_norm, eps)?;
-        let (n1_selected, h_selected, keys, positions) = match rows.selected {
-            Some(index) => (
-                gather_rows(&n1, index)?,
-                gather_rows(h, index)?,
-                index.iter().map(|i| rows.keys[*i as usize]).collect(),
-                index.iter().map(|i| rows.positions[*i as usize]).collect(),
-            ),
-            None => (n1.clone(), h.clone(), rows.keys.to_vec(), rows.positions.to_vec()),
-        };
-        let q =
-            rope(&self.projection(Module::Q, &keys).forward(&n1_selected)?, self.rope, &positions, false)?;
-        let k = rope(&self.projection(Module::K, rows.keys).forward(&n1)?, self.rope, rows.positions, false)?;
-        let v = self.projection(Module::V, rows.keys).forward(&n1)?;
-        let attended = attention(&q, &k, &v, rows.layout, self.architecture.shape)?;
-        let h2 = add(&h_selected, &self.projection(Module::O, &keys).forward(&attended)?)?;
-        let n2 = rms_norm(&h2, &self.weights.post_norm, eps)?;
-        let gate = self.projection(Module::Gate, &keys).forward(&n2)?;
-        let up = self.projection(Module::Up, &keys).forward(&n2)?;
-        let gated = swiglu(&gate, &up)?;
-        Ok(Forward { n1, n1_selected, q, k, v, attended, h2, n2, gate, up, gated, keys, positions })
-    }
+        let (gate, up) = (layer(Module::Gate), layer(Module::Up));
+        back.inner(Module::Gate, &gate, &a.gate)?;
+        back.inner(Module::Up, &up, &a.up)?;
+        back.input(&few, &[(Module::Gate, &gate, &a.gate), (Module::Up, &up, &a.up)])?;
+        let normed = scratch.normed.narrow(0, 0, rows.results())?;
+        rms_norm(&normed, &a.h2, &self.weights.post_norm, eps)?;
+        back.factors(Module::Gate, &gate, &a.gate, &normed)?;
+        back.factors(Module::Up, &up, &a.up, &normed)?;
+        rms_norm_backward(d, &few, &a.h2, &self.weights.post_norm, eps)?;
 
-    /// Returns keys and values of new rows and the block's output for them, given all keys and values so far.
-    /// `cache` receives this block's new keys and values and returns all of them. Shapes: h (T, C), result (T, C).
-    pub fn decode(
-        &self,
-        h: &Tensor,
-        positions: &[u32],
-        layout: &AttentionLayout,
-        cache: impl FnOnce(&Tensor, &Tensor) -> Result<(Tensor, Tensor)>,
-    ) -> Result<Tensor> {
-        let eps = self.architecture.rms_eps;
-        let n1 = rms_norm(h, &self.weights.input_norm, eps)?;
-        let linear = |m: Module, x: &Tensor| self.projection(m, &[]).forward(x);
-        let q = rope(&linear(Module::Q, &n1)?, self.rope, positions, false)?;
-        let k = rope(&linear(Module::K, &n1)?, self.rope, positions, false)?;
-        let (k, v) = cache(&k, &linear(Module::V, &n1)?)?;
-        let attended = attention(&q, &k, &v, layout, self.architecture.shape)?;
-        let h2 = add(h, &linear(Module::O, &attended)?)?;
-        let n2 = rms_norm(&h2, &self.weights.post_norm, eps)?;
-        let gated = swiglu(&linear(Module::Gate, &n2)?, &linear(Module::Up, &n2)?)?;
-        add(&h2, &linear(Module::Down, &gated)?)
+        let o = layer(Module::O);
+        back.inner(Module::O, &o, d)?;
+        back.input(dattended, &[(Module::O, &o, d)])?;
+        back.factors(Module::O, &o, d, &a.attended)?;
+        let (dq, dk, dv) = (&scratch.dq, &scratch.dkv.k, &scratch.dkv.v);
+        let gradients = AttentionGradients { dq, dk, dv };
+        attention_backward(
+            &gradients,
+            dattended,
+            &a.q,
+            &all.k,
+            &all.v,
+            rows.layout,
+            self.architecture.shape,
+        )?;
+        rope(dq, self.rope, &positions, true)?;
+        rope(dk, self.rope, rows.positions, true)?;
+
+        rms_norm(&scratch.normed, h, &self.weights.input_norm, eps)?;
+        let (q, k, v) = (layer(Module::Q), layer(Module::K), layer(Module::V));
+        for (m, layer, dy) in [(Module::Q, &q, dq), (Module::K, &k, dk), (Module::V, &v, dv)] {
+            back.inner(m, layer, dy)?;
+        }
+        back.factors(Module::Q, &q, dq, &rows.select(&scratch.normed)?)?;
+        back.factors(Module::K, &k, dk, &scratch.normed)?;
+        back.factors(Module::V, &v, dv, &scratch.normed)?;
+        if !need_dh {
+            return Ok(());
+        }
+        let dn1 = &scratch.flow.0;
+        match rows.selected {
+            None => {
+                back.input(dn1, &[(Module::Q, &q, dq), (Module::K, &k, dk), (Module::V, &v, dv)])?;
+            }
+            Some(index) => {
+                // Queries and the residual exist for the selected rows only.
+                let few = few.zeros_like()?;
+                back.input(&few, &[(Module::Q, &q, dq)])?;
+                back.input(dn1, &[(Module::K, &k, dk), (Module::V, &v, dv)])?;
+                scatter_add_rows(dn1, &few, index)?;
+                clear(dh)?;
+                scatter_add_rows(dh, d, index)?;
+            }
+        }
+        rms_norm_backward(dh, dn1, h, &self.weights.input_norm, eps)
     }
 
     fn projection<'b>(&'b self, module: Module, keys: &'b [u64]) -> Projection<'b> {
@@ -163,6 +233,29 @@ impl Block<'_> {
     }
 }
 
-fn needed(dx: Option<Tensor>) -> Result<Tensor> {
-    dx.ok_or_else(|| Error::Msg("the gradient of a layer's input was not computed".into()))
+/// The way back through the linear layers of a block.
+struct Back<'a> {
+    gradient: &'a BlockFactors,
+    a: &'a Activations<Tensor>,
+    scratch: &'a Scratch<Tensor>,
+}
+
+impl Back<'_> {
+    /// Computes the gradient of a layer's inner values for the gradient `dy` of its output.
+    fn inner(&self, m: Module, layer: &Projection, dy: &Tensor) -> Result<()> {
+        layer.inner_gradient(&self.scratch.inner[m as usize], dy)
+    }
+
+    /// Adds to the gradients of a layer's factors; `x` is the layer's input.
+    fn factors(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
+        let i = m as usize;
+        layer.factor_gradients(self.gradient[i].as_ref(), dy, x, &self.a.inner[i], &self.scratch.inner[i])
+    }
+
+    /// Writes the gradient of an input that these layers share.
+    fn input(&self, dx: &Tensor, layers: &[(Module, &Projection, &Tensor)]) -> Result<()> {
+        let shares: Vec<_> =
+            layers.iter().map(|(m, layer, dy)| (*layer, *dy, &self.scratch.inner[*m as usize])).collect();
+        input_gradient(dx, &shares)
+    }
 }

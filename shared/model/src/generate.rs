@@ -2,10 +2,16 @@
 //!
 //! Several sequences go forward together, without padding: a step reads the weights once for all of them.
 
-use crate::{base::BaseModel, block::Block, lora::Lora, numeric::Numeric};
+use crate::{
+    base::BaseModel,
+    block::{Block, Rows},
+    buffers::{DecodeBuffers, KeyValues},
+    lora::Lora,
+    numeric::Numeric,
+};
 use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
-use kto_kernels::{AttentionLayout, Segment, gather_rows, matmul, random, rms_norm};
+use kto_kernels::{AttentionLayout, Factor, Onto, Product, Segment, gather_rows, multiply, random, rms_norm};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +37,7 @@ pub struct Generator<'a> {
     base: &'a BaseModel,
     lora: Option<&'a Lora>,
     /// Keys and values of each block, (sum of the capacities, Hkv·D) each.
-    cache: Vec<(Tensor, Tensor)>,
+    cache: Vec<KeyValues<Tensor>>,
     slots: Vec<Slot>,
 }
 
@@ -55,7 +61,7 @@ impl<'a> Generator<'a> {
             || Tensor::zeros((rows, shape.kv_heads * shape.dim), base.dtype(), &Device::Cpu).numeric();
         let mut cache = Vec::with_capacity(base.architecture.layers);
         for _ in 0..base.architecture.layers {
-            cache.push((empty()?, empty()?));
+            cache.push(KeyValues { k: empty()?, v: empty()? });
         }
         Ok(Self { base, lora, cache, slots })
     }
@@ -72,35 +78,46 @@ impl<'a> Generator<'a> {
         self.check(parts)?;
         let ids: Vec<u32> = parts.iter().flat_map(|p| p.1).copied().collect();
         let (layout, positions, last) = self.lay_out(parts);
-        let mut h = gather_rows(&self.base.embedding, &ids).numeric()?;
+        let architecture = &self.base.architecture;
+        let zeros =
+            |width: usize| Tensor::zeros((ids.len(), width), self.base.dtype(), &Device::Cpu).numeric();
+        let h = zeros(architecture.hidden)?;
+        self.base.embedding.gather_into(&h, &ids).numeric()?;
+        let buffers = DecodeBuffers::new(architecture, self.lora, ids.len(), self.base.dtype())?;
+        let rows = Rows { positions: &positions, keys: &[], selected: None, layout: &layout };
         for layer in 0..self.base.architecture.layers {
             let weights = self.base.layer(layer)?;
             let block = Block {
-                architecture: &self.base.architecture,
+                architecture,
                 rope: &self.base.rope,
                 weights: &weights,
                 factors: self.lora.map(|l| (&l.layers[layer], l.scale)),
                 dropout: None,
             };
-            let (keys, values) = &self.cache[layer];
-            let cache = |k: &Tensor, v: &Tensor| {
+            let cache = &self.cache[layer];
+            let decode = || {
+                let DecodeBuffers { activations: a, new, scratch } = &buffers;
+                block.keys_and_values(&h, &rows, new, a, scratch)?;
                 for s in layout.segments.iter() {
-                    keys.slice_set(&k.narrow(0, s.query, s.queries)?, 0, s.own + s.offset)?;
-                    values.slice_set(&v.narrow(0, s.query, s.queries)?, 0, s.own + s.offset)?;
+                    let new = new.rows(s.query, s.queries)?;
+                    cache.k.slice_set(&new.k, 0, s.own + s.offset)?;
+                    cache.v.slice_set(&new.v, 0, s.own + s.offset)?;
                 }
-                Ok((keys.clone(), values.clone()))
+                block.output(&h, &h, &rows, cache, a, scratch)
             };
-            h = block.decode(&h, &positions, &layout, cache).numeric()?;
+            decode().numeric()?;
         }
         for (i, ids) in parts {
             self.slots[*i].past += ids.len();
         }
-        let head = || {
+        let head = || -> candle_core::Result<Tensor> {
             let h = if all || last.len() == ids.len() { h.clone() } else { gather_rows(&h, &last)? };
-            matmul(
-                &rms_norm(&h, &self.base.final_norm, self.base.architecture.rms_eps)?,
-                &self.base.head.t()?,
-            )
+            let normed = h.zeros_like()?;
+            rms_norm(&normed, &h, &self.base.final_norm, architecture.rms_eps)?;
+            let logits =
+                Tensor::zeros((h.dim(0)?, architecture.vocab_size), self.base.dtype(), &Device::Cpu)?;
+            multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(&self.base.head))])?;
+            Ok(logits)
         };
         head().numeric()
     }
@@ -151,7 +168,7 @@ pub struct Request<'a> {
 
 /// Continues the prompts together. After each new token of sequence `i`, `stop(i, tokens so far)` says whether it ends;
 /// an error from it ends the whole. Returns each sequence's new tokens, the stopping one included, and whether `stop` ended it.
-/// What a sequence is batched with changes the order of its sums, so at most the last bits of its logits.
+/// What a sequence is batched with does not change it.
 pub fn generate_batch(
     base: &BaseModel,
     lora: Option<&Lora>,

@@ -3,40 +3,52 @@
 //! Log-probabilities and their unit-coefficient gradient come from one pass over a (chunk × V) buffer;
 //! the head itself is frozen, so no gradient of its size exists.
 
-use crate::pack::Entry;
-use candle_core::{Result, Tensor};
-use kto_kernels::{LogprobStats, gather_rows, logprob_stats, logprob_unit_gradient, matmul};
+use crate::{buffers::Buffer, numeric::Numeric, pack::Entry};
+use candle_core::Tensor;
+use kto_cli::Result;
+use kto_kernels::{
+    Factor, LogprobStats, Onto, Product, Weight, gather_rows, logprob_stats, logprob_unit_gradient, multiply,
+};
 
-/// Size in elements of the logits buffer.
-const BUFFER: usize = 1 << 23;
-
-/// What the head says about a pack's entries.
-pub(crate) struct HeadOutput {
-    /// One for each entry.
-    pub stats: Vec<LogprobStats>,
-    /// ∇ of each of the first `gradient` entries' log-probability with respect to its row (gradient, C).
-    pub unit: Option<Tensor>,
+/// Where the chunks' logits go, and how many rows a chunk has.
+pub(crate) struct Chunks<'a> {
+    pub logits: &'a Buffer,
+    pub rows: usize,
 }
 
-/// Shapes: normed (rows, C), head (V, C). The first `gradient` entries get a gradient.
-pub(crate) fn run(normed: &Tensor, head: &Tensor, entries: &[Entry], gradient: usize) -> Result<HeadOutput> {
-    let chunk = (BUFFER / head.dim(0)?).clamp(16, 1024);
+/// Returns the statistics of every entry, and writes ∇ of each of the first `unit` entries' log-probability with respect to its row.
+/// Shapes: normed (rows, C), head (V, C), unit (trained entries, C).
+pub(crate) fn run(
+    chunks: &Chunks,
+    normed: &Tensor,
+    head: &Weight,
+    entries: &[Entry],
+    unit: Option<&Tensor>,
+) -> Result<Vec<LogprobStats>> {
     let mut stats = Vec::with_capacity(entries.len());
-    let mut unit = Vec::new();
-    let (trained, others) = entries.split_at(gradient);
-    for (part, wanted) in [(trained, true), (others, false)] {
-        for entries in part.chunks(chunk) {
-            let rows: Vec<u32> = entries.iter().map(|e| e.head_row).collect();
-            let targets: Vec<u32> = entries.iter().map(|e| e.target).collect();
-            let logits = matmul(&gather_rows(normed, &rows)?, &head.t()?)?;
-            let chunk_stats = logprob_stats(&logits, &targets)?;
-            if wanted {
-                logprob_unit_gradient(&logits, &targets, &chunk_stats)?;
-                unit.push(matmul(&logits, head)?);
+    let trained = unit.map_or(0, |u| u.dims()[0]);
+    let mut start = 0;
+    while start < entries.len() {
+        let limit = if start < trained { trained } else { entries.len() };
+        let end = (start + chunks.rows).min(limit);
+        let part = &entries[start..end];
+        let rows: Vec<u32> = part.iter().map(|e| e.head_row).collect();
+        let targets: Vec<u32> = part.iter().map(|e| e.target).collect();
+        let logits = chunks.logits.rows(0, part.len())?;
+        let mut chunk = || {
+            let picked = gather_rows(normed, &rows)?;
+            multiply(&logits, Onto::Zero, &[Product::new(&picked, Factor::Linear(head))])?;
+            let chunk = logprob_stats(&logits, &targets)?;
+            if let Some(unit) = unit.filter(|_| start < trained) {
+                logprob_unit_gradient(&logits, &targets, &chunk)?;
+                let unit = unit.narrow(0, start, part.len())?;
+                multiply(&unit, Onto::Zero, &[Product::new(&logits, Factor::Weight(head))])?;
             }
-            stats.extend(chunk_stats);
-        }
+            stats.extend(chunk);
+            Ok(())
+        };
+        chunk().numeric()?;
+        start = end;
     }
-    let unit = if unit.is_empty() { None } else { Some(Tensor::cat(&unit, 0)?) };
-    Ok(HeadOutput { stats, unit })
+    Ok(stats)
 }

@@ -9,6 +9,7 @@
 pub mod architecture;
 pub mod base;
 mod block;
+pub mod buffers;
 pub mod fit;
 pub mod generate;
 mod head;

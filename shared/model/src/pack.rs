@@ -45,7 +45,7 @@ pub struct Branch {
 /// One token whose log-probability is wanted.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// Which of [`Pack::head_rows`] predicts it.
+    /// Which head row predicts it: the trained part's count first, then those of the rest.
     pub head_row: u32,
     /// The token.
     pub target: u32,
@@ -53,7 +53,20 @@ pub struct Entry {
     pub branch: u32,
 }
 
-/// Rows computed together. T is the number of all rows, Tg of the rows that need a gradient.
+/// A contiguous part of a pack's rows.
+#[derive(Clone, Debug, Default)]
+pub struct Part {
+    /// Its rows in the pack.
+    pub rows: Range<usize>,
+    /// Attention of all its rows; queries count within the part, keys within the pack.
+    pub layout: AttentionLayout,
+    /// Rows (within the part) whose output the head reads, ascending.
+    pub head_rows: Vec<u32>,
+    /// Attention of the head rows only, as queries in the last block.
+    pub head_layout: AttentionLayout,
+}
+
+/// Rows computed together, T of them: those that need a gradient, then the rest.
 #[derive(Clone, Debug, Default)]
 pub struct Pack {
     /// Token ids (T).
@@ -62,20 +75,10 @@ pub struct Pack {
     pub positions: Vec<u32>,
     /// Names of the rows for dropout masks (T).
     pub keys: Vec<u64>,
-    /// Tg
-    pub gradient_rows: usize,
-    /// Attention of all rows.
-    pub layout: AttentionLayout,
-    /// Attention among the gradient rows.
-    pub gradient_layout: AttentionLayout,
-    /// Rows whose output the head reads, ascending.
-    pub head_rows: Vec<u32>,
-    /// How many of them are gradient rows.
-    pub gradient_head_rows: usize,
-    /// Attention of the head rows only (as queries) in the last block.
-    pub head_layout: AttentionLayout,
-    /// The same among the gradient rows.
-    pub gradient_head_layout: AttentionLayout,
+    /// The rows that need a gradient. They see no key of the rest.
+    pub trained: Part,
+    /// The others.
+    pub rest: Part,
     /// Wanted tokens: those of trained branches first, each branch's in order.
     pub entries: Vec<Entry>,
     /// How many of them belong to trained branches.
@@ -88,7 +91,6 @@ pub struct Pack {
 struct Placed {
     prompt: usize,
     prompt_len: usize,
-    gradient: bool,
     branches: Vec<PlacedBranch>,
 }
 
@@ -105,17 +107,13 @@ struct PlacedBranch {
 impl Pack {
     /// Lays out `groups`.
     pub fn new(groups: &[Group]) -> Self {
-        let mut pack = Self::default();
+        let (mut pack, mut trained_rows) = (Self::default(), 0);
         let mut placed: Vec<Option<Placed>> = groups.iter().map(|_| None).collect();
         for pass in [true, false] {
             for (group, slot) in groups.iter().zip(&mut placed) {
                 let trained = group.branches.iter().any(|b| b.gradient);
                 if trained == pass {
-                    *slot = Some(pack.push_prompt(
-                        group.prompt,
-                        trained,
-                        group.branches.first().map_or(0, |b| b.tag),
-                    ));
+                    *slot = Some(pack.push_prompt(group.prompt, group.branches.first().map_or(0, |b| b.tag)));
                 }
                 if let Some(place) = slot {
                     for (spec, branch) in
@@ -126,11 +124,11 @@ impl Pack {
                 }
             }
             if pass {
-                pack.gradient_rows = pack.ids.len();
+                trained_rows = pack.ids.len();
             }
         }
         let placed: Vec<Placed> = placed.into_iter().flatten().collect();
-        pack.lay_out(&placed);
+        pack.lay_out(&placed, trained_rows);
         pack.list_entries(groups, &placed);
         pack
     }
@@ -146,10 +144,10 @@ impl Pack {
         groups.iter().flat_map(|g| g.branches.iter().map(|b| single(g, b)).collect::<Vec<_>>()).collect()
     }
 
-    fn push_prompt(&mut self, ids: &[u32], gradient: bool, tag: usize) -> Placed {
+    fn push_prompt(&mut self, ids: &[u32], tag: usize) -> Placed {
         let prompt = self.ids.len();
         self.push_rows(ids, 0, tag);
-        Placed { prompt, prompt_len: ids.len(), gradient, branches: Vec::new() }
+        Placed { prompt, prompt_len: ids.len(), branches: Vec::new() }
     }
 
     fn push_branch(&mut self, place: &mut Placed, branch: &BranchSpec, spec: usize) {
@@ -168,60 +166,30 @@ impl Pack {
         }
     }
 
-    /// Fills the four attention layouts and the head rows.
-    fn lay_out(&mut self, placed: &[Placed]) {
+    /// Returns the number of rows whose output the head reads.
+    pub fn head_rows(&self) -> usize {
+        self.trained.head_rows.len() + self.rest.head_rows.len()
+    }
+
+    /// Fills both parts.
+    fn lay_out(&mut self, placed: &[Placed], trained_rows: usize) {
         let mut head_rows = Vec::new();
         for p in placed {
             head_rows.push(p.prompt + p.prompt_len - 1);
             head_rows.extend(p.branches.iter().flat_map(|b| b.first..b.first + b.len.saturating_sub(1)));
         }
         head_rows.sort_unstable();
-        self.head_rows = head_rows.iter().map(|r| *r as u32).collect();
-        self.gradient_head_rows = head_rows.partition_point(|r| *r < self.gradient_rows);
-        for p in placed {
-            let prompt = Segment {
-                query: p.prompt,
-                queries: p.prompt_len,
-                prefix: 0,
-                prefix_len: 0,
-                own: p.prompt,
-                offset: 0,
-            };
-            let branch = |b: &PlacedBranch| Segment {
-                query: b.first,
-                queries: b.len,
-                prefix: p.prompt,
-                prefix_len: p.prompt_len,
-                own: b.first,
-                offset: 0,
-            };
-            let all: Vec<Segment> = std::iter::once(prompt).chain(p.branches.iter().map(branch)).collect();
-            let inside = |s: &Segment| p.gradient && s.query < self.gradient_rows;
-            let head = |s: &Segment| self.head_segment(s, s.query == p.prompt);
-            let heads: Vec<Segment> = all.iter().filter_map(head).collect();
-            let trained = |from: &[Segment], limit: usize| {
-                from.iter().filter(|s| p.gradient && s.query < limit).copied().collect()
-            };
-            let gradient: Vec<Segment> = all.iter().filter(|s| inside(s)).copied().collect();
-            let gradient_heads: Vec<Segment> = trained(&heads, self.gradient_head_rows);
-            add_group(&mut self.layout, all);
-            add_group(&mut self.gradient_layout, gradient);
-            add_group(&mut self.head_layout, heads);
-            add_group(&mut self.gradient_head_layout, gradient_heads);
-        }
+        self.trained = Part::new(0..trained_rows, placed, &head_rows);
+        self.rest = Part::new(trained_rows..self.ids.len(), placed, &head_rows);
     }
 
-    /// Returns the part of a segment whose outputs the head reads: a prompt's last row, all but the last of a branch.
-    fn head_segment(&self, s: &Segment, prompt: bool) -> Option<Segment> {
-        let (skip, queries) = if prompt { (s.queries - 1, 1) } else { (0, s.queries.saturating_sub(1)) };
-        if queries == 0 {
-            return None;
-        }
-        Some(Segment { query: self.head_row(s.query + skip) as usize, queries, offset: skip, ..*s })
-    }
-
+    /// Returns the place of a row among the head rows.
     fn head_row(&self, row: usize) -> u32 {
-        self.head_rows.partition_point(|r| (*r as usize) < row) as u32
+        let (part, before) = match row < self.trained.rows.end {
+            true => (&self.trained, 0),
+            false => (&self.rest, self.trained.head_rows.len()),
+        };
+        (before + part.head_rows.partition_point(|r| (*r as usize) < row - part.rows.start)) as u32
     }
 
     fn list_entries(&mut self, groups: &[Group], placed: &[Placed]) {
@@ -260,8 +228,54 @@ pub(crate) fn cuts(groups: &[Group], limit: usize) -> Vec<Range<usize>> {
     cuts
 }
 
+impl Part {
+    fn new(rows: Range<usize>, placed: &[Placed], head_rows: &[usize]) -> Self {
+        let heads = head_rows.iter().filter(|r| rows.contains(r)).map(|r| (r - rows.start) as u32).collect();
+        let mut part = Self { rows, head_rows: heads, ..Self::default() };
+        for p in placed {
+            let branches = p.branches.iter().map(|b| Segment {
+                query: b.first,
+                queries: b.len,
+                prefix: p.prompt,
+                prefix_len: p.prompt_len,
+                own: b.first,
+                offset: 0,
+            });
+            let prompt = Segment {
+                query: p.prompt,
+                queries: p.prompt_len,
+                prefix: 0,
+                prefix_len: 0,
+                own: p.prompt,
+                offset: 0,
+            };
+            let inside = |s: &Segment| s.queries > 0 && part.rows.contains(&s.query);
+            let here: Vec<Segment> = std::iter::once(prompt)
+                .chain(branches)
+                .filter(inside)
+                .map(|s| Segment { query: s.query - part.rows.start, ..s })
+                .collect();
+            let head = |s: &Segment| part.head_segment(s, s.own == p.prompt);
+            let heads = here.iter().filter_map(head).collect();
+            add_group(&mut part.layout, here);
+            add_group(&mut part.head_layout, heads);
+        }
+        part
+    }
+
+    /// Returns the piece of a segment whose outputs the head reads: a prompt's last row, all but the last of a branch.
+    fn head_segment(&self, s: &Segment, prompt: bool) -> Option<Segment> {
+        let (skip, queries) = if prompt { (s.queries - 1, 1) } else { (0, s.queries - 1) };
+        let query = self.head_rows.partition_point(|r| (*r as usize) < s.query + skip);
+        (queries > 0).then_some(Segment { query, queries, offset: skip, ..*s })
+    }
+}
+
 fn add_group(layout: &mut AttentionLayout, segments: Vec<Segment>) {
+    if segments.is_empty() {
+        return;
+    }
     let start = layout.segments.len();
-    layout.segments.extend(segments.into_iter().filter(|s| s.queries > 0));
+    layout.segments.extend(segments);
     layout.groups.push(start..layout.segments.len());
 }

@@ -1,13 +1,15 @@
-//! One linear layer with its LoRA factors: forward, and backward into the factors and the input.
+//! One linear layer with its LoRA factors: forward, and the pieces of the way back.
 
 use candle_core::{Result, Tensor};
-use kto_kernels::{DropoutKey, add, add_bias, dropout, matmul, matmul_acc, scale_in_place};
+use kto_kernels::{
+    DropoutKey, Factor, Onto, Product, Weight, add, add_bias, dropout, matmul, multiply, scale_in_place,
+};
 
 /// A frozen linear layer.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// (out, in)
-    pub weight: Tensor,
+    pub weight: Weight,
     /// (out)
     pub bias: Option<Tensor>,
 }
@@ -30,57 +32,55 @@ pub(crate) struct Projection<'a> {
 }
 
 impl Projection<'_> {
-    /// Shapes: x (T, in), result (T, out).
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = matmul(x, &self.linear.weight.t()?)?;
-        if let Some(bias) = &self.linear.bias {
-            add_bias(&y, bias)?;
-        }
+    /// Writes the layer's output, plus `residual`, to `y`, and `drop(x)·Aᵀ` to `inner`.
+    /// Shapes: x (T, in), y and residual (T, out), inner (T, R).
+    pub fn forward(&self, y: &Tensor, residual: Option<&Tensor>, x: &Tensor, inner: &Tensor) -> Result<()> {
+        let mut products = vec![Product::new(x, Factor::Linear(&self.linear.weight))];
         if let Some(f) = self.factors {
-            let u = matmul(&self.dropped(x)?, &f.a.t()?)?;
-            matmul_acc(&y, &u, &f.b.t()?, self.scale)?;
+            self.inner(inner, x)?;
+            products.push(Product::scaled(inner, Factor::Transposed(&f.b), self.scale));
         }
-        Ok(y)
+        match (residual, &self.linear.bias) {
+            (None, None) => multiply(y, Onto::Zero, &products),
+            (None, Some(bias)) => multiply(y, Onto::Row(bias), &products),
+            (Some(residual), bias) => {
+                multiply(y, Onto::Matrix(residual), &products)?;
+                bias.as_ref().map_or(Ok(()), |bias| add_bias(y, bias))
+            }
+        }
     }
 
-    /// Adds to the factors' gradients and, when `dx` is asked for, returns `dx` plus this layer's share.
-    /// Shapes: dy (T, out), x (T, in); `gradient` as the factors.
-    pub fn backward(
+    /// Writes `drop(x)·Aᵀ`. Shapes: x (T, in), inner (T, R).
+    pub fn inner(&self, inner: &Tensor, x: &Tensor) -> Result<()> {
+        match self.factors {
+            Some(f) => {
+                multiply(inner, Onto::Zero, &[Product::new(&self.dropped(x)?, Factor::Transposed(&f.a))])
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Writes `dy·B`, the gradient of `inner` but for the scale. Shapes: dy (T, out), dinner (T, R).
+    pub fn inner_gradient(&self, dinner: &Tensor, dy: &Tensor) -> Result<()> {
+        match self.factors {
+            Some(f) => multiply(dinner, Onto::Zero, &[Product::new(dy, Factor::Plain(&f.b))]),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds to the gradients of the factors. Shapes: dy (T, out), x (T, in), inner and dinner (T, R).
+    pub fn factor_gradients(
         &self,
+        gradient: Option<&Factors>,
         dy: &Tensor,
         x: &Tensor,
-        gradient: Option<&Factors>,
-        dx: Dx,
-    ) -> Result<Option<Tensor>> {
-        let mut dx = match dx {
-            Dx::Skip => None,
-            Dx::New => Some(matmul(dy, &self.linear.weight)?),
-            Dx::AddTo(dx) => {
-                matmul_acc(&dx, dy, &self.linear.weight, 1.0)?;
-                Some(dx)
-            }
-        };
-        if let Some(f) = self.factors {
-            let du = matmul(dy, &f.b)?;
-            if let Some(g) = gradient {
-                let x = self.dropped(x)?;
-                matmul_acc(&g.b, &dy.t()?, &matmul(&x, &f.a.t()?)?, self.scale)?;
-                matmul_acc(&g.a, &du.t()?, &x, self.scale)?;
-            }
-            dx = match (dx, self.dropout) {
-                (None, _) => None,
-                (Some(dx), None) => {
-                    matmul_acc(&dx, &du, &f.a, self.scale)?;
-                    Some(dx)
-                }
-                (Some(dx), Some((key, rows))) => {
-                    let share = matmul(&du, &f.a)?;
-                    scale_in_place(&share, self.scale)?;
-                    Some(add(&dx, &dropout(&share, key, rows)?)?)
-                }
-            };
-        }
-        Ok(dx)
+        inner: &Tensor,
+        dinner: &Tensor,
+    ) -> Result<()> {
+        let (Some(g), Some(_)) = (gradient, self.factors) else { return Ok(()) };
+        let dropped = self.dropped(x)?;
+        multiply(&g.b, Onto::Itself, &[Product::scaled(&dy.t()?, Factor::Plain(inner), self.scale)])?;
+        multiply(&g.a, Onto::Itself, &[Product::scaled(&dinner.t()?, Factor::Plain(&dropped), self.scale)])
     }
 
     fn dropped(&self, x: &Tensor) -> Result<Tensor> {
@@ -91,12 +91,23 @@ impl Projection<'_> {
     }
 }
 
-/// What to do about the gradient of a layer's input.
-pub(crate) enum Dx {
-    /// Nobody needs it.
-    Skip,
-    /// Return it.
-    New,
-    /// Add it to this one, in place.
-    AddTo(Tensor),
+/// Writes (or adds to) the gradient of an input that several layers share.
+/// Each share is (layer, gradient of its output (T, out), gradient of its inner values (T, R)). Shape: dx (T, in).
+pub(crate) fn input_gradient(dx: &Tensor, shares: &[(&Projection, &Tensor, &Tensor)]) -> Result<()> {
+    let mut products = Vec::with_capacity(2 * shares.len());
+    for (layer, dy, dinner) in shares {
+        products.push(Product::new(dy, Factor::Weight(&layer.linear.weight)));
+        if let (Some(f), None) = (layer.factors, layer.dropout) {
+            products.push(Product::scaled(dinner, Factor::Plain(&f.a), layer.scale));
+        }
+    }
+    multiply(dx, Onto::Zero, &products)?;
+    for (layer, _, dinner) in shares {
+        if let (Some(f), Some((key, rows))) = (layer.factors, layer.dropout) {
+            let share = matmul(dinner, &f.a)?;
+            scale_in_place(&share, layer.scale)?;
+            add(dx, &dropout(&share, key, rows)?)?;
+        }
+    }
+    Ok(())
 }

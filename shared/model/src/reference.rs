@@ -2,8 +2,9 @@
 
 use crate::{
     base::BaseModel,
+    buffers::Workspace,
     lora::Lora,
-    rows::{Job, Packing, packs},
+    rows::{Batch, Job, Packing},
     sweep::Sweep,
 };
 use kto_cli::{Error, Result};
@@ -79,20 +80,21 @@ impl Reference {
         &mut self,
         base: &BaseModel,
         lora: Option<&Lora>,
+        workspace: &Workspace,
         tokens: &TokenSet,
         form: PassForm,
         pairs: &BTreeSet<Pair>,
         mut step: impl FnMut(&Self, usize) -> Result<()>,
     ) -> Result<()> {
-        let sweep = Sweep { base, lora, dropout: None };
+        let sweep = Sweep { base, lora, dropout: None, workspace };
         let pairs: Vec<Pair> = pairs.iter().copied().collect();
         for cut in sweeps(tokens, &pairs, form.sweep_rows) {
             let chunk = &pairs[cut];
             if !chunk.iter().all(|p| self.logps.contains_key(p)) {
-                let packs = packs(tokens, form.max_length, &jobs(chunk), Packing::Shared(form.pack_rows));
-                for branch in sweep.forward(&packs, false)?.branches.iter().flatten() {
-                    self.logps.insert(chunk[branch.tag], branch.logps);
-                }
+                let packing = Packing::Shared(form.pack_rows);
+                let batch = Batch::new(tokens, form.max_length, &jobs(chunk), packing);
+                let stats = batch.by_job(&sweep.forward(&batch.packs, false)?.branches);
+                self.logps.extend(chunk.iter().zip(&stats).map(|(pair, s)| (*pair, s.logps)));
             }
             step(self, chunk.len())?;
         }
@@ -136,15 +138,10 @@ impl Reference {
     }
 }
 
-/// Returns the work of a sweep over `pairs`; tags count them.
+/// Returns the work of a sweep over `pairs`.
 pub fn jobs(pairs: &[Pair]) -> Vec<Job> {
-    let job = |(tag, p): (usize, &Pair)| Job {
-        prompt: p.0 as usize,
-        completion: p.1 as usize,
-        gradient: false,
-        tag,
-    };
-    pairs.iter().enumerate().map(job).collect()
+    let job = |p: &Pair| Job { prompt: p.0 as usize, completion: p.1 as usize, gradient: false };
+    pairs.iter().map(job).collect()
 }
 
 /// Cuts `pairs` into sweeps of about `limit` rows (prompts counted for every pair: an upper bound).

@@ -1,6 +1,9 @@
 //! From token rows to prompt groups: which completion follows which prompt, cut to the maximum length.
 
-use crate::pack::{BranchSpec, Group, Pack};
+use crate::{
+    pack::{BranchSpec, Group, Pack},
+    sweep::BranchStats,
+};
 use kto_formats::tokens::TokenSet;
 use std::collections::HashMap;
 
@@ -13,16 +16,51 @@ pub struct Job {
     pub completion: usize,
     /// Whether it is trained.
     pub gradient: bool,
-    /// The caller's number for it.
-    pub tag: usize,
 }
 
-/// Groups jobs by equal prompt ids, in the order of their first appearance.
-/// A prompt with a completion is cut from the right at `max_length` tokens, as TRL cuts it.
-pub fn groups<'a>(tokens: &'a TokenSet, max_length: usize, jobs: &[Job]) -> Vec<Group<'a>> {
+/// Jobs laid out as packs.
+pub struct Batch {
+    /// The packs; a branch's tag is the number of its job.
+    pub packs: Vec<Pack>,
+    /// By job: the job that is computed for it. A KL pair whose text another job has already is not computed twice.
+    same: Vec<usize>,
+}
+
+impl Batch {
+    /// Groups `jobs` by equal prompts and lays them out. A prompt with a completion is cut from the right at `max_length`
+    /// tokens, as TRL cuts it.
+    pub fn new(tokens: &TokenSet, max_length: usize, jobs: &[Job], packing: Packing) -> Self {
+        let (groups, same) = groups(tokens, max_length, jobs, packing);
+        let packs = match packing {
+            Packing::Shared(rows) => Pack::split(&groups, rows),
+            Packing::Single => Pack::split_single(&groups),
+        };
+        Self { packs, same }
+    }
+
+    /// Sorts what a sweep says about branches by job.
+    pub fn by_job(&self, branches: &[Vec<BranchStats>]) -> Vec<BranchStats> {
+        let mut stats = vec![BranchStats::default(); self.same.len()];
+        for b in branches.iter().flatten() {
+            stats[b.tag] = *b;
+        }
+        self.same.iter().map(|job| stats[*job]).collect()
+    }
+}
+
+/// Groups jobs by equal prompt ids, in the order of their first appearance, and says which job stands for which.
+/// An untrained job joins an equal one. With one branch a pack, which is for dropout, it joins no trained one: masked, that is
+/// another function.
+pub fn groups<'a>(
+    tokens: &'a TokenSet,
+    max_length: usize,
+    jobs: &[Job],
+    packing: Packing,
+) -> (Vec<Group<'a>>, Vec<usize>) {
     let mut places: HashMap<&[u32], usize> = HashMap::new();
     let mut groups: Vec<Group> = Vec::new();
-    for job in jobs {
+    let mut same = Vec::with_capacity(jobs.len());
+    for (tag, job) in jobs.iter().enumerate() {
         let prompt = tokens.row(job.prompt).prompt_ids;
         let place = *places.entry(prompt).or_insert_with(|| {
             groups.push(Group { prompt, branches: Vec::new() });
@@ -30,9 +68,18 @@ pub fn groups<'a>(tokens: &'a TokenSet, max_length: usize, jobs: &[Job]) -> Vec<
         });
         let ids = tokens.row(job.completion).completion_ids;
         let ids = &ids[..ids.len().min(max_length.saturating_sub(prompt.len()))];
-        groups[place].branches.push(BranchSpec { ids, gradient: job.gradient, tag: job.tag });
+        let branches = &mut groups[place].branches;
+        let equal =
+            |b: &&BranchSpec| b.ids == ids && !job.gradient && (packing != Packing::Single || !b.gradient);
+        match branches.iter().find(equal) {
+            Some(other) => same.push(other.tag),
+            None => {
+                branches.push(BranchSpec { ids, gradient: job.gradient, tag });
+                same.push(tag);
+            }
+        }
     }
-    groups
+    (groups, same)
 }
 
 /// How jobs become packs.
@@ -42,13 +89,4 @@ pub enum Packing {
     Shared(usize),
     /// One branch a pack.
     Single,
-}
-
-/// Groups `jobs` and lays them out.
-pub fn packs(tokens: &TokenSet, max_length: usize, jobs: &[Job], packing: Packing) -> Vec<Pack> {
-    let groups = groups(tokens, max_length, jobs);
-    match packing {
-        Packing::Shared(rows) => Pack::split(&groups, rows),
-        Packing::Single => Pack::split_single(&groups),
-    }
 }

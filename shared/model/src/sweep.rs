@@ -1,21 +1,21 @@
 //! The layer-major sweep: all packs of a batch through block 1, then block 2, … and back.
 //!
-//! A block's weights are fetched once a sweep, whatever the number of packs. Kept between the two directions:
-//! each block's input rows that need a gradient, and the head's unit gradients. Everything else is computed again.
+//! A block's weights are fetched once a sweep, whatever the number of packs. Kept between the two directions, in the
+//! [`Workspace`]: each block's input rows that need a gradient, the head's unit gradients, and the activations of as many blocks
+//! as the memory plan has room for. Everything else is computed again.
 
 use crate::{
-    base::BaseModel,
+    base::{BaseModel, LayerWeights},
     block::{Block, Rows},
+    buffers::{Activations, KeyValues, Workspace},
     head,
     lora::Lora,
     numeric::Numeric,
-    pack::Pack,
+    pack::{Pack, Part},
 };
 use candle_core::Tensor;
-use kto_cli::Result;
-use kto_kernels::{
-    DropoutKey, gather_rows, random, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows,
-};
+use kto_cli::{Error, Result};
+use kto_kernels::{DropoutKey, clear, random, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows};
 
 /// A pass over a batch with one set of weights.
 pub struct Sweep<'a> {
@@ -25,6 +25,8 @@ pub struct Sweep<'a> {
     pub lora: Option<&'a Lora>,
     /// Adapter dropout of this step; packs must then hold one branch each.
     pub dropout: Option<DropoutKey>,
+    /// Its memory, made for this decoder and adapter.
+    pub workspace: &'a Workspace,
 }
 
 /// What the sweep says about one branch.
@@ -44,56 +46,124 @@ pub struct BranchStats {
     pub mean_logits: f64,
 }
 
-/// Result of the forward sweep.
+/// Result of the forward sweep. What the way back needs is in the workspace.
 pub struct Forward {
     /// By pack, then by branch.
     pub branches: Vec<Vec<BranchStats>>,
-    saved: Vec<Saved>,
+    /// Number of the sweep in its workspace.
+    sweep: u64,
+    kept: bool,
 }
 
-/// What one pack keeps for the way back.
-struct Saved {
-    /// Inputs (Tg, C) of the blocks from the lowest adapted one up.
-    inputs: Vec<Tensor>,
-    /// Output of the last block for the head rows that need a gradient.
-    last: Tensor,
-    /// Unit gradients of the trained entries with respect to the normed rows.
-    unit: Option<Tensor>,
+/// Where a pack's rows begin in the buffers of a batch.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    all: usize,
+    trained: usize,
+    rest: usize,
+    heads: usize,
+    trained_heads: usize,
+    unit: usize,
 }
 
 impl Sweep<'_> {
-    /// Runs `packs` forward. With `keep`, [`Sweep::backward`] can follow.
+    /// Runs `packs` forward. With `keep`, [`Sweep::backward`] can follow, before any other sweep in the same workspace.
     pub fn forward(&self, packs: &[Pack], keep: bool) -> Result<Forward> {
-        let layers = self.base.architecture.layers;
-        let first = self.lora.map_or(layers, Lora::first_layer);
-        let mut inputs: Vec<Vec<Tensor>> = packs.iter().map(|_| Vec::new()).collect();
-        let mut states = Vec::with_capacity(packs.len());
-        for pack in packs {
-            states.push(gather_rows(&self.base.embedding, &pack.ids).numeric()?);
+        let (w, layers) = (self.workspace, self.base.architecture.layers);
+        w.reserve(packs, keep)?;
+        w.sweeps.set(w.sweeps.get() + 1);
+        let places = places(packs);
+        for (pack, place) in packs.iter().zip(&places) {
+            for (part, state) in self.states(0, pack, *place, keep)? {
+                let ids = &pack.ids[part.rows.clone()];
+                self.base.embedding.gather_into(&state, ids).numeric()?;
+            }
         }
         for layer in 0..layers {
             let weights = self.base.layer(layer)?;
-            let last = layer + 1 == layers;
-            for ((pack, state), inputs) in packs.iter().zip(&mut states).zip(&mut inputs) {
-                if keep && layer >= first && pack.gradient_rows > 0 {
-                    inputs.push(gradient_part(state, pack).numeric()?);
-                }
-                let block = self.block(layer, &weights, pack);
-                *state = block.forward(state, all_rows(pack, last)).numeric()?;
+            for (pack, place) in packs.iter().zip(&places) {
+                self.forward_layer(layer, &weights, pack, *place, keep)?;
             }
         }
-        let mut out = Forward { branches: Vec::new(), saved: Vec::new() };
-        for ((pack, state), inputs) in packs.iter().zip(&states).zip(inputs) {
-            let normed = rms_norm(state, &self.base.final_norm, self.base.architecture.rms_eps).numeric()?;
-            let gradient = if keep { pack.gradient_entries } else { 0 };
-            let result = head::run(&normed, &self.base.head, &pack.entries, gradient).numeric()?;
-            out.branches.push(branch_stats(pack, &result.stats));
-            if keep {
-                let last = state.narrow(0, 0, pack.gradient_head_rows).numeric()?;
-                out.saved.push(Saved { inputs, last, unit: result.unit });
+        let mut branches = Vec::with_capacity(packs.len());
+        for (pack, place) in packs.iter().zip(&places) {
+            branches.push(self.head(pack, *place, keep)?);
+        }
+        Ok(Forward { branches, sweep: w.sweeps.get(), kept: keep })
+    }
+
+    /// Returns the parts of a pack that have rows, each with its state before block `layer`.
+    fn states<'p>(
+        &self,
+        layer: usize,
+        pack: &'p Pack,
+        place: Place,
+        keep: bool,
+    ) -> Result<Vec<(&'p Part, Tensor)>> {
+        let w = self.workspace;
+        let input = if keep { layer.saturating_sub(w.first).min(w.inputs.len() - 1) } else { 0 };
+        let mut states = Vec::with_capacity(2);
+        for (part, buffer, start) in
+            [(&pack.trained, &w.inputs[input], place.trained), (&pack.rest, &w.rest, place.rest)]
+        {
+            if !part.rows.is_empty() {
+                states.push((part, buffer.rows(start, part.rows.len())?));
             }
         }
-        Ok(out)
+        Ok(states)
+    }
+
+    /// Runs one pack through one block.
+    fn forward_layer(
+        &self,
+        layer: usize,
+        weights: &LayerWeights,
+        pack: &Pack,
+        place: Place,
+        keep: bool,
+    ) -> Result<()> {
+        let (w, last) = (self.workspace, layer + 1 == self.base.architecture.layers);
+        let block = self.block(layer, weights, pack);
+        let kept = self.kept(layer).filter(|_| keep);
+        let key_values = match kept {
+            Some((_, key_values)) => key_values.rows(place.all, pack.ids.len())?,
+            None => w.key_values.rows(0, pack.ids.len())?,
+        };
+        let next = self.states(layer + 1, pack, place, keep)?;
+        for ((part, h), (_, next)) in self.states(layer, pack, place, keep)?.iter().zip(&next) {
+            let trained = part.rows.start == 0 && !pack.trained.rows.is_empty();
+            let rows = rows(pack, part, last);
+            let (count, results) = (part.rows.len(), rows.results());
+            let a = match kept.filter(|_| trained) {
+                Some((activations, _)) => activations.rows(place.trained, count, results)?,
+                None => w.activations.rows(0, count, results)?,
+            };
+            let scratch = w.scratch.forward(count, results)?;
+            let new = key_values.rows(part.rows.start, count).numeric()?;
+            block.keys_and_values(h, &rows, &new, &a, &scratch).numeric()?;
+            if !last {
+                block.output(next, h, &rows, &key_values, &a, &scratch).numeric()?;
+            } else if results > 0 {
+                let before = if trained { 0 } else { pack.trained.head_rows.len() };
+                let out = w.last.0.rows(place.heads + before, results)?;
+                block.output(&out, h, &rows, &key_values, &a, &scratch).numeric()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Scores a pack's entries from the output of the last block.
+    fn head(&self, pack: &Pack, place: Place, keep: bool) -> Result<Vec<BranchStats>> {
+        let (w, n) = (self.workspace, pack.head_rows());
+        let (last, normed) = (w.last.0.rows(place.heads, n)?, w.last.1.rows(0, n)?);
+        rms_norm(&normed, &last, &self.base.final_norm, self.base.architecture.rms_eps).numeric()?;
+        let unit = match keep && pack.gradient_entries > 0 {
+            true => Some(w.unit.rows(place.unit, pack.gradient_entries)?),
+            false => None,
+        };
+        let chunks = head::Chunks { logits: &w.logits, rows: w.head_rows };
+        let stats = head::run(&chunks, &normed, &self.base.head, &pack.entries, unit.as_ref())?;
+        Ok(branch_stats(pack, &stats))
     }
 
     /// Runs the batch backward: adds `coefficient · ∇Σlogp` of every trained branch to `gradients`.
@@ -105,44 +175,86 @@ impl Sweep<'_> {
         coefficients: &[Vec<f64>],
         gradients: &Lora,
     ) -> Result<()> {
-        let layers = self.base.architecture.layers;
-        let first = gradients.first_layer();
-        let mut saved = forward.saved;
-        let mut states = Vec::with_capacity(packs.len());
-        for ((pack, saved), coefficients) in packs.iter().zip(&mut saved).zip(coefficients) {
-            states.push(self.head_backward(pack, saved, coefficients)?);
+        let w = self.workspace;
+        if !forward.kept || forward.sweep != w.sweeps.get() || gradients.first_layer() != w.first {
+            return Err(Error::internal("a backward sweep must follow its own forward sweep"));
         }
-        for layer in (first..layers).rev() {
+        let places = places(packs);
+        for ((pack, place), coefficients) in packs.iter().zip(&places).zip(coefficients) {
+            self.head_backward(pack, *place, coefficients)?;
+        }
+        for layer in (w.first..self.base.architecture.layers).rev() {
             let weights = self.base.layer(layer)?;
-            for ((pack, state), saved) in packs.iter().zip(&mut states).zip(&mut saved) {
-                let (Some(dout), Some(input)) = (state.take(), saved.inputs.pop()) else { continue };
-                let block = self.block(layer, &weights, pack);
-                let rows = gradient_rows(pack, layer + 1 == layers);
-                *state =
-                    block.backward(&input, &dout, rows, &gradients.layers[layer], layer > first).numeric()?;
+            for (pack, place) in packs.iter().zip(&places).filter(|(p, _)| p.gradient_entries > 0) {
+                self.backward_layer(layer, &weights, pack, *place, gradients)?;
             }
         }
         Ok(())
     }
 
-    /// Returns the gradient of the last block's output for the head rows, or `None` when the pack trains nothing.
-    fn head_backward(&self, pack: &Pack, saved: &mut Saved, coefficients: &[f64]) -> Result<Option<Tensor>> {
-        let Some(unit) = saved.unit.take() else { return Ok(None) };
+    /// Writes the gradient of the last block's output for the trained head rows.
+    fn head_backward(&self, pack: &Pack, place: Place, coefficients: &[f64]) -> Result<()> {
+        if pack.gradient_entries == 0 {
+            return Ok(());
+        }
+        let (w, n) = (self.workspace, pack.trained.head_rows.len());
+        let unit = w.unit.rows(place.unit, pack.gradient_entries)?;
+        let (last, dnormed) = (w.last.0.rows(place.heads, n)?, w.last.1.rows(0, n)?);
+        let d = w.gradient.1.rows(place.trained_heads, n)?;
         let entries = &pack.entries[..pack.gradient_entries];
         let factors: Vec<f64> = entries.iter().map(|e| coefficients[e.branch as usize]).collect();
         let rows: Vec<u32> = entries.iter().map(|e| e.head_row).collect();
-        let eps = self.base.architecture.rms_eps;
         let run = || {
             scale_rows(&unit, &factors)?;
-            let dnormed = scatter_add_rows(&unit, &rows, pack.gradient_head_rows)?;
-            rms_norm_backward(&dnormed, &saved.last, &self.base.final_norm, eps)
+            clear(&dnormed)?;
+            scatter_add_rows(&dnormed, &unit, &rows)?;
+            clear(&d)?;
+            rms_norm_backward(&d, &dnormed, &last, &self.base.final_norm, self.base.architecture.rms_eps)
         };
-        run().map(Some).numeric()
+        run().numeric()
     }
 
-    fn block<'b>(&'b self, layer: usize, weights: &'b crate::base::LayerWeights, pack: &Pack) -> Block<'b> {
+    /// Takes one pack back through one block.
+    fn backward_layer(
+        &self,
+        layer: usize,
+        weights: &LayerWeights,
+        pack: &Pack,
+        place: Place,
+        gradients: &Lora,
+    ) -> Result<()> {
+        let (w, part) = (self.workspace, &pack.trained);
+        let last = layer + 1 == self.base.architecture.layers;
+        let block = self.block(layer, weights, pack);
+        let rows = rows(pack, part, last);
+        let (count, results) = (part.rows.len(), rows.results());
+        let h = w.inputs[layer - w.first].rows(place.trained, count)?;
+        let dh = w.gradient.0.rows(place.trained, count)?;
+        let d = if last { w.gradient.1.rows(place.trained_heads, results)? } else { dh.clone() };
+        let (a, key_values) = match self.kept(layer) {
+            Some((a, key_values)) => {
+                (a.rows(place.trained, count, results)?, key_values.rows(place.all, count)?)
+            }
+            None => (w.activations.rows(0, count, results)?, w.key_values.rows(0, count)?),
+        };
+        if self.kept(layer).is_none() {
+            let scratch = w.scratch.forward(count, results)?;
+            block.recompute(&h, &rows, &key_values, &a, &scratch).numeric()?;
+        }
+        let scratch = w.scratch.rows(count, results)?;
+        let own = &gradients.layers[layer];
+        let back = block.backward(&dh, &d, &h, &rows, &key_values, &a, &scratch, own, layer > w.first);
+        back.numeric()
+    }
+
+    /// Returns where block `layer` keeps its activations, if it does.
+    fn kept(&self, layer: usize) -> Option<&(Activations, KeyValues)> {
+        self.workspace.kept.get(self.base.architecture.layers - 1 - layer)
+    }
+
+    fn block<'b>(&'b self, layer: usize, weights: &'b LayerWeights, pack: &Pack) -> Block<'b> {
         // KL branches estimate the policy itself: no mask where nothing is trained.
-        let masked = self.dropout.filter(|d| d.p > 0.0 && pack.gradient_rows > 0);
+        let masked = self.dropout.filter(|d| d.p > 0.0 && !pack.trained.rows.is_empty());
         Block {
             architecture: &self.base.architecture,
             rope: &self.base.rope,
@@ -153,31 +265,32 @@ impl Sweep<'_> {
     }
 }
 
-fn all_rows(pack: &Pack, last: bool) -> Rows<'_> {
+fn rows<'a>(pack: &'a Pack, part: &'a Part, last: bool) -> Rows<'a> {
     Rows {
-        positions: &pack.positions,
-        keys: &pack.keys,
-        selected: last.then_some(&pack.head_rows),
-        layout: if last { &pack.head_layout } else { &pack.layout },
+        positions: &pack.positions[part.rows.clone()],
+        keys: &pack.keys[part.rows.clone()],
+        selected: last.then_some(&part.head_rows),
+        layout: if last { &part.head_layout } else { &part.layout },
     }
 }
 
-fn gradient_rows(pack: &Pack, last: bool) -> Rows<'_> {
-    Rows {
-        positions: &pack.positions[..pack.gradient_rows],
-        keys: &pack.keys[..pack.gradient_rows],
-        selected: last.then_some(&pack.head_rows[..pack.gradient_head_rows]),
-        layout: if last { &pack.gradient_head_layout } else { &pack.gradient_layout },
-    }
-}
-
-/// Returns the rows that need a gradient, without keeping the others alive.
-fn gradient_part(state: &Tensor, pack: &Pack) -> candle_core::Result<Tensor> {
-    if pack.gradient_rows == pack.ids.len() {
-        Ok(state.clone())
-    } else {
-        state.narrow(0, 0, pack.gradient_rows)?.copy()
-    }
+fn places(packs: &[Pack]) -> Vec<Place> {
+    let mut next = Place::default();
+    packs
+        .iter()
+        .map(|pack| {
+            let place = next;
+            next = Place {
+                all: next.all + pack.ids.len(),
+                trained: next.trained + pack.trained.rows.len(),
+                rest: next.rest + pack.rest.rows.len(),
+                heads: next.heads + pack.head_rows(),
+                trained_heads: next.trained_heads + pack.trained.head_rows.len(),
+                unit: next.unit + pack.gradient_entries,
+            };
+            place
+        })
+        .collect()
 }
 
 fn branch_stats(pack: &Pack, stats: &[kto_kernels::LogprobStats]) -> Vec<BranchStats> {

@@ -186,7 +186,7 @@ impl Counted<'_> {
     }
 
     fn shape(&self, jobs: &[kto_model::rows::Job], packing: Packing) -> BatchShape {
-        BatchShape::of(&groups(self.inputs.tokens, self.plan.max_length, jobs), packing)
+        BatchShape::of(&groups(self.inputs.tokens, self.plan.max_length, jobs, packing).0, packing)
     }
 }
 

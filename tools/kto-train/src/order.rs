@@ -115,12 +115,11 @@ impl Order {
     }
 }
 
-/// Returns the work of a step: one trained job a row, then, with `kl`, one KL job a row. Tags count the step's rows.
+/// Returns the work of a step: one trained job a row, then, with `kl`, one KL job a row.
 pub fn jobs(blocks: &[Block], kl: bool) -> Vec<Job> {
-    let members = || blocks.iter().flatten().enumerate();
-    let main = members().map(|(tag, m)| Job { prompt: m.row, completion: m.row, gradient: true, tag });
-    let kl_jobs =
-        members().map(|(tag, m)| Job { prompt: m.row, completion: m.partner, gradient: false, tag });
+    let members = || blocks.iter().flatten();
+    let main = members().map(|m| Job { prompt: m.row, completion: m.row, gradient: true });
+    let kl_jobs = members().map(|m| Job { prompt: m.row, completion: m.partner, gradient: false });
     main.chain(kl_jobs.filter(|_| kl)).collect()
 }
 

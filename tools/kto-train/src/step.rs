@@ -9,10 +9,11 @@ use kto_formats::tokens::TokenSet;
 use kto_kernels::DropoutKey;
 use kto_model::{
     base::BaseModel,
+    buffers::Workspace,
     lora::Lora,
     loss::{LossSpec, RowLoss, ScoredRow, kl_estimate},
     reference::Reference,
-    rows::{Packing, packs},
+    rows::{Batch, Packing},
     sweep::{BranchStats, Sweep},
 };
 
@@ -30,6 +31,8 @@ pub struct Trainer<'a> {
     pub max_length: usize,
     /// How rows become packs.
     pub packing: Packing,
+    /// Memory of the sweeps.
+    pub workspace: &'a Workspace,
 }
 
 /// A step's outcome.
@@ -58,11 +61,11 @@ impl Trainer<'_> {
         dropout: Option<DropoutKey>,
         gradients: &Lora,
     ) -> Result<StepOutput> {
-        let sweep = Sweep { base: self.base, lora: Some(lora), dropout };
-        let packs =
-            packs(self.tokens, self.max_length, &jobs(blocks, self.loss.loss.needs_kl()), self.packing);
-        let forward = sweep.forward(&packs, true)?;
-        let scores = self.scores(blocks, &forward.branches)?;
+        let sweep = Sweep { base: self.base, lora: Some(lora), dropout, workspace: self.workspace };
+        let jobs = jobs(blocks, self.loss.loss.needs_kl());
+        let batch = Batch::new(self.tokens, self.max_length, &jobs, self.packing);
+        let forward = sweep.forward(&batch.packs, true)?;
+        let scores = self.scores(blocks, &batch.by_job(&forward.branches))?;
         let (mut loss, mut metrics, mut losses) = (0.0, Vec::new(), Vec::new());
         for (block, scores) in blocks.iter().zip(&scores) {
             let (mean, block_losses, block_metrics) = self.block_loss(block, scores)?;
@@ -75,21 +78,14 @@ impl Trainer<'_> {
         let weight = |b: &BranchStats| if b.gradient { losses[b.tag] } else { 0.0 };
         let coefficients: Vec<Vec<f64>> =
             forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
-        sweep.backward(&packs, forward, &coefficients, gradients)?;
+        sweep.backward(&batch.packs, forward, &coefficients, gradients)?;
         Ok(StepOutput { loss, blocks: metrics, tokens: self.count_tokens(blocks) })
     }
 
-    /// Sorts the sweep's branches back to blocks and rows.
-    fn scores(&self, blocks: &[Block], branches: &[Vec<BranchStats>]) -> Result<Vec<BlockScores>> {
+    /// Sorts what the sweep says about the step's jobs back to blocks and rows.
+    fn scores(&self, blocks: &[Block], jobs: &[BranchStats]) -> Result<Vec<BlockScores>> {
         let n = blocks.iter().map(Vec::len).sum();
-        let (mut main, mut kl) = (vec![BranchStats::default(); n], vec![0.0; n]);
-        for b in branches.iter().flatten() {
-            if b.gradient {
-                main[b.tag] = *b;
-            } else {
-                kl[b.tag] = b.logps;
-            }
-        }
+        let (main, kl) = jobs.split_at(n);
         let mut start = 0;
         blocks
             .iter()
@@ -106,7 +102,11 @@ impl Trainer<'_> {
                     let label = self.tokens.row(m.row).label;
                     Ok(ScoredRow { label, policy_logps: s.logps, reference_logps, tokens: s.tokens })
                 });
-                Ok(BlockScores { rows: rows.collect::<Result<_>>()?, stats, kl_policy: kl[range].to_vec() })
+                Ok(BlockScores {
+                    rows: rows.collect::<Result<_>>()?,
+                    stats,
+                    kl_policy: kl.iter().skip(range.start).take(range.len()).map(|s| s.logps).collect(),
+                })
             })
             .collect()
     }

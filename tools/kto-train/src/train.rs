@@ -13,6 +13,7 @@ use crate::{
     schedule::Schedule,
     step::{StepOutput, Trainer},
 };
+use candle_core::DType;
 use kto_cli::{Error, Result, Ui, atomic::AtomicDir, hash::sha256_hex, signal};
 use kto_formats::{
     adapter::{AdapterConfig, AdapterMeta},
@@ -21,6 +22,7 @@ use kto_formats::{
 use kto_kernels::{DropoutKey, random};
 use kto_model::{
     base::BaseModel,
+    buffers::{Workspace, WorkspaceSpec},
     lora::Lora,
     memory::MemoryPlan,
     partners::purpose,
@@ -70,7 +72,9 @@ impl Run<'_> {
             metrics: RunLog::open_at(self.dir.file("metrics.jsonl"), start.metrics_bytes)?,
             timing: RunLog::open_end(self.dir.file("timing.jsonl"))?,
         };
-        let (reference, scored) = self.reference(initial.as_ref())?;
+        let spec = WorkspaceSpec { kept_layers: self.memory.kept_layers, head_rows: self.memory.head_rows };
+        let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, DType::F32);
+        let (reference, scored) = self.reference(initial.as_ref(), &workspace)?;
         if let Some(lap) = scored {
             logs.timing.append(&lap.line(0))?;
         }
@@ -81,6 +85,7 @@ impl Run<'_> {
             loss: self.plan.typed.loss,
             max_length: self.plan.max_length,
             packing: self.plan.packing(self.memory.pack_rows),
+            workspace: &workspace,
         };
         let (end, lap) = self.steps(&trainer, lora, &optimizer, start, &mut logs)?;
         logs.metrics.sync()?;
@@ -96,7 +101,7 @@ impl Run<'_> {
 
     /// Scores every pair that the order will ask for, or finds them beside the run.
     /// Returns also the work of this process, if there was any.
-    fn reference(&self, initial: Option<&Lora>) -> Result<(Reference, Option<Lap>)> {
+    fn reference(&self, initial: Option<&Lora>, workspace: &Workspace) -> Result<(Reference, Option<Lap>)> {
         if !self.plan.typed.loss.loss.needs_reference() {
             return Ok((Reference::default(), None));
         }
@@ -145,7 +150,7 @@ impl Run<'_> {
             pack_rows: self.memory.pack_rows,
             sweep_rows: self.memory.reference_rows,
         };
-        reference.extend(self.base, initial, self.tokens, form, &pairs, step)?;
+        reference.extend(self.base, initial, workspace, self.tokens, form, &pairs, step)?;
         reference.write(&path, &key)?;
         Ok((reference, Some(pace.lap())))
     }

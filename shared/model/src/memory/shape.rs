@@ -83,7 +83,7 @@ impl PackShape {
 }
 
 impl BatchShape {
-    /// Returns the shape of the packs that [`crate::rows::packs`] makes of `groups`.
+    /// Returns the shape of the packs that [`crate::rows::Batch`] makes of `groups`.
     pub fn of(groups: &[Group], packing: Packing) -> Self {
         let mut this = Self::default();
         match packing {
@@ -142,13 +142,15 @@ mod tests {
             let most = |f: fn(&Pack) -> usize| packs.iter().map(f).max().unwrap_or(0);
             for (ours, f) in [
                 ((shape.all.rows, shape.largest.rows), (|p| p.ids.len()) as fn(&Pack) -> usize),
-                ((shape.all.gradient_rows, shape.largest.gradient_rows), |p| p.gradient_rows),
-                ((shape.all.rest_rows, shape.largest.rest_rows), |p| p.ids.len() - p.gradient_rows),
+                ((shape.all.gradient_rows, shape.largest.gradient_rows), |p| p.trained.rows.len()),
+                ((shape.all.rest_rows, shape.largest.rest_rows), |p| p.rest.rows.len()),
                 ((shape.all.part_rows, shape.largest.part_rows), |p| {
-                    p.gradient_rows.max(p.ids.len() - p.gradient_rows)
+                    p.trained.rows.len().max(p.rest.rows.len())
                 }),
-                ((shape.all.head_rows, shape.largest.head_rows), |p| p.head_rows.len()),
-                ((shape.all.gradient_head_rows, shape.largest.gradient_head_rows), |p| p.gradient_head_rows),
+                ((shape.all.head_rows, shape.largest.head_rows), Pack::head_rows),
+                ((shape.all.gradient_head_rows, shape.largest.gradient_head_rows), |p| {
+                    p.trained.head_rows.len()
+                }),
                 ((shape.all.entries, shape.largest.entries), |p| p.entries.len()),
                 ((shape.all.gradient_entries, shape.largest.gradient_entries), |p| p.gradient_entries),
             ] {

@@ -14,8 +14,9 @@ use kto_formats::{
 };
 use kto_model::{
     base::BaseModel,
+    buffers::{Workspace, WorkspaceSpec},
     lora::Lora,
-    rows::{Job, Packing, packs},
+    rows::{Batch, Job, Packing},
     sweep::{BranchStats, Sweep},
 };
 use serde_json::{Map, Value, json};
@@ -23,6 +24,8 @@ use std::{ops::Range, path::Path};
 
 /// Rows of a pack, and token rows of one sweep: large enough to fetch a block's weights seldom.
 const PACK_ROWS: usize = 2048;
+/// Rows of a chunk of logits.
+const HEAD_ROWS: usize = 256;
 const SWEEP_ROWS: usize = 16384;
 
 /// What rewards are measured against.
@@ -147,19 +150,9 @@ impl Scorer<'_> {
     /// Scores a range of rows.
     pub fn score(&self, range: Range<usize>) -> Result<Vec<Score>> {
         let n = range.len();
-        let main = range.clone().map(|row| Job {
-            prompt: row,
-            completion: row,
-            gradient: false,
-            tag: row - range.start,
-        });
+        let main = range.clone().map(|row| Job { prompt: row, completion: row, gradient: false });
         let kl = self.partners.into_iter().flat_map(|partners| {
-            let job = |row: usize| Job {
-                prompt: row,
-                completion: partners[row],
-                gradient: false,
-                tag: n + row - range.start,
-            };
+            let job = |row: usize| Job { prompt: row, completion: partners[row], gradient: false };
             range.clone().map(job)
         });
         let jobs: Vec<Job> = main.chain(kl).collect();
@@ -188,15 +181,13 @@ impl Scorer<'_> {
         Ok(range.clone().map(score).collect())
     }
 
-    /// Returns what a model says about every job, by tag.
+    /// Returns what a model says about every job.
     fn sweep(&self, base: &BaseModel, lora: Option<&Lora>, jobs: &[Job]) -> Result<Vec<BranchStats>> {
         let max_length = self.tokens.meta.max_length as usize;
-        let packs = packs(self.tokens, max_length, jobs, Packing::Shared(PACK_ROWS));
-        let forward = Sweep { base, lora, dropout: None }.forward(&packs, false)?;
-        let mut out = vec![BranchStats::default(); jobs.len()];
-        for branch in forward.branches.iter().flatten() {
-            out[branch.tag] = *branch;
-        }
-        Ok(out)
+        let batch = Batch::new(self.tokens, max_length, jobs, Packing::Shared(PACK_ROWS));
+        let spec = WorkspaceSpec { kept_layers: 0, head_rows: HEAD_ROWS };
+        let workspace = Workspace::new(&base.architecture, lora, spec, base.dtype());
+        let sweep = Sweep { base, lora, dropout: None, workspace: &workspace };
+        Ok(batch.by_job(&sweep.forward(&batch.packs, false)?.branches))
     }
 }

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tensors::TensorStore, tokens::TokenSet};
 use kto_model::{
     base::BaseModel,
+    buffers::{Workspace, WorkspaceSpec},
     lora::Lora,
     loss::{Loss, LossSpec},
     reference::{Pair, PassForm, Reference},
@@ -48,9 +49,18 @@ fn replay(case: &Case, dtype: DType, packing: Packing) -> Replay {
         undesirable_weight: case.number("uw"),
     };
     let initial = case.reference_is_adapter().then(|| lora.deep_copy().unwrap());
-    let reference = reference(&base, initial.as_ref(), &tokens, &order);
-    let trainer =
-        Trainer { base: &base, tokens: &tokens, reference: &reference, loss, max_length: 96, packing };
+    let spec = WorkspaceSpec { kept_layers: 1, head_rows: 50 };
+    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, dtype);
+    let reference = reference(&base, initial.as_ref(), &workspace, &tokens, &order);
+    let trainer = Trainer {
+        base: &base,
+        tokens: &tokens,
+        reference: &reference,
+        loss,
+        max_length: 96,
+        packing,
+        workspace: &workspace,
+    };
     let spec = OptimizerSpec { weight_decay: case.number("wd"), max_grad_norm: case.number("clip") };
     let optimizer = Optimizer::new(spec, &lora).unwrap();
     let schedule = Schedule {
@@ -76,13 +86,19 @@ fn replay(case: &Case, dtype: DType, packing: Packing) -> Replay {
     out
 }
 
-fn reference(base: &BaseModel, initial: Option<&Lora>, tokens: &TokenSet, order: &Order) -> Reference {
+fn reference(
+    base: &BaseModel,
+    initial: Option<&Lora>,
+    workspace: &Workspace,
+    tokens: &TokenSet,
+    order: &Order,
+) -> Reference {
     let rows = order.epoch(0);
     let members = (0..order.steps_per_epoch()).flat_map(|s| order.step(0, &rows, s)).flatten();
     let pairs: BTreeSet<Pair> =
         members.flat_map(|m| [(m.row as u32, m.row as u32), (m.row as u32, m.partner as u32)]).collect();
     let mut reference = Reference::default();
-    reference.extend(base, initial, tokens, PassForm::roomy(96), &pairs, |_, _| Ok(())).unwrap();
+    reference.extend(base, initial, workspace, tokens, PassForm::roomy(96), &pairs, |_, _| Ok(())).unwrap();
     reference
 }
 

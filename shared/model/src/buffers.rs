@@ -1,0 +1,358 @@
+//! The memory that a sweep works in, kept from sweep to sweep: fresh pages cost more than most element-wise work on them.
+//!
+//! Called by [`crate::sweep`] and generation. Invariant: every large block of memory of a step is one of these buffers, so the
+//! memory plan can add them up. A buffer grows to the largest number of rows asked for and is never given back.
+
+use crate::{
+    architecture::{Architecture, Module},
+    lora::Lora,
+    numeric::Numeric,
+    pack::Pack,
+};
+use candle_core::{DType, Device, Tensor};
+use kto_cli::{Error, Result};
+use std::cell::{Cell, RefCell};
+
+/// Rows of one width.
+pub(crate) struct Buffer {
+    width: usize,
+    dtype: DType,
+    memory: RefCell<Option<Tensor>>,
+}
+
+impl Buffer {
+    pub fn new(width: usize, dtype: DType) -> Self {
+        Self { width, dtype, memory: RefCell::new(None) }
+    }
+
+    /// Makes room for `rows` rows. What the buffer held is lost when it grows.
+    pub fn reserve(&self, rows: usize) -> Result<()> {
+        let mut memory = self.memory.borrow_mut();
+        let room = memory.as_ref().map_or(0, |m| m.dims()[0]);
+        if room < rows || memory.is_none() {
+            // The old memory goes first, so that both never exist together.
+            *memory = None;
+            *memory = Some(Tensor::zeros((rows, self.width), self.dtype, &Device::Cpu).numeric()?);
+        }
+        Ok(())
+    }
+
+    /// Returns rows `start..start + count`, which must have been reserved.
+    pub fn rows(&self, start: usize, count: usize) -> Result<Tensor> {
+        let memory = self.memory.borrow();
+        let memory =
+            memory.as_ref().ok_or_else(|| Error::internal("a buffer is used before its reservation"))?;
+        memory.narrow(0, start, count).numeric()
+    }
+}
+
+/// What a block computes between its input and its output, for the rows of one part of a pack.
+pub(crate) struct Activations<B = Buffer> {
+    /// Rotated queries (T, H·D).
+    pub q: B,
+    /// Attention's output (T, H·D).
+    pub attended: B,
+    /// Residual stream after attention (T, C).
+    pub h2: B,
+    /// (T, I)
+    pub gate: B,
+    /// (T, I)
+    pub up: B,
+    /// LoRA's inner values `drop(x)·Aᵀ` (T, r), by [`Module`].
+    pub inner: [B; 7],
+}
+
+/// Keys and values of a pack (T, Hkv·D).
+pub(crate) struct KeyValues<B = Buffer> {
+    pub k: B,
+    pub v: B,
+}
+
+/// A block's work space that nothing outlives.
+pub(crate) struct Scratch<B = Buffer> {
+    /// Normed rows (T, C).
+    pub normed: B,
+    /// Gradients of normed rows or of attention's output (T, max(C, H·D)), used as either width.
+    pub flow: (B, B),
+    /// (T, I)
+    pub wide: B,
+    /// Gradient of the queries (T, H·D).
+    pub dq: B,
+    /// Gradients of keys and values (T, Hkv·D).
+    pub dkv: KeyValues<B>,
+    /// Gradients of LoRA's inner values (T, r), by [`Module`].
+    pub inner: [B; 7],
+}
+
+/// Elements a row of everything that has rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Widths {
+    /// C
+    pub hidden: usize,
+    /// H·D
+    pub queries: usize,
+    /// Hkv·D
+    pub keys: usize,
+    /// I
+    pub intermediate: usize,
+    /// Ranks of LoRA, by [`Module`]; 0 where there is none.
+    pub ranks: [usize; 7],
+}
+
+impl Widths {
+    /// Returns the sizes of a decoder with an adapter on it.
+    pub fn new(architecture: &Architecture, lora: Option<&Lora>) -> Self {
+        let shape = architecture.shape;
+        let rank = |m: usize| {
+            let blocks = lora.into_iter().flat_map(|l| &l.layers);
+            blocks.filter_map(|b| b[m].as_ref().map(|f| f.a.dims()[0])).max().unwrap_or(0)
+        };
+        Self {
+            hidden: architecture.hidden,
+            queries: shape.heads * shape.dim,
+            keys: shape.kv_heads * shape.dim,
+            intermediate: architecture.intermediate,
+            ranks: std::array::from_fn(rank),
+        }
+    }
+
+    fn rank_sum(&self) -> usize {
+        self.ranks.iter().sum()
+    }
+
+    /// Returns the elements a row of what a block keeps for the way back (keys and values apart).
+    pub fn activations(&self) -> usize {
+        2 * self.queries + self.hidden + 2 * self.intermediate + self.rank_sum()
+    }
+
+    /// Returns the elements a row of keys and values.
+    pub fn key_values(&self) -> usize {
+        2 * self.keys
+    }
+
+    /// Returns the elements a row of the work space of a forward pass.
+    pub fn forward_scratch(&self) -> usize {
+        self.hidden + self.intermediate
+    }
+
+    /// Returns the elements a row that a backward pass needs beyond [`Widths::forward_scratch`]. The gradients of keys and values
+    /// exist twice while attention sums them.
+    pub fn backward_scratch(&self) -> usize {
+        self.hidden + 2 * self.queries + 4 * self.keys + self.rank_sum()
+    }
+}
+
+/// Buffers of a run. One sweep uses them at a time.
+pub struct Workspace {
+    pub(crate) scratch: Scratch,
+    pub(crate) activations: Activations,
+    pub(crate) key_values: KeyValues,
+    /// Inputs of the trained rows, by block from the lowest adapted one up; the first is also the running state below it.
+    pub(crate) inputs: Vec<Buffer>,
+    /// Running state of the rows without gradient.
+    pub(crate) rest: Buffer,
+    /// Output of the last block for the head rows, and the same rows normed.
+    pub(crate) last: (Buffer, Buffer),
+    /// Unit gradients of the trained entries.
+    pub(crate) unit: Buffer,
+    /// Running gradient of the trained rows, and of the head rows in the last block.
+    pub(crate) gradient: (Buffer, Buffer),
+    /// What blocks keep for the way back, the last block's first.
+    pub(crate) kept: Vec<(Activations, KeyValues)>,
+    /// Rows of a chunk of the head.
+    pub(crate) head_rows: usize,
+    /// Logits of a chunk of the head.
+    pub(crate) logits: Buffer,
+    /// Lowest adapted block.
+    pub(crate) first: usize,
+    /// Counts forward sweeps, so that a backward sweep of another one is noticed.
+    pub(crate) sweeps: Cell<u64>,
+}
+
+/// What the memory plan decides about a workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkspaceSpec {
+    /// Blocks that keep their activations from the forward to the backward sweep, the last ones first.
+    pub kept_layers: usize,
+    /// Rows of a chunk of logits.
+    pub head_rows: usize,
+}
+
+impl Workspace {
+    /// Describes the buffers of a decoder with an adapter; no memory is taken yet.
+    pub fn new(architecture: &Architecture, lora: Option<&Lora>, spec: WorkspaceSpec, dtype: DType) -> Self {
+        let Widths { hidden, queries, keys, intermediate, ranks } = Widths::new(architecture, lora);
+        let buffer = |width: usize| Buffer::new(width, dtype);
+        let inner = || ranks.map(buffer);
+        let key_values = || KeyValues { k: buffer(keys), v: buffer(keys) };
+        let activations = || Activations {
+            q: buffer(queries),
+            attended: buffer(queries),
+            h2: buffer(hidden),
+            gate: buffer(intermediate),
+            up: buffer(intermediate),
+            inner: inner(),
+        };
+        let first = lora.map_or(architecture.layers, Lora::first_layer);
+        let above = architecture.layers - first;
+        Self {
+            scratch: Scratch {
+                normed: buffer(hidden),
+                flow: (buffer(hidden), buffer(queries)),
+                wide: buffer(intermediate),
+                dq: buffer(queries),
+                dkv: key_values(),
+                inner: inner(),
+            },
+            activations: activations(),
+            key_values: key_values(),
+            inputs: (0..above.max(1)).map(|_| buffer(hidden)).collect(),
+            rest: buffer(hidden),
+            last: (buffer(hidden), buffer(hidden)),
+            unit: buffer(hidden),
+            gradient: (buffer(hidden), buffer(hidden)),
+            kept: (0..spec.kept_layers.min(above)).map(|_| (activations(), key_values())).collect(),
+            head_rows: spec.head_rows.max(1),
+            logits: buffer(architecture.vocab_size),
+            first,
+            sweeps: Cell::new(0),
+        }
+    }
+
+    /// Takes the memory that sweeps over `packs` need; with `keep` for both directions.
+    pub fn reserve(&self, packs: &[Pack], keep: bool) -> Result<()> {
+        let most = |f: &dyn Fn(&Pack) -> usize| packs.iter().map(f).max().unwrap_or(0);
+        let sum = |f: &dyn Fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>();
+        let trained = sum(&|p| p.trained.rows.len());
+        self.activations.reserve(most(&|p| p.trained.rows.len().max(p.rest.rows.len())))?;
+        let part = most(&|p| p.trained.rows.len().max(p.rest.rows.len()));
+        self.scratch.normed.reserve(part)?;
+        self.scratch.wide.reserve(part)?;
+        self.key_values.reserve(most(&|p| p.ids.len()))?;
+        let inputs = if keep { &self.inputs[..] } else { &self.inputs[..1] };
+        inputs.iter().try_for_each(|b| b.reserve(trained))?;
+        self.rest.reserve(sum(&|p| p.rest.rows.len()))?;
+        let heads = sum(&|p| p.head_rows());
+        self.last.0.reserve(heads)?;
+        self.last.1.reserve(most(&|p| p.head_rows()))?;
+        self.logits.reserve(self.head_rows.min(most(&|p| p.entries.len())))?;
+        if !keep {
+            return Ok(());
+        }
+        let part = most(&|p| p.trained.rows.len());
+        self.scratch.reserve_backward(part)?;
+        self.unit.reserve(sum(&|p| p.gradient_entries))?;
+        self.gradient.0.reserve(trained)?;
+        self.gradient.1.reserve(sum(&|p| p.trained.head_rows.len()))?;
+        for (activations, key_values) in &self.kept {
+            activations.reserve(trained)?;
+            key_values.reserve(sum(&|p| p.ids.len()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Activations {
+    fn reserve(&self, rows: usize) -> Result<()> {
+        let all = [&self.q, &self.attended, &self.h2, &self.gate, &self.up];
+        all.into_iter().chain(&self.inner).try_for_each(|b| b.reserve(rows))
+    }
+
+    /// Returns rows `start..start + count` of everything; of queries, attention and what follows only `selected` rows.
+    pub fn rows(&self, start: usize, count: usize, selected: usize) -> Result<Activations<Tensor>> {
+        let inner = |m: Module| {
+            let rows = if matches!(m, Module::K | Module::V) { count } else { selected };
+            self.inner[m as usize].rows(start, rows)
+        };
+        Ok(Activations {
+            q: self.q.rows(start, selected)?,
+            attended: self.attended.rows(start, selected)?,
+            h2: self.h2.rows(start, selected)?,
+            gate: self.gate.rows(start, selected)?,
+            up: self.up.rows(start, selected)?,
+            inner: by_module(inner)?,
+        })
+    }
+}
+
+impl KeyValues {
+    fn reserve(&self, rows: usize) -> Result<()> {
+        self.k.reserve(rows)?;
+        self.v.reserve(rows)
+    }
+
+    pub fn rows(&self, start: usize, count: usize) -> Result<KeyValues<Tensor>> {
+        Ok(KeyValues { k: self.k.rows(start, count)?, v: self.v.rows(start, count)? })
+    }
+}
+
+impl KeyValues<Tensor> {
+    pub fn rows(&self, start: usize, count: usize) -> candle_core::Result<Self> {
+        Ok(Self { k: self.k.narrow(0, start, count)?, v: self.v.narrow(0, start, count)? })
+    }
+}
+
+impl Scratch {
+    fn reserve_backward(&self, rows: usize) -> Result<()> {
+        let all = [&self.flow.0, &self.flow.1, &self.dq];
+        all.into_iter().chain(&self.inner).try_for_each(|b| b.reserve(rows))?;
+        self.dkv.reserve(rows)
+    }
+
+    /// Returns `count` rows of what a forward pass uses; of the wide part only `selected`.
+    pub fn forward(&self, count: usize, selected: usize) -> Result<ForwardScratch> {
+        Ok(ForwardScratch { normed: self.normed.rows(0, count)?, wide: self.wide.rows(0, selected)? })
+    }
+
+    /// Returns `count` rows of everything; of what only `selected` rows have, only those.
+    pub fn rows(&self, count: usize, selected: usize) -> Result<Scratch<Tensor>> {
+        let inner = |m: Module| {
+            let rows = if matches!(m, Module::K | Module::V) { count } else { selected };
+            self.inner[m as usize].rows(0, rows)
+        };
+        Ok(Scratch {
+            normed: self.normed.rows(0, count)?,
+            flow: (self.flow.0.rows(0, count)?, self.flow.1.rows(0, selected)?),
+            wide: self.wide.rows(0, selected)?,
+            dq: self.dq.rows(0, selected)?,
+            dkv: self.dkv.rows(0, count)?,
+            inner: by_module(inner)?,
+        })
+    }
+}
+
+/// Buffers of a decoding step, for all its new rows.
+pub(crate) struct DecodeBuffers {
+    pub activations: Activations<Tensor>,
+    pub new: KeyValues<Tensor>,
+    pub scratch: ForwardScratch,
+}
+
+impl DecodeBuffers {
+    pub fn new(architecture: &Architecture, lora: Option<&Lora>, rows: usize, dtype: DType) -> Result<Self> {
+        let spec = WorkspaceSpec { kept_layers: 0, head_rows: 1 };
+        let w = Workspace::new(architecture, lora, spec, dtype);
+        w.activations.reserve(rows)?;
+        w.key_values.reserve(rows)?;
+        w.scratch.normed.reserve(rows)?;
+        w.scratch.wide.reserve(rows)?;
+        Ok(Self {
+            activations: w.activations.rows(0, rows, rows)?,
+            new: w.key_values.rows(0, rows)?,
+            scratch: w.scratch.forward(rows, rows)?,
+        })
+    }
+}
+
+/// What a forward pass of a block uses beside its activations.
+pub(crate) struct ForwardScratch {
+    /// (T, C)
+    pub normed: Tensor,
+    /// (selected, I)
+    pub wide: Tensor,
+}
+
+fn by_module(f: impl Fn(Module) -> Result<Tensor>) -> Result<[Tensor; 7]> {
+    let all: Vec<Tensor> = Module::ALL.into_iter().map(f).collect::<Result<_>>()?;
+    all.try_into().map_err(|_| Error::internal("a block has seven linear layers"))
+}
