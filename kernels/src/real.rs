@@ -48,8 +48,12 @@ pub trait Real:
     fn scratch() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>>;
     /// Transposes small squares.
     fn transpose_square() -> TransposeSquare<Self>;
+    /// Writes `columns` elements of as many consecutive rows of a frozen weight as `out` holds.
+    fn widen_rows(weight: &Stored, row: usize, column: usize, columns: usize, out: &mut [Self]);
     /// Writes consecutive elements of a row of a frozen weight.
-    fn widen(weight: &Stored, row: usize, column: usize, out: &mut [Self]);
+    fn widen(weight: &Stored, row: usize, column: usize, out: &mut [Self]) {
+        Self::widen_rows(weight, row, column, out.len(), out);
+    }
 }
 
 macro_rules! real {
@@ -95,21 +99,23 @@ macro_rules! real {
             fn transpose_square() -> TransposeSquare<Self> {
                 $square
             }
-            fn widen(weight: &Stored, row: usize, column: usize, out: &mut [Self]) {
-                $widen(weight, row, column, out)
+            fn widen_rows(w: &Stored, row: usize, column: usize, columns: usize, out: &mut [Self]) {
+                $widen(w, row, column, columns, out)
             }
         }
     };
 }
-real!(f32, F32, crate::exp::exp, fastest_f32, transpose_square_f32(), Stored::widen);
+real!(f32, F32, crate::exp::exp, fastest_f32, transpose_square_f32(), Stored::widen_rows);
 real!(f64, F64, f64::exp, fastest_f64, transpose_square::<f64>, widen_f64);
 
-fn widen_f64(weight: &Stored, row: usize, column: usize, out: &mut [f64]) {
+fn widen_f64(weight: &Stored, row: usize, column: usize, columns: usize, out: &mut [f64]) {
     let mut buffer = [0.0f32; 256];
-    for (i, out) in out.chunks_mut(buffer.len()).enumerate() {
-        let narrow = &mut buffer[..out.len()];
-        weight.widen(row, column + i * 256, narrow);
-        out.iter_mut().zip(narrow).for_each(|(wide, v)| *wide = f64::from(*v));
+    for (row, out) in (row..).zip(out.chunks_mut(columns.max(1))) {
+        for (i, out) in out.chunks_mut(buffer.len()).enumerate() {
+            let narrow = &mut buffer[..out.len()];
+            weight.widen(row, column + i * 256, narrow);
+            out.iter_mut().zip(narrow).for_each(|(wide, v)| *wide = f64::from(*v));
+        }
     }
 }
 

@@ -34,14 +34,17 @@ pub(super) unsafe fn panel<T: Real>(
         Right::Columns(w) => with_scratch(columns * RUN, |scratch: &mut [T]| {
             for at in (0..k).step_by(RUN) {
                 let run = RUN.min(k - at);
-                for (j, row) in scratch.chunks_mut(RUN).take(width).enumerate() {
-                    T::widen(w, first + j, rows.start + at, &mut row[..run]);
-                }
-                let from = Operand { at: scratch.as_ptr(), row: 1, column: RUN as isize };
+                T::widen_rows(w, first, rows.start + at, run, &mut scratch[..width * run]);
+                let from = Operand { at: scratch.as_ptr(), row: 1, column: run as isize };
                 // SAFETY: the scratch holds `width` rows of `run` elements; the panel has rows `at..at + run`.
                 unsafe { matrix_panel(from, run, width, columns, panel.add(at * columns)) };
             }
         }),
+        Right::Rows(w) if width == columns => {
+            // SAFETY: the caller's promise; written by this call alone.
+            let panel = unsafe { std::slice::from_raw_parts_mut(panel, k * columns) };
+            T::widen_rows(w, rows.start, first, columns, panel);
+        }
         Right::Rows(w) => {
             for p in 0..k {
                 // SAFETY: row p of the panel, `columns` elements, written by this call alone.

@@ -160,7 +160,7 @@ impl Stored {
     /// Widens `columns` elements from column `column` on of as many rows as `out` holds, from `row` on: `out` is
     /// (rows, columns), row-major. For narrow panels this is several times faster than a call a row.
     pub fn widen_rows(&self, row: usize, column: usize, columns: usize, out: &mut [f32]) {
-        debug_assert!(columns > 0 && column + columns <= self.columns && out.len().is_multiple_of(columns));
+        debug_assert!(column + columns <= self.columns && out.len().is_multiple_of(columns.max(1)));
         debug_assert!(row + out.len() / columns.max(1) <= self.rows);
         self.pieces(row * self.columns + column, self.columns, columns, out);
     }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::{
+    Factor, Onto, Product, Weight, multiply,
     quant::{
         dynamic_map,
         nf4::{CODE, quantize_nf4},
@@ -329,4 +330,32 @@ fn affine_parts_that_do_not_fit_are_refused() {
     let (index, value) =
         Stored::int8(vec![1; 6].into(), Dense::F32, scales, 2, 3).unwrap().first_non_finite().unwrap();
     assert!(index == 3 && value.is_nan());
+}
+
+#[test]
+fn products_read_a_stored_weight_as_its_dense_values() {
+    for (n, k) in [(1, 1), (7, 65), (33, 130), (64, 700), (130, 33)] {
+        let values: Vec<f32> = floats(n * k, 2).iter().map(|v| rounded(Dense::Bf16, *v)).collect();
+        let stored = Stored::dense(Dense::Bf16, bytes(encode(Dense::Bf16, &values), 1), n, k).unwrap();
+        let dense = Tensor::from_vec(values, (n, k), &Device::Cpu).unwrap();
+        for dtype in [DType::F32, DType::F64] {
+            let forms =
+                [Weight::Stored(Arc::new(stored.clone())), Weight::Dense(dense.to_dtype(dtype).unwrap())];
+            for m in [1, 5, 40] {
+                let of =
+                    |columns: usize| Tensor::from_vec(floats(m * columns, 8), (m, columns), &Device::Cpu);
+                let (x, dy) =
+                    (of(k).unwrap().to_dtype(dtype).unwrap(), of(n).unwrap().to_dtype(dtype).unwrap());
+                let product = |a: &Tensor, b: Factor, n: usize| {
+                    let out = Tensor::zeros((m, n), dtype, &Device::Cpu).unwrap();
+                    multiply(&out, Onto::Zero, &[Product::new(a, b)]).unwrap();
+                    out.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap()
+                };
+                let [found, expected] = forms
+                    .each_ref()
+                    .map(|w| (product(&x, Factor::Linear(w), n), product(&dy, Factor::Weight(w), k)));
+                assert_eq!(found, expected, "({n}, {k}) {m} {dtype:?}");
+            }
+        }
+    }
 }

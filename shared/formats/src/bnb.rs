@@ -35,12 +35,27 @@ pub struct Nf4Tensor<'a> {
     pub packed: &'a [u8],
     /// The 16 values.
     pub map: [f32; 16],
-    scales: Scales<'a>,
+    /// One scale for each block.
+    pub scales: Scales<'a>,
 }
 
-enum Scales<'a> {
+/// The scales of a 4-bit weight, as stored.
+pub enum Scales<'a> {
+    /// Floats.
     Plain(TensorView<'a>),
-    Nested { codes: &'a [u8], map: Box<[f32; 256]>, absmax: Vec<f32>, block: usize, offset: f32 },
+    /// Double quantization: `map[codes[i]] · absmax[i / block] + offset`.
+    Nested {
+        /// One code a scale.
+        codes: &'a [u8],
+        /// The 256 values.
+        map: Box<[f32; 256]>,
+        /// One scale for each `block` scales.
+        absmax: Vec<f32>,
+        /// Scales that share a scale.
+        block: usize,
+        /// Mean of the scales.
+        offset: f32,
+    },
 }
 
 impl<'a> Nf4Tensor<'a> {

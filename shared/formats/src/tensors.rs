@@ -240,11 +240,14 @@ pub fn push_floats(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Result<()
 pub fn check_finite(name: &str, start: usize, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
-        Some(i) => {
-            let what = if values[i].is_nan() { "NaN" } else { "infinity" };
-            Err(Error::data(format!("tensor \"{}\": {what} at index {}", escape(name), start + i)))
-        }
+        Some(i) => Err(non_finite(name, start + i, values[i])),
     }
+}
+
+/// Returns the error (65) for a tensor whose element `index` is not finite.
+pub fn non_finite(name: &str, index: usize, value: f32) -> Error {
+    let what = if value.is_nan() { "NaN" } else { "infinity" };
+    Error::data(format!("tensor \"{}\": {what} at index {index}", escape(name)))
 }
 
 #[cfg(test)]

@@ -82,7 +82,7 @@ impl<'a> Generator<'a> {
         let zeros =
             |width: usize| Tensor::zeros((ids.len(), width), self.base.dtype(), &Device::Cpu).numeric();
         let h = zeros(architecture.hidden)?;
-        self.base.embedding.gather_into(&h, &ids).numeric()?;
+        self.base.embedding()?.gather_into(&h, &ids).numeric()?;
         let buffers = DecodeBuffers::new(architecture, self.lora, ids.len(), self.base.dtype())?;
         let rows = Rows { positions: &positions, keys: &[], selected: None, layout: &layout };
         for layer in 0..self.base.architecture.layers {
@@ -110,13 +110,14 @@ impl<'a> Generator<'a> {
         for (i, ids) in parts {
             self.slots[*i].past += ids.len();
         }
+        let weight = self.base.head()?;
         let head = || -> candle_core::Result<Tensor> {
             let h = if all || last.len() == ids.len() { h.clone() } else { gather_rows(&h, &last)? };
             let normed = h.zeros_like()?;
             rms_norm(&normed, &h, &self.base.final_norm, architecture.rms_eps)?;
             let logits =
                 Tensor::zeros((h.dim(0)?, architecture.vocab_size), self.base.dtype(), &Device::Cpu)?;
-            multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(&self.base.head))])?;
+            multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(weight))])?;
             Ok(logits)
         };
         head().numeric()

@@ -21,6 +21,8 @@ pub mod pack;
 pub mod partners;
 mod projection;
 pub mod reference;
+mod residency;
 pub mod rows;
+mod source;
 pub mod sweep;
 pub mod weights;

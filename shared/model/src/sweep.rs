@@ -73,22 +73,26 @@ impl Sweep<'_> {
         w.reserve(packs, keep)?;
         w.sweeps.set(w.sweeps.get() + 1);
         let places = places(packs);
+        let embedding = self.base.embedding()?;
         for (pack, place) in packs.iter().zip(&places) {
             for (part, state) in self.states(0, pack, *place, keep)? {
                 let ids = &pack.ids[part.rows.clone()];
-                self.base.embedding.gather_into(&state, ids).numeric()?;
+                embedding.gather_into(&state, ids).numeric()?;
             }
         }
+        self.base.release_embedding();
         for layer in 0..layers {
             let weights = self.base.layer(layer)?;
             for (pack, place) in packs.iter().zip(&places) {
                 self.forward_layer(layer, &weights, pack, *place, keep)?;
             }
+            self.base.release(layer);
         }
         let mut branches = Vec::with_capacity(packs.len());
         for (pack, place) in packs.iter().zip(&places) {
             branches.push(self.head(pack, *place, keep)?);
         }
+        self.base.release_head();
         Ok(Forward { branches, sweep: w.sweeps.get(), kept: keep })
     }
 
@@ -162,7 +166,7 @@ impl Sweep<'_> {
             false => None,
         };
         let chunks = head::Chunks { logits: &w.logits, rows: w.head_rows };
-        let stats = head::run(&chunks, &normed, &self.base.head, &pack.entries, unit.as_ref())?;
+        let stats = head::run(&chunks, &normed, self.base.head()?, &pack.entries, unit.as_ref())?;
         Ok(branch_stats(pack, &stats))
     }
 
@@ -188,6 +192,7 @@ impl Sweep<'_> {
             for (pack, place) in packs.iter().zip(&places).filter(|(p, _)| p.gradient_entries > 0) {
                 self.backward_layer(layer, &weights, pack, *place, gradients)?;
             }
+            self.base.release(layer);
         }
         Ok(())
     }

@@ -3,38 +3,56 @@
 //! Called before anything of the promised sizes is allocated: a config.json that lies about a size must not cost memory or time.
 //! Invariant: headers only, no weight is read. Deliberately absent: finiteness, which is checked as weights are loaded.
 
-use crate::architecture::{Architecture, Module};
+use crate::{
+    architecture::{Architecture, Module},
+    source::Source,
+};
 use kto_cli::{Error, Result, escape};
-use kto_formats::{bnb::Nf4Tensor, model_dir::ModelDir};
+use kto_formats::model_dir::ModelDir;
+
+/// Name of the embedding (V, C).
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// Name of the head (V, C), where it is not the embedding.
+pub(crate) const HEAD: &str = "lm_head.weight";
+/// Name of the norm before the head (C).
+pub(crate) const FINAL_NORM: &str = "model.norm.weight";
+/// The norms of a block (C): before attention, before the MLP.
+pub(crate) const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+
+/// Returns the name of a linear layer's weight (out, in).
+pub(crate) fn weight_name(module: Module, layer: usize) -> String {
+    format!("{}.weight", module.path(layer))
+}
+
+/// Returns the name of a linear layer's bias (out).
+pub(crate) fn bias_name(module: Module, layer: usize) -> String {
+    format!("{}.bias", module.path(layer))
+}
+
+/// Returns the name of one of a block's [`NORMS`].
+pub(crate) fn norm_name(layer: usize, norm: &str) -> String {
+    format!("model.layers.{layer}.{norm}.weight")
+}
 
 /// Fails (65) at the first tensor that is missing or has another shape, and when there are more blocks than config.json says.
 pub fn check(architecture: &Architecture, directory: &ModelDir) -> Result<()> {
     let (v, c) = (architecture.vocab_size, architecture.hidden);
-    let dense = |name: &str, shape: &[usize]| directory.tensors.require(name)?.expect_shape(shape);
-    dense("model.embed_tokens.weight", &[v, c])?;
-    dense("model.norm.weight", &[c])?;
+    let vector = |name: &str, shape: &[usize]| directory.tensors.require(name)?.expect_shape(shape);
+    let matrix = |name: &str, rows, columns| Source::find(directory, name)?.expect_shape(name, rows, columns);
+    matrix(EMBEDDING, v, c)?;
+    vector(FINAL_NORM, &[c])?;
     if !architecture.tied {
-        dense("lm_head.weight", &[v, c])?;
+        matrix(HEAD, v, c)?;
     }
     for layer in 0..architecture.layers {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            dense(&format!("model.layers.{layer}.{norm}.weight"), &[c])?;
+        for norm in NORMS {
+            vector(&norm_name(layer, norm), &[c])?;
         }
         for module in Module::ALL {
             let (rows, columns) = architecture.weight_shape(module);
-            let name = format!("{}.weight", module.path(layer));
-            match Nf4Tensor::find(&directory.tensors, &name)? {
-                Some(packed) if packed.state.shape == [rows, columns] => {}
-                Some(packed) => {
-                    let found = &packed.state.shape;
-                    return Err(Error::data(format!(
-                        "tensor \"{name}\" has shape {found:?}, expected [{rows}, {columns}]"
-                    )));
-                }
-                None => dense(&name, &[rows, columns])?,
-            }
+            matrix(&weight_name(module, layer), rows, columns)?;
             if architecture.has_bias(module) {
-                dense(&format!("{}.bias", module.path(layer)), &[rows])?;
+                vector(&bias_name(module, layer), &[rows])?;
             }
         }
     }

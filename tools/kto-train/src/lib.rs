@@ -111,7 +111,8 @@ fn train(
     ui: &Ui,
 ) -> Result<Exit> {
     let Planned { plan, memory } = planned;
-    let base = BaseModel::load(model, DType::F32, data::positions(tokens)).at(shown(&args.model))?;
+    let mut base = BaseModel::load(model, DType::F32, data::positions(tokens)).at(shown(&args.model))?;
+    base.set_streaming(memory.stream);
     let dir = open_run(args, plan)?;
     if args.resume && dir.is_finished() {
         ui.note(format_args!("{}: the run is finished", shown(&args.out)));

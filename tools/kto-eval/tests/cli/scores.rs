@@ -96,12 +96,17 @@ fn references_can_be_the_base_an_adapter_or_a_model() {
     assert!(bare.iter().zip(&by_base).all(|(a, b)| a["logps"] == b["reference_logps"] && a["reward"] == 0.0));
 }
 
-/// The sweep of packs and the cache of generation are two ways to one number, also with 4-bit weights.
+/// The sweep of packs and the cache of generation are two ways to one number, also with quantized weights.
 #[test]
-fn a_4_bit_model_scores_as_its_logits_say() {
+fn quantized_models_score_as_their_logits_say() {
+    for model in ["bnb/tiny_llama_bnb4", "bnb/tiny_llama_int8"] {
+        scores_as_its_logits_say(model);
+    }
+}
+
+fn scores_as_its_logits_say(model: &str) {
     let (prompt, completion) = (vec![7u32, 1, 200, 31], vec![5u32, 99, 180]);
-    let base =
-        BaseModel::load(ModelDir::open(&testdata("bnb/tiny_llama_bnb4")).unwrap(), DType::F32, 8).unwrap();
+    let base = BaseModel::load(ModelDir::open(&testdata(model)).unwrap(), DType::F32, 8).unwrap();
     let all = [&prompt[..], &completion].concat();
     let logits = Generator::new(&base, None, 8).unwrap().feed(&all, true).unwrap().to_vec2::<f32>().unwrap();
     let logp = |row: &[f32], id: u32| {
@@ -110,7 +115,7 @@ fn a_4_bit_model_scores_as_its_logits_say() {
     };
     let expected: f64 = completion.iter().enumerate().map(|(i, id)| logp(&logits[3 + i], *id)).sum();
     let set = token_set(&[(prompt, completion, true)], 256, 16);
-    let args = words(&format!("score --model {} --no-kl", data("bnb/tiny_llama_bnb4")));
+    let args = words(&format!("score --model {} --no-kl", data(model)));
     let found = number(&rows(&args, &bytes(&set))[0], "logps");
     assert!((found - expected).abs() < 1e-4, "{found} {expected}");
 }

@@ -121,7 +121,7 @@ fn bad_token_files_are_refused() {
 }
 
 /// Rows with the given prompts and one completion token.
-fn rows(prompts: &[&[u32]], vocab_size: u32) -> TokenSet {
+pub fn rows(prompts: &[&[u32]], vocab_size: u32) -> TokenSet {
     let mut set = TokenSet::new(TokenMeta { vocab_size, max_length: 96, ..Default::default() });
     for prompt in prompts {
         set.push(TokenRow {

@@ -3,6 +3,7 @@
 
 mod cli;
 mod engine;
+mod forms;
 mod golden;
 mod memory;
 mod pace;
