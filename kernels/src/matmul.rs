@@ -60,15 +60,19 @@ pub enum Onto<'a> {
 /// Errors: shapes or element types that do not match.
 pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (m, n) = (a.dims2()?.0, b.dims2()?.1);
+    if m.checked_mul(n).is_none() {
+        bail!("a product of {m} × {n} is too large");
+    }
     let out = with_type!(a, T => matrix(vec![T::ZERO; m * n], m, n, a))?;
     multiply(&out, Onto::Zero, &[Product::new(a, Factor::Plain(b))])?;
     Ok(out)
 }
 
-/// Computes `out = onto + Σ products`. `out` (m, n) has unit column or row stride and shares no memory with any operand.
+/// Computes `out = onto + Σ products`. `out` (m, n) is contiguous and shares no memory with any operand; a start is contiguous.
 /// Errors: shapes or element types that do not match.
 pub fn multiply(out: &Tensor, onto: Onto, products: &[Product]) -> Result<()> {
     let (m, n) = out.dims2()?;
+    let mut terms_depth = 0usize;
     for p in products {
         same_type(out, p.a)?;
         apart(out, p.a)?;
@@ -81,6 +85,11 @@ pub fn multiply(out: &Tensor, onto: Onto, products: &[Product]) -> Result<()> {
         if (rows, columns) != (m, n) || k != depth {
             bail!("product of ({rows}, {k}) and ({depth}, {columns}) for ({m}, {n})");
         }
+        // Repeated rows make any depth without memory for it; a sum that wraps around would make too small a buffer.
+        terms_depth = match terms_depth.checked_add(k) {
+            Some(sum) => sum,
+            None => bail!("product of ({rows}, {k}) and ({depth}, {columns}) is too deep"),
+        };
     }
     let from = match onto {
         Onto::Zero | Onto::Itself => None,

@@ -82,8 +82,8 @@ fn lane_sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
     let mut lanes = [T::ZERO; LANES];
     let whole = n / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
-        for l in 0..LANES {
-            lanes[l] += f(at + l);
+        for (l, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(at + l);
         }
     }
     let mut sum = T::ZERO;

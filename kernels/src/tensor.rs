@@ -2,7 +2,7 @@
 
 use crate::real::{Operand, Real};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// Runs `$body` with `$T` bound to the Rust type of a tensor's elements.
 macro_rules! with_type {
@@ -44,14 +44,8 @@ impl<G: Deref<Target = Storage>> Reader<'_, G> {
 
     /// Returns the elements of a contiguous tensor.
     pub fn slice<T: Real>(&self) -> Result<&[T]> {
-        let Some((start, end)) = self.layout.contiguous_offsets() else {
-            bail!(
-                "expected a contiguous tensor, found {:?} with strides {:?}",
-                self.layout.shape(),
-                self.layout.stride()
-            )
-        };
-        Ok(&self.all::<T>()?[start..end])
+        let all = self.all::<T>()?;
+        Ok(&all[extent(self.layout, all.len())?])
     }
 
     /// Returns a two-dimensional tensor of any strides as a matrix operand with its (rows, columns).
@@ -60,13 +54,29 @@ impl<G: Deref<Target = Storage>> Reader<'_, G> {
         let all = self.all::<T>()?;
         let (row, column) = (self.layout.stride()[0], self.layout.stride()[1]);
         if rows > 0 && columns > 0 {
-            let last = self.layout.start_offset() + (rows - 1) * row + (columns - 1) * column;
-            if last >= all.len() {
+            // Unsafe code reads by these strides, and a sum that wraps around would pass for a small one.
+            let to = |n: usize, stride: usize| (n - 1).checked_mul(stride);
+            let last = to(rows, row).zip(to(columns, column)).and_then(|(r, c)| r.checked_add(c));
+            let last = last.and_then(|l| l.checked_add(self.layout.start_offset()));
+            if last.is_none_or(|last| last >= all.len()) {
                 bail!("tensor layout reaches past its storage");
             }
         }
         let at = all[self.layout.start_offset().min(all.len())..].as_ptr();
         Ok((Operand { at, row: row as isize, column: column as isize }, rows, columns))
+    }
+}
+
+/// Returns where the elements of a contiguous tensor lie in a storage of `stored` elements.
+fn extent(layout: &Layout, stored: usize) -> Result<Range<usize>> {
+    if !layout.is_contiguous() {
+        bail!("expected a contiguous tensor, found {:?} with strides {:?}", layout.shape(), layout.stride());
+    }
+    // candle's number of elements wraps around; unsafe code relies on rows · columns being what is there.
+    let n = layout.dims().iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+    match n.and_then(|n| n.checked_add(layout.start_offset())) {
+        Some(end) if end <= stored => Ok(layout.start_offset()..end),
+        _ => bail!("tensor layout reaches past its storage"),
     }
 }
 
@@ -78,14 +88,18 @@ pub(crate) fn write<T: Real>(target: &Tensor, f: impl Fn(&mut [T]) -> Result<()>
             "write"
         }
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-            let Some((start, end)) = layout.contiguous_offsets() else {
-                bail!("in-place operations need contiguous tensors")
-            };
             match T::slice_mut(storage) {
-                Some(all) => self.0(&mut all[start..end]),
+                Some(all) => {
+                    let range = extent(layout, all.len())?;
+                    self.0(&mut all[range])
+                }
                 None => bail!("the tensor holds another element type"),
             }
         }
+    }
+    // candle gives rows without elements a stride of zero and takes that for repetition.
+    if target.dims().contains(&0) {
+        return f(&mut []);
     }
     target.inplace_op1(&Write(f, std::marker::PhantomData))
 }

@@ -52,7 +52,9 @@ impl Segment {
     }
     /// The two runs of keys as (first key row, number, first column of the scores).
     pub(super) fn runs(&self) -> [(usize, usize, usize); 2] {
-        [(self.prefix, self.prefix_len, 0), (self.own, self.own_len(), self.prefix_len)]
+        // The place of a prefix that is not there means nothing and may be anywhere.
+        let prefix = if self.prefix_len > 0 { self.prefix } else { self.own };
+        [(prefix, self.prefix_len, 0), (self.own, self.own_len(), self.prefix_len)]
     }
 }
 
@@ -69,6 +71,7 @@ pub(super) fn check(
     let HeadShape { heads, kv_heads, dim } = shape;
     let ((tq, cq), (tk, ck)) = (q.dims2()?, k.dims2()?);
     if kv_heads == 0
+        || heads == 0
         || dim == 0
         || heads % kv_heads != 0
         || heads.checked_mul(dim) != Some(cq)

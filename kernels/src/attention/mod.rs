@@ -13,7 +13,7 @@ use crate::{
     parallel::Shared,
     real::{Operand, Real},
     simd::simd,
-    tensor::{read, same_type, with_type, write},
+    tensor::{apart, read, same_type, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 use layout::check;
@@ -33,6 +33,9 @@ pub fn attention(
 ) -> Result<()> {
     check(q, k, v, layout, shape)?;
     same_shape(out, q)?;
+    for operand in [q, k, v] {
+        apart(out, operand)?;
+    }
     with_type!(q, T => {
         let (rq, rk, rv) = (read(q), read(k), read(v));
         let heads = Heads::<T> { q: rq.slice()?, k: rk.slice()?, v: rv.slice()?, shape };
@@ -63,7 +66,8 @@ pub struct AttentionGradients<'a> {
     pub dv: &'a Tensor,
 }
 
-/// Writes the gradients for the gradient `dout` of the output. Shapes as in [`attention`]. Keys that no query sees get zero.
+/// Writes the gradients for the gradient `dout` of the output. Shapes as in [`attention`].
+/// Keys that no query sees get zero; rows of dq that no segment names are left alone.
 /// Formula, with probabilities P and `dP = dout·vᵀ`: `dS = P∘(dP − rowsum(dP∘P))/√D; dq = dS·k; dk = dSᵀ·q; dv = Pᵀ·dout`.
 pub fn attention_backward(
     gradients: &AttentionGradients,
@@ -78,6 +82,11 @@ pub fn attention_backward(
     let AttentionGradients { dq, dk, dv } = *gradients;
     for (a, b) in [(dout, q), (dq, q), (dk, k), (dv, v)] {
         same_shape(a, b)?;
+    }
+    for (i, gradient) in [dq, dk, dv].into_iter().enumerate() {
+        for other in [dout, q, k, v].into_iter().chain([dq, dk, dv].into_iter().skip(i + 1)) {
+            apart(gradient, other)?;
+        }
     }
     with_type!(q, T => {
         let (rd, rq, rk, rv) = (read(dout), read(q), read(k), read(v));

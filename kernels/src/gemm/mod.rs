@@ -7,6 +7,8 @@
 //! Design: packed panels of b shared by all threads, tiles in registers (after BLIS, doi:10.1145/2764454).
 
 mod pack;
+#[cfg(test)]
+mod tests;
 mod tile;
 
 pub(crate) use pack::{TransposeSquare, transpose_square, transpose_square_f32};
@@ -74,7 +76,7 @@ const SMALL: usize = 1 << 17;
 /// Computes `target = start + Σ terms`.
 ///
 /// # Safety
-/// Operands, start and target must be valid for the sizes, and the target must overlap none of them.
+/// Operands, start and target must be valid for the sizes, and the target must overlap none of them. The terms' k must have a sum.
 pub(crate) unsafe fn product<T: Real>(
     target: Target<T>,
     m: usize,
@@ -83,8 +85,27 @@ pub(crate) unsafe fn product<T: Real>(
     terms: &[Term<T>],
     parallel: bool,
 ) {
+    // SAFETY: the caller's promise; these tiles are for this processor.
+    unsafe { product_with(T::tiles(), target, m, n, start, terms, parallel) }
+}
+
+/// As [`product`], with chosen tiles.
+///
+/// # Safety
+/// As [`product`], and the processor must have the tiles' instructions.
+unsafe fn product_with<T: Real>(
+    tiles: &'static Tiles<T>,
+    target: Target<T>,
+    m: usize,
+    n: usize,
+    start: Start<T>,
+    terms: &[Term<T>],
+    parallel: bool,
+) {
     let depth: usize = terms.iter().map(|t| t.k).sum();
-    let tiles = T::tiles();
+    if m == 0 || n == 0 {
+        return;
+    }
     let threads = if parallel && m * n * depth >= SMALL { rayon::current_num_threads() } else { 1 };
     if depth == 0 {
         // SAFETY: the caller's promise.
@@ -315,7 +336,7 @@ struct Place<T> {
 /// Computes a tile in a buffer and copies the part of it that exists.
 ///
 /// # Safety
-/// As [`multiply`], for `height` rows and `width` columns.
+/// As [`product`], for `height` rows and `width` columns.
 #[allow(clippy::too_many_arguments)]
 unsafe fn edge<T: Real>(
     tiles: &Tiles<T>,

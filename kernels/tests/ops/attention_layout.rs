@@ -1,8 +1,8 @@
 //! Packs for the tests of attention: what they hold, the layout that says so, and who sees whom by meaning alone.
 
 use crate::support::*;
-use candle_core::Tensor;
-use kto_kernels::{AttentionLayout, HeadShape, Segment};
+use candle_core::{Result, Tensor};
+use kto_kernels::{AttentionGradients, AttentionLayout, HeadShape, Segment, attention, attention_backward};
 
 /// A prompt and the completions that continue it.
 pub(crate) struct Family {
@@ -88,13 +88,40 @@ impl Pack {
     }
 }
 
+/// Returns the output of attention.
+pub(crate) fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: &AttentionLayout,
+    shape: HeadShape,
+) -> Result<Tensor> {
+    written(q, |out| attention(out, q, k, v, layout, shape))
+}
+
+/// Returns the gradients of q, k and v.
+pub(crate) fn attend_backward(
+    dout: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: &AttentionLayout,
+    shape: HeadShape,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let [dq, dk, dv] = [q, k, v].map(|x| written(x, |_| Ok(())).unwrap());
+    let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
+    attention_backward(&gradients, dout, q, k, v, layout, shape)?;
+    Ok((dq, dk, dv))
+}
+
 /// Head shapes with and without grouping.
-pub(crate) const SHAPES: [HeadShape; 5] = [
+pub(crate) const SHAPES: [HeadShape; 6] = [
     HeadShape { heads: 1, kv_heads: 1, dim: 8 },
     HeadShape { heads: 4, kv_heads: 2, dim: 8 },
     HeadShape { heads: 6, kv_heads: 2, dim: 16 },
     HeadShape { heads: 3, kv_heads: 1, dim: 16 },
     HeadShape { heads: 2, kv_heads: 2, dim: 16 },
+    HeadShape { heads: 8, kv_heads: 2, dim: 8 },
 ];
 
 /// Packs as training makes them, from one plain sequence to several shared prompts of which only some rows are asked.

@@ -3,7 +3,7 @@
 use crate::attention_layout::*;
 use crate::support::*;
 use candle_core::{DType, Tensor};
-use kto_kernels::{AttentionLayout, HeadShape, attention, attention_backward};
+use kto_kernels::{AttentionGradients, AttentionLayout, HeadShape, attention, attention_backward};
 
 const SHAPE: HeadShape = HeadShape { heads: 4, kv_heads: 2, dim: 8 };
 
@@ -17,8 +17,8 @@ fn pack() -> Pack {
 
 #[track_caller]
 fn assert_both_refuse(what: &str, [q, k, v, d]: [&Tensor; 4], layout: &AttentionLayout, shape: HeadShape) {
-    assert_refused(what, attention(q, k, v, layout, shape));
-    assert_refused(what, attention_backward(d, q, k, v, layout, shape));
+    assert_refused(what, attend(q, k, v, layout, shape));
+    assert_refused(what, attend_backward(d, q, k, v, layout, shape));
 }
 
 /// A named way to spoil a layout.
@@ -51,7 +51,7 @@ fn layouts_that_reach_outside_or_overlap() {
     ];
     let pack = pack();
     let [q, k, v, d] = pack.tensors(SHAPE, 1);
-    assert!(attention(&q, &k, &v, &pack.layout, SHAPE).is_ok());
+    assert!(attend(&q, &k, &v, &pack.layout, SHAPE).is_ok());
     for (what, spoil) in faults {
         let mut layout = pack.layout.clone();
         spoil(&mut layout);
@@ -80,6 +80,7 @@ fn shapes_and_types_that_do_not_fit() -> Outcome {
     let shapes = [
         HeadShape { heads: 2, ..SHAPE },
         HeadShape { kv_heads: 0, ..SHAPE },
+        HeadShape { heads: 0, ..SHAPE },
         HeadShape { kv_heads: 3, ..SHAPE },
         HeadShape { dim: 16, ..SHAPE },
         HeadShape { dim: 0, ..SHAPE },
@@ -98,9 +99,88 @@ fn shapes_and_types_that_do_not_fit() -> Outcome {
     assert_both_refuse("strided", [&normal(32, 13, 1).t()?, &k, &v, &d], layout, SHAPE);
     let half = [&q, &k, &v, &d].map(|x| x.to_dtype(DType::BF16).unwrap());
     assert_both_refuse("half precision", [&half[0], &half[1], &half[2], &half[3]], layout, SHAPE);
-    assert_refused("gradient rows", attention_backward(&normal(12, 32, 1), &q, &k, &v, layout, SHAPE));
-    assert_refused("gradient type", attention_backward(&single(&d), &q, &k, &v, layout, SHAPE));
+    assert_refused("gradient rows", attend_backward(&normal(12, 32, 1), &q, &k, &v, layout, SHAPE));
+    assert_refused("gradient type", attend_backward(&single(&d), &q, &k, &v, layout, SHAPE));
     let none = AttentionLayout::default();
-    assert_eq!(attention(&normal(0, 32, 1), &k, &v, &none, SHAPE)?.dims(), [0, 32]);
+    assert_eq!(attend(&normal(0, 32, 1), &k, &v, &none, SHAPE)?.dims(), [0, 32]);
+    Ok(())
+}
+
+#[test]
+fn no_heads_and_no_columns() {
+    let pack = pack();
+    let [_, k, v, _] = pack.tensors(SHAPE, 1);
+    let none = normal(13, 0, 1);
+    assert_both_refuse("no heads", [&none, &k, &v, &none], &pack.layout, HeadShape { heads: 0, ..SHAPE });
+}
+
+#[test]
+fn a_prefix_without_rows_may_be_anywhere() -> Outcome {
+    let mut pack = pack();
+    let [q, k, v, d] = pack.tensors(SHAPE, 1);
+    let y = attend(&q, &k, &v, &pack.layout, SHAPE)?;
+    let (dq, dk, dv) = attend_backward(&d, &q, &k, &v, &pack.layout, SHAPE)?;
+    pack.layout.segments[0].prefix = 13;
+    pack.layout.segments[3].prefix = 1;
+    assert_eq!(values(&attend(&q, &k, &v, &pack.layout, SHAPE)?), values(&y));
+    let (eq, ek, ev) = attend_backward(&d, &q, &k, &v, &pack.layout, SHAPE)?;
+    for (a, b) in [(dq, eq), (dk, ek), (dv, ev)] {
+        assert_eq!(values(&a), values(&b));
+    }
+    Ok(())
+}
+
+#[test]
+fn outputs_of_other_shapes_types_and_strides() -> Outcome {
+    let pack = pack();
+    let [q, k, v, d] = pack.tensors(SHAPE, 1);
+    let layout = &pack.layout;
+    let out = |out: &Tensor| attention(out, &q, &k, &v, layout, SHAPE);
+    let into = |dq: &Tensor, dk: &Tensor, dv: &Tensor| {
+        attention_backward(&AttentionGradients { dq, dk, dv }, &d, &q, &k, &v, layout, SHAPE)
+    };
+    let (dq, dk, dv) = (normal(13, 32, 7), normal(13, 16, 8), normal(13, 16, 9));
+    assert!(into(&dq, &dk, &dv).is_ok());
+    for bad in
+        [normal(12, 32, 1), normal(13, 31, 1), single(&dq), normal(32, 13, 1).t()?, normal_vector(32, 1)]
+    {
+        assert_refused("output", out(&bad));
+        assert_refused("dq", into(&bad, &dk, &dv));
+    }
+    for bad in
+        [normal(12, 16, 1), normal(13, 15, 1), single(&dk), normal(16, 13, 1).t()?, normal_vector(16, 1)]
+    {
+        assert_refused("dk", into(&dq, &bad, &dv));
+        assert_refused("dv", into(&dq, &dk, &bad));
+    }
+    Ok(())
+}
+
+/// Without the refusal the lock on the output would wait for ever for the lock on the operand.
+#[test]
+fn shared_memory() -> Outcome {
+    // As many key-value heads as heads, so that all tensors have one shape.
+    let shape = HeadShape { heads: 4, kv_heads: 4, dim: 8 };
+    let pack = pack();
+    let layout = &pack.layout;
+    let [q, k, v, d] = pack.tensors(shape, 1);
+    let operands = [&q, &k, &v, &d];
+    for x in &operands[..3] {
+        assert_refused("output", attention(x, &q, &k, &v, layout, shape));
+    }
+    let own = [normal(13, 32, 7), normal(13, 32, 8), normal(13, 32, 9)];
+    let backward = |[dq, dk, dv]: [&Tensor; 3]| {
+        attention_backward(&AttentionGradients { dq, dk, dv }, &d, &q, &k, &v, layout, shape)
+    };
+    for place in 0..3 {
+        for x in operands.into_iter().chain(&own).filter(|x| !std::ptr::eq(*x, &own[place])) {
+            let mut gradients = own.each_ref();
+            gradients[place] = x;
+            assert_refused("gradients", backward(gradients));
+        }
+    }
+    let large = normal(26, 32, 1);
+    let (top, bottom) = (large.narrow(0, 0, 13)?, large.narrow(0, 13, 13)?);
+    assert_refused("another part of the same memory", attention(&top, &bottom, &k, &v, layout, shape));
     Ok(())
 }

@@ -1,6 +1,11 @@
 use crate::support::*;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use kto_kernels::{add, add_bias, first_non_finite, scale_in_place, sum_of_squares};
+
+/// Returns `a + b`.
+fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    changed(a, |a| add(a, b))
+}
 
 #[test]
 fn add_and_bias_add() -> Outcome {
@@ -8,10 +13,10 @@ fn add_and_bias_add() -> Outcome {
         for c in ODD {
             let (a, b, bias) = (normal(t, c, 1), normal(t, c, 2), normal_vector(c, 3));
             let (x, y, z) = (values(&a), values(&b), values(&bias));
-            let sum: Vec<f64> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
-            assert_eq!(values(&add(&a, &b)?), sum);
+            let both: Vec<f64> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+            assert_eq!(values(&sum(&a, &b)?), both);
             // One rounding.
-            assert_close("add in f32", &values(&add(&single(&a), &single(&b))?), &sum, U32);
+            assert_close("add in f32", &values(&sum(&single(&a), &single(&b))?), &both, U32);
             let biased: Vec<f64> = x.iter().enumerate().map(|(i, x)| x + z[i % c]).collect();
             let a32 = single(&a);
             add_bias(&a, &bias)?;
@@ -77,6 +82,9 @@ fn wrong_shapes_types_and_shared_memory_are_refused() -> Outcome {
     assert_refused("add of other types", add(&x, &single(&x)));
     assert_refused("add of strided", add(&x, &normal(8, 4, 1).t()?));
     assert_refused("add of rank 1", add(&normal_vector(8, 1), &normal_vector(8, 1)));
+    assert_refused("add to itself", add(&x, &x));
+    assert_refused("add of another part", add(&x.narrow(0, 0, 2)?, &x.narrow(0, 2, 2)?));
+    assert_refused("add to strided", add(&normal(8, 4, 1).t()?, &x));
     assert_refused("short bias", add_bias(&x, &normal_vector(7, 1)));
     assert_refused("bias of rank 2", add_bias(&x, &normal(1, 8, 1)));
     assert_refused("bias of another type", add_bias(&x, &single(&normal_vector(8, 1))));

@@ -13,6 +13,8 @@ mod dropout;
 mod elementwise;
 mod logprob;
 mod matmul;
+mod matmul_bits;
+mod matmul_refusals;
 mod random;
 mod rms_norm;
 mod rope;

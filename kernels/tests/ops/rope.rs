@@ -1,5 +1,5 @@
 use crate::support::*;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use kto_kernels::{RopeTable, rope};
 
 /// (head size, theta, position, pair, cosine, sine) printed by `LlamaRotaryEmbedding` of transformers 5.23.0 on torch 2.15.0, f32.
@@ -30,6 +30,11 @@ const TRANSFORMERS: [(usize, f64, u32, usize, f64, f64); 24] = [
     (96, 10000.0, 2047, 47, 9.694053531e-01, 2.454653382e-01),
 ];
 
+/// Returns a turned copy.
+fn turned(x: &Tensor, table: &RopeTable, positions: &[u32], inverse: bool) -> Result<Tensor> {
+    changed(x, |x| rope(x, table, positions, inverse))
+}
+
 #[test]
 fn angles_are_those_of_transformers() -> Outcome {
     for (dim, theta, position, pair, cos, sin) in TRANSFORMERS {
@@ -37,7 +42,8 @@ fn angles_are_those_of_transformers() -> Outcome {
         // Turning the unit vector of a pair shows its cosine and sine.
         let mut unit = vec![0f32; dim];
         unit[pair] = 1.0;
-        let y = values(&rope(&Tensor::from_vec(unit, (1, dim), &Device::Cpu)?, &table, &[position], false)?);
+        let y =
+            values(&turned(&Tensor::from_vec(unit, (1, dim), &Device::Cpu)?, &table, &[position], false)?);
         // Torch's f32 cosine and ours each err by an ulp; at position 2047 an angle without torch's roundings is off by 1e-4.
         let place = format!("head size {dim}, theta {theta}, position {position}, pair {pair}");
         assert_close(&place, &[y[pair], y[pair + dim / 2]], &[cos, sin], 2.0 * U32);
@@ -78,9 +84,9 @@ fn forward_is_the_formula_on_every_head() -> Outcome {
             for heads in [1, 3, 7] {
                 let (x, at) = (normal(t, heads * dim, 1), positions(t));
                 let expected = reference(&values(&x), heads * dim, dim, 10000.0, &at);
-                assert_close("f64", &values(&rope(&x, &table, &at, false)?), &expected, SAME_IN_F64);
+                assert_close("f64", &values(&turned(&x, &table, &at, false)?), &expected, SAME_IN_F64);
                 // Two products and a sum.
-                let y = rope(&single(&x), &table, &at, false)?;
+                let y = turned(&single(&x), &table, &at, false)?;
                 assert_close("f32", &values(&y), &expected, 4.0 * U32);
             }
         }
@@ -92,15 +98,15 @@ fn forward_is_the_formula_on_every_head() -> Outcome {
 fn inverse_undoes_and_is_the_gradient() -> Outcome {
     let table = RopeTable::new(16, 500000.0, 300);
     let (x, dy, at) = (normal(65, 48, 2), normal(65, 48, 3), positions(65));
-    let back = rope(&rope(&x, &table, &at, false)?, &table, &at, true)?;
+    let back = turned(&turned(&x, &table, &at, false)?, &table, &at, true)?;
     // The table's cosines and sines are rounded to f32, so their squares add up to one within 2u.
     assert_tensors("there and back", &back, &x, 4.0 * U32);
-    let dx = rope(&dy, &table, &at, true)?;
+    let dx = turned(&dy, &table, &at, true)?;
     let slope =
-        differences(&x.narrow(0, 50, 2)?, &dy.narrow(0, 50, 2)?, |x| rope(x, &table, &at[50..52], false));
+        differences(&x.narrow(0, 50, 2)?, &dy.narrow(0, 50, 2)?, |x| turned(x, &table, &at[50..52], false));
     assert_close("slope", &values(&dx.narrow(0, 50, 2)?), &slope, DIFFERENCES);
     let inner = |a: &Tensor, b: &Tensor| -> f64 { values(a).iter().zip(values(b)).map(|(a, b)| a * b).sum() };
-    let (left, right) = (inner(&rope(&x, &table, &at, false)?, &dy), inner(&x, &dx));
+    let (left, right) = (inner(&turned(&x, &table, &at, false)?, &dy), inner(&x, &dx));
     assert_close("adjoint", &[left], &[right], SAME_IN_F64);
     Ok(())
 }
@@ -109,8 +115,8 @@ fn inverse_undoes_and_is_the_gradient() -> Outcome {
 fn scores_depend_on_distance_only() -> Outcome {
     let table = RopeTable::new(8, 10000.0, 200);
     let (q, k) = (normal(1, 8, 4), normal(1, 8, 5));
-    let score = |a: u32, b: u32| -> candle_core::Result<f64> {
-        let (q, k) = (rope(&q, &table, &[a], false)?, rope(&k, &table, &[b], false)?);
+    let score = |a: u32, b: u32| -> Result<f64> {
+        let (q, k) = (turned(&q, &table, &[a], false)?, turned(&k, &table, &[b], false)?);
         Ok(values(&(q * k)?).iter().sum())
     };
     // Angles at 150 are rounded to f32: 150·u, times the sizes of the vectors.
@@ -121,14 +127,22 @@ fn scores_depend_on_distance_only() -> Outcome {
 #[test]
 fn positions_outside_and_wrong_shapes_are_refused() -> Outcome {
     let (table, x) = (RopeTable::new(8, 10000.0, 10), normal(3, 16, 1));
-    assert_eq!(rope(&x, &table, &[0, 9, 9], false)?.dims(), [3, 16]);
-    assert_refused("position at the end", rope(&x, &table, &[0, 1, 10], false));
-    assert_refused("position far away", rope(&x, &table, &[0, 1, u32::MAX], false));
-    assert_refused("too few positions", rope(&x, &table, &[0, 1], false));
-    assert_refused("too many positions", rope(&x, &table, &[0, 1, 2, 3], false));
-    assert_refused("half a head", rope(&normal(3, 12, 1), &table, &[0, 1, 2], false));
-    assert_refused("empty table", rope(&x, &RopeTable::new(0, 10000.0, 10), &[0, 1, 2], false));
-    assert_refused("half precision", rope(&x.to_dtype(DType::BF16)?, &table, &[0, 1, 2], false));
-    assert_refused("strided", rope(&normal(16, 3, 1).t()?, &table, &[0, 1, 2], false));
+    assert_eq!(turned(&x, &table, &[0, 9, 9], false)?.dims(), [3, 16]);
+    assert_refused("position at the end", turned(&x, &table, &[0, 1, 10], false));
+    assert_refused("position far away", turned(&x, &table, &[0, 1, u32::MAX], false));
+    assert_refused("too few positions", turned(&x, &table, &[0, 1], false));
+    assert_refused("too many positions", turned(&x, &table, &[0, 1, 2, 3], false));
+    assert_refused("half a head", turned(&normal(3, 12, 1), &table, &[0, 1, 2], false));
+    assert_refused("empty table", turned(&x, &RopeTable::new(0, 10000.0, 10), &[0, 1, 2], false));
+    assert_refused("half precision", turned(&x.to_dtype(DType::BF16)?, &table, &[0, 1, 2], false));
+    assert_refused("strided", turned(&normal(16, 3, 1).t()?, &table, &[0, 1, 2], false));
+    // What is refused is left as it was; a part of a larger tensor is turned alone.
+    let before = values(&x);
+    assert_refused("in place", rope(&x, &table, &[0, 1, 10], false));
+    assert_eq!(values(&x), before);
+    rope(&x.narrow(0, 1, 1)?, &table, &[5], false)?;
+    assert_eq!(values(&x)[..16], before[..16]);
+    assert_ne!(values(&x)[16..32], before[16..32]);
+    assert_eq!(values(&x)[32..], before[32..]);
     Ok(())
 }

@@ -49,6 +49,24 @@ pub(crate) fn single(x: &Tensor) -> Tensor {
     x.to_dtype(DType::F32).unwrap()
 }
 
+/// Runs an operation that writes to a tensor like `like`, and returns that tensor.
+/// It holds NaN before, so that an element which is left out or read is noticed.
+#[track_caller]
+pub(crate) fn written(like: &Tensor, f: impl FnOnce(&Tensor) -> Result<()>) -> Result<Tensor> {
+    let out =
+        Tensor::full(f64::NAN, like.shape(), &Device::Cpu).and_then(|x| x.to_dtype(like.dtype())).unwrap();
+    f(&out)?;
+    Ok(out)
+}
+
+/// Runs an operation that changes a tensor on a copy, and returns the copy.
+#[track_caller]
+pub(crate) fn changed(x: &Tensor, f: impl FnOnce(&Tensor) -> Result<()>) -> Result<Tensor> {
+    let copy = x.copy().unwrap();
+    f(&copy)?;
+    Ok(copy)
+}
+
 /// Returns the elements in row-major order, widened to f64.
 pub(crate) fn values(x: &Tensor) -> Vec<f64> {
     x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()

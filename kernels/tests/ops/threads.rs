@@ -14,8 +14,8 @@ fn matrix_products() {
         let (a32, b32, bt32, c32) = (single(&a), single(&b), single(&bt), single(&c));
         assert_same_on_any_pool(&format!("({m}, {k}) · ({k}, {n})"), || {
             let (acc, acc32) = (c.copy()?, c32.copy()?);
-            matmul_acc(&acc, &a, &b, 0.3)?;
-            matmul_acc(&acc32, &a32, &b32, 0.3)?;
+            multiply(&acc, Onto::Itself, &[Product::scaled(&a, Factor::Plain(&b), 0.3)])?;
+            multiply(&acc32, Onto::Itself, &[Product::scaled(&a32, Factor::Plain(&b32), 0.3)])?;
             Ok(vec![
                 acc,
                 acc32,
@@ -35,8 +35,8 @@ fn attention_of_packs() {
         for shape in SHAPES {
             let [q, k, v, d] = pack.tensors(shape, 1).map(|x| single(&x));
             assert_same_on_any_pool("attention", || {
-                let (dq, dk, dv) = attention_backward(&d, &q, &k, &v, &pack.layout, shape)?;
-                Ok(vec![attention(&q, &k, &v, &pack.layout, shape)?, dq, dk, dv])
+                let (dq, dk, dv) = attend_backward(&d, &q, &k, &v, &pack.layout, shape)?;
+                Ok(vec![attend(&q, &k, &v, &pack.layout, shape)?, dq, dk, dv])
             });
         }
     }
@@ -54,12 +54,16 @@ fn operations_on_rows() {
         let index: Vec<u32> = (0..t).map(|i| ((i * 7) % t) as u32).collect();
         let factors: Vec<f64> = normals(t, 5);
         assert_same_on_any_pool(&format!("({t}, {c})"), || {
-            let (gradient, scaled, biased) = (x.copy()?, x.copy()?, x.copy()?);
+            let (gradient, scaled, biased, dx, sum) = (x.copy()?, x.copy()?, x.copy()?, x.copy()?, x.copy()?);
             let stats = logprob_stats(&x, &targets)?;
             logprob_unit_gradient(&gradient, &targets, &stats)?;
             scale_rows(&scaled, &factors)?;
             add_bias(&biased, &w)?;
-            let (dgate, dup) = swiglu_backward(&z, &x, &y)?;
+            let (result, dgate, dup, scattered) = (z.copy()?, x.copy()?, y.copy()?, x.copy()?);
+            swiglu_backward(&result, &dgate, &dup)?;
+            rms_norm_backward(&dx, &z, &x, &w, 1e-5)?;
+            add(&sum, &y)?;
+            scatter_add_rows(&scattered, &y, &index)?;
             let logps: Vec<f64> = stats.iter().flat_map(|s| [s.logp, s.entropy, s.mean_logit]).collect();
             Ok(vec![
                 candle_core::Tensor::new(logps, x.device())?,
@@ -67,15 +71,16 @@ fn operations_on_rows() {
                 gradient,
                 scaled,
                 biased,
-                rms_norm(&x, &w, 1e-5)?,
-                rms_norm_backward(&z, &x, &w, 1e-5)?,
-                swiglu(&x, &y)?,
+                written(&x, |out| rms_norm(out, &x, &w, 1e-5))?,
+                dx,
+                written(&x, |out| swiglu(out, &x, &y))?,
+                result,
                 dgate,
                 dup,
-                add(&x, &y)?,
+                sum,
                 dropout(&x, DropoutKey { p: 0.1, key: 3 }, &names)?,
                 gather_rows(&x, &index)?,
-                scatter_add_rows(&x, &index, t)?,
+                scattered,
             ])
         });
     }
@@ -98,6 +103,7 @@ fn rotation_and_optimizer() {
             gradient_scale: 0.5,
         };
         adamw_step(&p, &m, &v, &g, o)?;
-        Ok(vec![rope(&x, &table, &positions, false)?, rope(&x, &table, &positions, true)?, p, m, v])
+        let turned = |inverse| changed(&x, |x| rope(x, &table, &positions, inverse));
+        Ok(vec![turned(false)?, turned(true)?, p, m, v])
     });
 }
