@@ -2,10 +2,11 @@
 
 use candle_core::{Device, Tensor};
 use kto_kernels::{
-    AdamW, AttentionLayout, DropoutKey, HeadShape, RopeTable, Segment, adamw_step, add, add_bias, attention,
-    attention_backward, dropout, first_non_finite, gather_rows, logprob_stats, logprob_unit_gradient, matmul,
-    matmul_acc, quant::nf4, rms_norm, rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows,
-    sum_of_squares, swiglu, swiglu_backward,
+    AdamW, AttentionGradients, AttentionLayout, DropoutKey, Factor, HeadShape, Onto, Product, RopeTable,
+    Segment, adamw_step, add, add_bias, attention, attention_backward, dropout, first_non_finite,
+    gather_rows, logprob_stats, logprob_unit_gradient, matmul, multiply, quant::nf4, rms_norm,
+    rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows, sum_of_squares, swiglu,
+    swiglu_backward,
 };
 use std::hint::black_box;
 
@@ -88,13 +89,19 @@ fn products() -> Vec<Case> {
         touch(&matmul(&dy, &w).unwrap());
     }));
     let (out, x, w) = (tensor(T, I), tensor(T, C), tensor(I, C));
-    cases.push(case("matmul_acc x·Wᵀ, gate and up", format!("{T}×{C}×{I}"), work(), move || {
-        matmul_acc(&out, &x, &w.t().unwrap(), 1e-3).unwrap();
-    }));
+    cases.push(case(
+        "multiply, onto itself, x·Wᵀ, gate and up",
+        format!("{T}×{C}×{I}"),
+        work(),
+        move || {
+            multiply(&out, Onto::Itself, &[Product::scaled(&x, Factor::Transposed(&w), 1e-3)]).unwrap();
+        },
+    ));
     let (out, g, x) = (tensor(R, C), tensor(T, R), tensor(T, C));
     let work = Work::Flops(2.0 * (T * C * R) as f64);
-    cases.push(case("matmul_acc gᵀ·x (dA)", format!("{R}×{T}×{C}"), work, move || {
-        matmul_acc(&out, &g.t().unwrap(), &x, 1e-3).unwrap();
+    cases.push(case("multiply, onto itself, gᵀ·x (dA)", format!("{R}×{T}×{C}"), work, move || {
+        let gt = g.t().unwrap();
+        multiply(&out, Onto::Itself, &[Product::scaled(&gt, Factor::Plain(&x), 1e-3)]).unwrap();
     }));
     cases
 }
@@ -124,16 +131,19 @@ fn attentions() -> Vec<Case> {
     let (q, k) = operands(rows);
     let v = k.affine(0.5, 0.1).unwrap();
     let work = Work::Flops(4.0 * seen * width as f64);
+    let out = tensor(rows, width);
     let one = case("attention", format!("{rows} rows, 9/3 heads"), work, move || {
-        touch(&attention(&q, &k, &v, &forward, HEADS).unwrap());
+        attention(&out, &q, &k, &v, &forward, HEADS).unwrap();
     });
     let (backward, rows, seen) = layout(2);
     let (q, k) = operands(rows);
     let (v, d) = (k.affine(0.5, 0.1).unwrap(), tensor(rows, width));
     // Scores once more, then four products of the same size.
     let work = Work::Flops(10.0 * seen * width as f64);
+    let (dq, dk, dv) = (tensor(rows, width), k.copy().unwrap(), v.copy().unwrap());
     let two = case("attention_backward", format!("{rows} rows, 9/3 heads"), work, move || {
-        touch(&attention_backward(&d, &q, &k, &v, &backward, HEADS).unwrap());
+        let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
+        attention_backward(&gradients, &d, &q, &k, &v, &backward, HEADS).unwrap();
     });
     vec![one, two]
 }
@@ -146,6 +156,9 @@ fn bytes(elements: usize) -> Work {
 fn rows() -> Vec<Case> {
     let (x, y, w) = (tensor(T, C), tensor(T, C), vector(C));
     let (g, u, d) = (tensor(T, I), tensor(T, I), tensor(T, I));
+    let out = tensor(T, C);
+    // Turned in place again and again: zeros stay what they are, others would become too small to be ordinary numbers.
+    let (zg, zu, zd) = (g.zeros_like().unwrap(), g.zeros_like().unwrap(), g.zeros_like().unwrap());
     let table = RopeTable::new(64, 1e5, T);
     let positions: Vec<u32> = (0..T as u32).collect();
     let index: Vec<u32> = (0..T as u32).map(|i| i * 7 % T as u32).collect();
@@ -164,17 +177,17 @@ fn rows() -> Vec<Case> {
             push($name, $shape, $streams, Box::new(move || touch(&$call.unwrap())));
         }};
     }
-    row!("rms_norm", &narrow, 2, [x, w], rms_norm(&x, &w, 1e-5));
-    row!("rms_norm_backward", &narrow, 3, [x, y, w], rms_norm_backward(&y, &x, &w, 1e-5));
+    row!("rms_norm", &narrow, 2, [out, x, w], rms_norm(&out, &x, &w, 1e-5));
+    row!("rms_norm_backward", &narrow, 4, [out, x, y, w], rms_norm_backward(&out, &y, &x, &w, 1e-5));
     row!("rope", &narrow, 2, [x, positions], rope(&x, &table, &positions, false));
-    row!("swiglu", &wide, 3, [g, u], swiglu(&g, &u));
-    row!("swiglu_backward", &wide, 5, [g, u, d], swiglu_backward(&d, &g, &u));
+    row!("swiglu", &wide, 3, [d, g, u], swiglu(&d, &g, &u));
+    row!("swiglu_backward", &wide, 6, [zg, zu, zd], swiglu_backward(&zd, &zg, &zu));
     row!("add", &narrow, 3, [x, y], add(&x, &y));
     row!("add_bias", &narrow, 2, [x, w], add_bias(&x, &w));
     row!("scale_in_place", &narrow, 2, [x], scale_in_place(&x, 0.999));
     row!("scale_rows", &narrow, 2, [x, factors], scale_rows(&x, &factors));
     row!("gather_rows", &narrow, 2, [x, index], gather_rows(&x, &index));
-    row!("scatter_add_rows", &narrow, 2, [x, index], scatter_add_rows(&x, &index, T));
+    row!("scatter_add_rows", &narrow, 3, [out, x, index], scatter_add_rows(&out, &x, &index));
     row!("dropout", &narrow, 2, [x, keys], dropout(&x, DropoutKey { p: 0.1, key: 7 }, &keys));
     row!("sum_of_squares", &wide, 1, [g], sum_of_squares(&g));
     row!("first_non_finite", &wide, 1, [g], first_non_finite(&g));
