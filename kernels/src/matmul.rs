@@ -3,6 +3,7 @@
 use crate::{
     gemm::{Right, Start, Target, Term, product},
     real::{Operand, Real},
+    stored::Stored,
     tensor::{apart, matrix, read, same_type, with_type, write},
     weight::Weight,
 };
@@ -121,8 +122,10 @@ pub fn multiply(out: &Tensor, onto: Onto, products: &[Product]) -> Result<()> {
         for ((p, a), b) in products.iter().zip(&left).zip(&right) {
             let b = match (&p.b, b) {
                 (Factor::Plain(_), Some(reader)) => Right::Matrix(reader.operand()?.0),
-                (Factor::Weight(Weight::Stored(w)), _) => Right::Rows(w),
-                (Factor::Linear(Weight::Stored(w)), _) => Right::Columns(w),
+                (Factor::Weight(Weight::Stored(w)), _) => in_place(w).map_or(Right::Rows(w), Right::Matrix),
+                (Factor::Linear(Weight::Stored(w)), _) => {
+                    in_place(w).map_or(Right::Columns(w), |m| Right::Matrix(m.transposed()))
+                }
                 (Factor::Weight(_), Some(reader)) => Right::Matrix(reader.operand()?.0),
                 (_, Some(reader)) => Right::Matrix(reader.operand()?.0.transposed()),
                 (_, None) => bail!("a factor without memory"),
@@ -144,6 +147,12 @@ pub fn multiply(out: &Tensor, onto: Onto, products: &[Product]) -> Result<()> {
             Ok(())
         })
     })
+}
+
+/// A stored weight that needs no widening.
+fn in_place<T: Real>(weight: &Stored) -> Option<Operand<T>> {
+    let at = T::in_place(weight)?.as_ptr();
+    Some(Operand { at, row: weight.columns() as isize, column: 1 })
 }
 
 /// Columns up to which a product with a transposed first factor is computed transposed.

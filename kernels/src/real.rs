@@ -48,6 +48,8 @@ pub trait Real:
     fn scratch() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>>;
     /// Transposes small squares.
     fn transpose_square() -> TransposeSquare<Self>;
+    /// Returns a frozen weight whose bytes are this type's elements already.
+    fn in_place(weight: &Stored) -> Option<&[Self]>;
     /// Writes `columns` elements of as many consecutive rows of a frozen weight as `out` holds.
     fn widen_rows(weight: &Stored, row: usize, column: usize, columns: usize, out: &mut [Self]);
     /// Writes consecutive elements of a row of a frozen weight.
@@ -57,7 +59,7 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ty, $variant:ident, $exp:path, $tiles:ident, $square:expr, $widen:expr) => {
+    ($t:ty, $variant:ident, $exp:path, $tiles:ident, $square:expr, $in_place:expr, $widen:expr) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -99,14 +101,17 @@ macro_rules! real {
             fn transpose_square() -> TransposeSquare<Self> {
                 $square
             }
+            fn in_place(weight: &Stored) -> Option<&[Self]> {
+                $in_place(weight)
+            }
             fn widen_rows(w: &Stored, row: usize, column: usize, columns: usize, out: &mut [Self]) {
                 $widen(w, row, column, columns, out)
             }
         }
     };
 }
-real!(f32, F32, crate::exp::exp, fastest_f32, transpose_square_f32(), Stored::widen_rows);
-real!(f64, F64, f64::exp, fastest_f64, transpose_square::<f64>, widen_f64);
+real!(f32, F32, crate::exp::exp, fastest_f32, transpose_square_f32(), Stored::floats, Stored::widen_rows);
+real!(f64, F64, f64::exp, fastest_f64, transpose_square::<f64>, |_| None, widen_f64);
 
 fn widen_f64(weight: &Stored, row: usize, column: usize, columns: usize, out: &mut [f64]) {
     let mut buffer = [0.0f32; 256];

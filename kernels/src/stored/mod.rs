@@ -144,6 +144,16 @@ impl Stored {
         }
     }
 
+    /// Returns all elements, if their bytes are f32 of this machine as they lie: most files align them.
+    pub(crate) fn floats(&self) -> Option<&[f32]> {
+        let Form::Dense(Dense::F32, bytes) = &self.form else { return None };
+        // SAFETY: any four bytes are an f32; what is not aligned stays outside the middle.
+        match unsafe { bytes.align_to::<f32>() } {
+            ([], floats, []) if cfg!(target_endian = "little") => Some(floats),
+            _ => None,
+        }
+    }
+
     /// Writes the f32 values of `out.len()` consecutive elements of row `row` from column `column` on.
     /// They must lie inside the row; what lies outside the matrix is not written.
     #[inline]

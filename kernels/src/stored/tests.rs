@@ -334,9 +334,19 @@ fn affine_parts_that_do_not_fit_are_refused() {
 
 #[test]
 fn products_read_a_stored_weight_as_its_dense_values() {
+    for offset in [0, 1] {
+        for dtype in TYPES {
+            products(dtype, offset);
+        }
+    }
+}
+
+fn products(form: Dense, offset: usize) {
     for (n, k) in [(1, 1), (7, 65), (33, 130), (64, 700), (130, 33)] {
-        let values: Vec<f32> = floats(n * k, 2).iter().map(|v| rounded(Dense::Bf16, *v)).collect();
-        let stored = Stored::dense(Dense::Bf16, bytes(encode(Dense::Bf16, &values), 1), n, k).unwrap();
+        let values: Vec<f32> = floats(n * k, 2).iter().map(|v| rounded(form, *v)).collect();
+        let stored = Stored::dense(form, bytes(encode(form, &values), offset), n, k).unwrap();
+        let Form::Dense(_, at) = &stored.form else { unreachable!() };
+        assert_eq!(stored.floats().is_some(), form == Dense::F32 && at.as_ptr().addr().is_multiple_of(4));
         let dense = Tensor::from_vec(values, (n, k), &Device::Cpu).unwrap();
         for dtype in [DType::F32, DType::F64] {
             let forms =
