@@ -3,6 +3,7 @@
 use crate::support::*;
 use candle_core::{Result, Tensor};
 use kto_kernels::{AttentionGradients, AttentionLayout, HeadShape, Segment, attention, attention_backward};
+use std::{collections::HashMap, ops::Range};
 
 /// A prompt and the completions that continue it.
 pub(crate) struct Family {
@@ -43,34 +44,80 @@ impl Token {
     }
 }
 
+/// Rows of one prompt or branch, and which of them are queries.
+struct Run {
+    family: usize,
+    branch: Option<usize>,
+    rows: usize,
+    asked: Range<usize>,
+}
+
 impl Pack {
     /// Lays families out one after another, prompt first; queries in the same order without the unasked rows.
     pub fn new(families: &[Family]) -> Pack {
+        let mut runs = Vec::new();
+        for (family, f) in families.iter().enumerate() {
+            runs.push(Run { family, branch: None, rows: f.prompt, asked: f.prompt - f.asked..f.prompt });
+            let branches = f.branches.iter().enumerate();
+            runs.extend(branches.map(|(b, n)| Run { family, branch: Some(b), rows: *n, asked: 0..*n }));
+        }
+        Pack::of(&runs)
+    }
+
+    /// Lays (prompt, branches with whether they are trained) out as the engine does: trained branches behind their prompts,
+    /// then all others; first the trained rows are queries of all keys, then the rest. With `heads` only rows are asked
+    /// that predict a token: the last of a prompt, all but the last of a branch.
+    pub fn parts(families: &[(usize, &[(usize, bool)])], heads: bool) -> [Pack; 2] {
+        let mut order = Vec::new();
+        for pass in [true, false] {
+            for (family, (prompt, branches)) in families.iter().enumerate() {
+                if branches.iter().any(|b| b.1) == pass {
+                    order.push((pass, family, None, *prompt));
+                }
+                let own = branches.iter().enumerate().filter(|(_, b)| b.1 == pass);
+                order.extend(own.map(|(b, (rows, _))| (pass, family, Some(b), *rows)));
+            }
+        }
+        [true, false].map(|part| {
+            let run = |(pass, family, branch, rows): &(bool, usize, Option<usize>, usize)| {
+                let asked = match (*pass == part, heads, branch) {
+                    (false, ..) => 0..0,
+                    (true, false, _) => 0..*rows,
+                    (true, true, None) => rows - 1..*rows,
+                    (true, true, Some(_)) => 0..rows - 1,
+                };
+                Run { family: *family, branch: *branch, rows: *rows, asked }
+            };
+            Pack::of(&order.iter().map(run).collect::<Vec<_>>())
+        })
+    }
+
+    fn of(runs: &[Run]) -> Pack {
         let (mut keys, mut queries) = (Vec::new(), Vec::new());
         let mut layout = AttentionLayout::default();
-        for (family, f) in families.iter().enumerate() {
-            let (first, group) = (keys.len(), layout.segments.len());
-            let mut push = |branch: Option<usize>, rows: usize, asked: usize, prefix_len: usize| {
-                let tokens: Vec<Token> =
-                    (0..rows).map(|position| Token { family, branch, position }).collect();
-                if asked > 0 {
-                    layout.segments.push(Segment {
-                        query: queries.len(),
-                        queries: asked,
-                        prefix: if prefix_len > 0 { first } else { 0 },
-                        prefix_len,
-                        own: keys.len(),
-                        offset: rows - asked,
-                    });
-                }
-                queries.extend_from_slice(&tokens[rows - asked..]);
-                keys.extend(tokens);
+        let (mut prompts, mut last) = (HashMap::new(), None);
+        for Run { family, branch, rows, asked } in runs {
+            let tokens = |rows: Range<usize>| {
+                rows.map(|position| Token { family: *family, branch: *branch, position }).collect::<Vec<_>>()
             };
-            push(None, f.prompt, f.asked, 0);
-            for (branch, rows) in f.branches.iter().enumerate() {
-                push(Some(branch), *rows, *rows, f.prompt);
+            if branch.is_none() {
+                prompts.insert(*family, (keys.len(), *rows));
             }
-            layout.groups.push(group..layout.segments.len());
+            let prefix = prompts.get(family).filter(|p| branch.is_some() && p.1 > 0);
+            let (prefix, prefix_len) = prefix.copied().unwrap_or_default();
+            if !asked.is_empty() {
+                let at = layout.segments.len();
+                let (query, queries) = (queries.len(), asked.len());
+                let (own, offset) = (keys.len(), asked.start);
+                layout.segments.push(Segment { query, queries, prefix, prefix_len, own, offset });
+                match layout.groups.last_mut().filter(|_| last == Some(*family)) {
+                    Some(group) => group.end = at + 1,
+                    None => layout.groups.push(at..at + 1),
+                }
+                last = Some(*family);
+            }
+            queries.extend(tokens(asked.clone()));
+            keys.extend(tokens(0..*rows));
         }
         let sees = queries.iter().flat_map(|q| keys.iter().map(|k| q.sees(*k))).collect();
         Pack { layout, tq: queries.len(), tk: keys.len(), sees }
@@ -115,13 +162,14 @@ pub(crate) fn attend_backward(
 }
 
 /// Head shapes with and without grouping.
-pub(crate) const SHAPES: [HeadShape; 6] = [
+pub(crate) const SHAPES: [HeadShape; 7] = [
     HeadShape { heads: 1, kv_heads: 1, dim: 8 },
     HeadShape { heads: 4, kv_heads: 2, dim: 8 },
     HeadShape { heads: 6, kv_heads: 2, dim: 16 },
     HeadShape { heads: 3, kv_heads: 1, dim: 16 },
     HeadShape { heads: 2, kv_heads: 2, dim: 16 },
     HeadShape { heads: 8, kv_heads: 2, dim: 8 },
+    HeadShape { heads: 3, kv_heads: 3, dim: 5 },
 ];
 
 /// Packs as training makes them, from one plain sequence to several shared prompts of which only some rows are asked.
@@ -142,5 +190,12 @@ pub(crate) fn packs() -> Vec<Pack> {
         ]),
         Pack::new(&[Family { prompt: 257, asked: 3, branches: &[129] }]),
     ];
-    plain.into_iter().chain(shared).collect()
+    // Two trained families, of which one shares its prompt with a branch of the rest, and a family without trained branches.
+    let families: [(usize, &[(usize, bool)]); 3] = [
+        (65, &[(97, true), (33, false), (2, true)]),
+        (7, &[(1, false), (130, false)]),
+        (17, &[(4, true), (1, true)]),
+    ];
+    let parts = [false, true].into_iter().flat_map(|heads| Pack::parts(&families, heads));
+    plain.into_iter().chain(shared).chain(parts).collect()
 }
