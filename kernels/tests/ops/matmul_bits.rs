@@ -5,7 +5,7 @@ use crate::support::*;
 use candle_core::{DType, Result, Tensor};
 use kto_kernels::quant::nf4::{CODE, quantize_nf4};
 use kto_kernels::{
-    Bytes, Dense, Factor, Nf4Parts, Nf4Scales, Onto, Product, Stored, Weight, matmul, multiply,
+    AffineParts, Bytes, Dense, Factor, Nf4Parts, Nf4Scales, Onto, Product, Stored, Weight, matmul, multiply,
 };
 use std::sync::Arc;
 
@@ -135,17 +135,50 @@ fn nf4(x: &Tensor) -> Result<Stored> {
     Stored::nf4(parts, rows, columns)
 }
 
+/// Returns `n` bytes that follow no pattern.
+fn noise(n: usize, salt: u64) -> Vec<u8> {
+    (0..n as u64).map(|i| kto_kernels::random::key(&[salt, i]) as u8).collect()
+}
+
+/// Returns the bytes of `n` scales.
+fn scales(n: usize, salt: u64) -> Bytes {
+    normals(n, salt).iter().flat_map(|v| (*v as f32).to_le_bytes()).collect::<Vec<u8>>().into()
+}
+
+/// Makes a matrix in every form in which it can be stored.
+fn stored_forms(x: &Tensor) -> Result<Vec<(&'static str, Stored)>> {
+    let (rows, columns) = x.dims2()?;
+    let codes = noise(rows * columns, 7).into();
+    let mut forms = vec![
+        ("f32", dense(Dense::F32, x)?),
+        ("f16", dense(Dense::F16, x)?),
+        ("bf16", dense(Dense::Bf16, x)?),
+        ("nf4", nf4(x)?),
+        ("int8", Stored::int8(codes, Dense::F32, scales(rows, 8), rows, columns)?),
+    ];
+    if columns.is_multiple_of(32) {
+        let groups = rows * columns / 32;
+        let parts = AffineParts {
+            packed: noise(rows * columns * 5 / 8, 9).into(),
+            dtype: Dense::F32,
+            scales: scales(groups, 10),
+            biases: scales(groups, 11),
+            bits: 5,
+            group: 32,
+        };
+        forms.push(("affine", Stored::affine(parts, rows, columns)?));
+    }
+    Ok(forms)
+}
+
 /// A weight as stored gives the bits of the same weight widened: both ways round, in both element types, with other terms.
 #[test]
 fn stored_weights_are_their_widened_form() -> Outcome {
-    for (m, k, n) in [(1, 1, 1), (7, 65, 33), (97, 321, 130), (5, 641, 17), (1, 300, 1025), (300, 8, 65)] {
+    for (m, k, n) in
+        [(1, 1, 1), (7, 65, 33), (97, 321, 130), (5, 641, 17), (1, 300, 1025), (300, 8, 65), (17, 97, 96)]
+    {
         let x = normal(k, n, 2);
-        for (what, stored) in [
-            ("f32", dense(Dense::F32, &x)?),
-            ("f16", dense(Dense::F16, &x)?),
-            ("bf16", dense(Dense::Bf16, &x)?),
-            ("nf4", nf4(&x)?),
-        ] {
+        for (what, stored) in stored_forms(&x)? {
             let weight = Weight::Stored(Arc::new(stored));
             for dtype in [DType::F32, DType::F64] {
                 let wide = weight.to_dense(dtype)?;
