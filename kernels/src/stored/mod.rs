@@ -149,7 +149,12 @@ impl Stored {
         let Form::Dense(Dense::F32, bytes) = &self.form else { return None };
         // SAFETY: any four bytes are an f32; what is not aligned stays outside the middle.
         match unsafe { bytes.align_to::<f32>() } {
-            ([], floats, []) if cfg!(target_endian = "little") => Some(floats),
+            // Asked once more, since unsafe code reads rows · columns of them: an owner might have shrunk.
+            ([], floats, [])
+                if cfg!(target_endian = "little") && floats.len() == self.rows * self.columns =>
+            {
+                Some(floats)
+            }
             _ => None,
         }
     }

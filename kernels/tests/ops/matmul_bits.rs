@@ -91,8 +91,8 @@ fn any_number_of_threads() -> Outcome {
     {
         let (a, at, b) = (single(&normal(m, k, 1)), single(&normal(k, m, 2)), single(&normal(k, n, 3)));
         let (before, row) = (single(&normal(m, n, 4)), single(&normal_vector(n, 5)));
-        let weight = Weight::Stored(Arc::new(dense(Dense::Bf16, &b)?));
-        let linear = Weight::Stored(Arc::new(dense(Dense::F16, &b.t()?.contiguous()?)?));
+        let weight = Weight::Stored(Arc::new(dense(Dense::Bf16, &b, 0)?));
+        let linear = Weight::Stored(Arc::new(dense(Dense::F16, &b.t()?.contiguous()?, 1)?));
         assert_same_on_any_pool(&format!("({m}, {k}) · ({k}, {n})"), || {
             let terms = [
                 Product::new(&a, Factor::Plain(&b)),
@@ -110,17 +110,16 @@ fn any_number_of_threads() -> Outcome {
     Ok(())
 }
 
-/// Stores a matrix as floats.
-fn dense(dtype: Dense, x: &Tensor) -> Result<Stored> {
+/// Stores a matrix as floats behind `offset` other bytes.
+fn dense(dtype: Dense, x: &Tensor, offset: usize) -> Result<Stored> {
     let (rows, columns) = x.dims2()?;
     let bytes: Vec<u8> = match dtype {
         Dense::F32 => values(x).iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
         Dense::F16 => values(x).iter().flat_map(|v| half::f16::from_f64(*v).to_le_bytes()).collect(),
         Dense::Bf16 => values(x).iter().flat_map(|v| half::bf16::from_f64(*v).to_le_bytes()).collect(),
     };
-    // One byte off, so that nothing is aligned.
-    let bytes = [vec![0xee], bytes].concat();
-    let range = 1..bytes.len();
+    let bytes = [vec![0xee; offset], bytes].concat();
+    let range = offset..bytes.len();
     let bytes = Bytes::new(Arc::new(bytes), range).unwrap();
     Stored::dense(dtype, bytes, rows, columns)
 }
@@ -150,9 +149,10 @@ fn stored_forms(x: &Tensor) -> Result<Vec<(&'static str, Stored)>> {
     let (rows, columns) = x.dims2()?;
     let codes = noise(rows * columns, 7).into();
     let mut forms = vec![
-        ("f32", dense(Dense::F32, x)?),
-        ("f16", dense(Dense::F16, x)?),
-        ("bf16", dense(Dense::Bf16, x)?),
+        ("f32", dense(Dense::F32, x, 0)?),
+        ("f32 out of line", dense(Dense::F32, x, 1)?),
+        ("f16", dense(Dense::F16, x, 1)?),
+        ("bf16", dense(Dense::Bf16, x, 1)?),
         ("nf4", nf4(x)?),
         ("int8", Stored::int8(codes, Dense::F32, scales(rows, 8), rows, columns)?),
     ];
@@ -220,6 +220,31 @@ fn stored_weights_are_their_widened_form() -> Outcome {
                 assert_refused("too few rows", weight.gather_into(&like, &[0, 0]));
             }
         }
+    }
+    Ok(())
+}
+
+/// An owner whose bytes vanish between two looks, which no sane one's do.
+struct Vanishing(Vec<u8>, std::sync::atomic::AtomicUsize);
+
+impl AsRef<[u8]> for Vanishing {
+    fn as_ref(&self) -> &[u8] {
+        if self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < 3 { &self.0 } else { &[] }
+    }
+}
+
+#[test]
+fn bytes_that_vanish_are_not_read() -> Outcome {
+    let owner = Vanishing(vec![0; 4 * 97 * 64], Default::default());
+    let bytes = Bytes::new(Arc::new(owner), 0..4 * 97 * 64).unwrap();
+    let weight = Weight::Stored(Arc::new(Stored::dense(Dense::F32, bytes, 97, 64)?));
+    for _ in 0..5 {
+        let a = single(&normal(7, 97, 1));
+        let y = written(&single(&normal(7, 64, 2)), |out| {
+            multiply(out, Onto::Zero, &[Product::new(&a, Factor::Weight(&weight))])
+        })?;
+        // What is multiplied then is nobody's promise; it must only be memory of ours.
+        assert_eq!(y.dims(), [7, 64]);
     }
     Ok(())
 }
