@@ -3,7 +3,7 @@
 //! Called by the sweep and by generation, which say when the use of a block begins and ends. Matrices stay in the memory-mapped
 //! file in their stored form; norms and biases, which are small, are read once. Invariant: a weight that is not finite is
 //! refused, by name, before it is first used; headers are checked before anything else.
-//! Deliberately absent: writable weights, and any copy of a matrix before [`BaseModel::densify`].
+//! Deliberately absent: writable weights, and any copy of a matrix.
 
 use crate::{
     architecture::{Architecture, Module},
@@ -110,7 +110,6 @@ impl BaseModel {
         };
         if dtype != DType::F32 {
             this.densify()?;
-            this.embedding.densify(dtype)?;
         }
         Ok(this)
     }
@@ -208,9 +207,8 @@ impl BaseModel {
         size(&self.final_norm) + self.layers.iter().map(|l| layer(&l.weights)).sum::<usize>()
     }
 
-    /// Widens every block and the head: generation passes over all of them for every token.
-    /// Error (65): a weight that is not finite.
-    pub fn densify(&mut self) -> Result<()> {
+    /// Widens everything to an element type that stored weights are not read in. Error (65): a weight that is not finite.
+    fn densify(&mut self) -> Result<()> {
         for layer in &mut self.layers {
             layer.check()?;
             for linear in &mut layer.weights.linears {
@@ -219,7 +217,8 @@ impl BaseModel {
             layer.use_.pages.release();
             layer.use_ = Use::default();
         }
-        self.head.as_mut().unwrap_or(&mut self.embedding).densify(self.dtype)
+        self.embedding.densify(self.dtype)?;
+        self.head.as_mut().map_or(Ok(()), |head| head.densify(self.dtype))
     }
 
     /// Returns the directory that the model came from.

@@ -32,7 +32,6 @@ pub fn run(args: &GenerateArgs, ui: &Ui) -> Result<Exit> {
     }
     set_threads(args.model.threads)?;
     let mut policy = Policy::open(&args.model, POSITIONS)?;
-    policy.base.densify().at(shown(&args.model.model))?;
     let encoder = match args.ids {
         true => None,
         false => Some(Encoder::open(args)?),
