@@ -56,7 +56,7 @@ simd! {
                 for l in 0..LANES {
                     // Relative to the maximum, so that the sum of products is exact enough in f32.
                     let d = group[l] - max;
-                    let e = d.exp();
+                    let e = d.exp::<FUSED>();
                     s[l] += e;
                     w[l] += e * d;
                     t[l] += group[l];
@@ -64,7 +64,7 @@ simd! {
             }
             for (l, v) in rest.iter().enumerate() {
                 let d = *v - max;
-                let e = d.exp();
+                let e = d.exp::<FUSED>();
                 s[l] += e;
                 w[l] += e * d;
                 t[l] += *v;
@@ -103,7 +103,7 @@ simd! {
     /// `row ← −softmax(row)`
     fn negative_softmax<T: Real>(row: &mut [T], logsumexp: T) {
         for x in row.iter_mut() {
-            *x = -(*x - logsumexp).exp();
+            *x = -(*x - logsumexp).exp::<FUSED>();
         }
     }
 }

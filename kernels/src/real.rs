@@ -34,8 +34,8 @@ pub trait Real:
     fn of(x: f64) -> Self;
     /// Widens to f64.
     fn wide(self) -> f64;
-    /// e^x.
-    fn exp(self) -> Self;
+    /// e^x, with fused multiply-adds where `FUSED`.
+    fn exp<const FUSED: bool>(self) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
     /// Whether the value is neither infinite nor NaN.
@@ -59,7 +59,7 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ty, $variant:ident, $exp:path, $tiles:ident, $square:expr, $in_place:expr, $widen:expr) => {
+    ($t:ty, $variant:ident, $exp:expr, $tiles:ident, $square:expr, $in_place:expr, $widen:expr) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -73,7 +73,7 @@ macro_rules! real {
                 self as f64
             }
             #[inline(always)]
-            fn exp(self) -> Self {
+            fn exp<const FUSED: bool>(self) -> Self {
                 $exp(self)
             }
             #[inline(always)]
@@ -110,7 +110,7 @@ macro_rules! real {
         }
     };
 }
-real!(f32, F32, crate::exp::exp, fastest_f32, transpose_square_f32(), Stored::floats, Stored::widen_rows);
+real!(f32, F32, crate::exp::exp::<FUSED>, fastest_f32, transpose_square_f32(), Stored::floats, Stored::widen_rows);
 real!(f64, F64, f64::exp, fastest_f64, transpose_square::<f64>, |_| None, widen_f64);
 
 fn widen_f64(weight: &Stored, row: usize, column: usize, columns: usize, out: &mut [f64]) {

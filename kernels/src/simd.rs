@@ -1,26 +1,38 @@
-//! One function compiled twice: for the machine's baseline, and for AVX2 when the processor at hand has it.
+//! One function compiled for several instruction sets: the machine's baseline, AVX2 and AVX-512; the processor at hand chooses.
 //!
-//! No operation is contracted or reordered, so both give the same bits; the second is wider.
+//! The widths give the same bits. Fused multiply-adds, where the body asks for them by `FUSED`, differ in the last bit from the
+//! baseline of processors without them.
 
-/// Defines a function whose body is also compiled with AVX2 and chosen at run time. Everything it calls must be inlined.
+/// Defines a function whose body is also compiled with AVX2 and AVX-512 and chosen at run time. Everything it calls must be inlined.
+/// The body may use `FUSED`: whether fused multiply-adds are instructions.
 macro_rules! simd {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<T: Real>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         $vis fn $name<T: Real>($($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
-            fn body<T: Real>($($arg: $type),*) $(-> $ret)? $body
+            fn body<T: Real, const FUSED: bool>($($arg: $type),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx2")]
-                fn avx2<T: Real>($($arg: $type),*) $(-> $ret)? {
-                    body($($arg),*)
+                #[target_feature(enable = "avx512f,fma")]
+                fn avx512<T: Real>($($arg: $type),*) $(-> $ret)? {
+                    body::<T, true>($($arg),*)
                 }
-                if std::arch::is_x86_feature_detected!("avx2") {
-                    // SAFETY: the processor has the feature that the function is compiled for.
-                    return unsafe { avx2($($arg),*) };
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2<T: Real>($($arg: $type),*) $(-> $ret)? {
+                    body::<T, true>($($arg),*)
+                }
+                if is_x86_feature_detected!("fma") {
+                    if is_x86_feature_detected!("avx512f") {
+                        // SAFETY: the processor has the features that the function is compiled for.
+                        return unsafe { avx512($($arg),*) };
+                    }
+                    if is_x86_feature_detected!("avx2") {
+                        // SAFETY: as above.
+                        return unsafe { avx2($($arg),*) };
+                    }
                 }
             }
-            body($($arg),*)
+            body::<T, { cfg!(target_arch = "aarch64") }>($($arg),*)
         }
     };
 }

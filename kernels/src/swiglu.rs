@@ -26,7 +26,7 @@ pub fn swiglu(out: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
 
 /// For the gradient `y` of the result, turns all three in place: `gate` and `up` into their gradients, `y` into the result itself,
 /// which the layer after it needs for its own gradients. Shapes: all (T, I).
-/// Formula: `dgate = dy·up·s·(1 + gate·(1 − s))`, `dup = dy·gate·s` with `s = sigmoid(gate)`.
+/// Formula: `dgate = dy·up·s·(1 + gate·(1 − s))`, `dup = dy·gate·s` with `s = sigmoid::<T, FUSED>(gate)`.
 pub fn swiglu_backward(y: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
     let (_, c) = dims(gate, up)?;
     dims(y, gate)?;
@@ -59,7 +59,7 @@ pub fn swiglu_backward(y: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
 simd! {
     fn row<T: Real>(y: &mut [T], gate: &[T], up: &[T]) {
         for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-            *y = *g * sigmoid(*g) * *u;
+            *y = *g * sigmoid::<T, FUSED>(*g) * *u;
         }
     }
 }
@@ -68,7 +68,7 @@ simd! {
     fn backward_row<T: Real>(y: &mut [T], gate: &mut [T], up: &mut [T]) {
         for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
             let (dy, gate, up) = (*y, *g, *u);
-            let s = sigmoid(gate);
+            let s = sigmoid::<T, FUSED>(gate);
             let silu = gate * s;
             *y = silu * up;
             *g = dy * up * s * (T::ONE + gate * (T::ONE - s));
@@ -78,8 +78,8 @@ simd! {
 }
 
 #[inline(always)]
-fn sigmoid<T: Real>(x: T) -> T {
-    T::ONE / (T::ONE + (-x).exp())
+fn sigmoid<T: Real, const FUSED: bool>(x: T) -> T {
+    T::ONE / (T::ONE + (-x).exp::<FUSED>())
 }
 
 fn dims(a: &Tensor, b: &Tensor) -> Result<(usize, usize)> {

@@ -156,9 +156,9 @@ struct Buffers<T> {
     q: Vec<T>,
     /// (rows, D): gradient of the output, later of the queries; in the forward pass the output.
     o: Vec<T>,
-    /// (rows, keys)
+    /// (rows, padded keys)
     p: Vec<T>,
-    /// (rows, keys)
+    /// (rows, padded keys)
     ds: Vec<T>,
 }
 
@@ -209,18 +209,15 @@ impl<T: Real> Heads<'_, T> {
     fn probabilities(&self, b: &Segment, j: usize, buffers: &mut Buffers<T>) {
         self.stack(b, j, self.q, self.scale(), &mut buffers.q);
         self.against(b, j, &buffers.q, self.k, &mut buffers.p);
-        let keys = b.keys();
-        for (r, row) in buffers.p.chunks_mut(keys).enumerate() {
-            let seen = b.prefix_len + b.offset + r % b.queries + 1;
-            softmax(&mut row[..seen]);
-            row[seen..].fill(T::ZERO);
+        for (r, row) in buffers.p.chunks_mut(padded(b.keys())).enumerate() {
+            softmax(row, b.prefix_len + b.offset + r % b.queries + 1);
         }
     }
 
-    /// `out = x · dataᵀ` over both runs of keys. Shapes: x (rows, D), out (rows, keys).
+    /// `out = x · dataᵀ` over both runs of keys. Shapes: x (rows, D), out (rows, padded keys).
     fn against(&self, b: &Segment, j: usize, x: &[T], data: &[T], out: &mut Vec<T>) {
-        let (rows, keys, dim) = (x.len() / self.shape.dim, b.keys(), self.shape.dim);
-        out.resize(rows * keys, T::ZERO);
+        let (rows, row, dim) = (x.len() / self.shape.dim, padded(b.keys()), self.shape.dim);
+        out.resize(rows * row, T::ZERO);
         for (first, n, column) in b.runs() {
             if n > 0 {
                 let term = Term {
@@ -229,20 +226,20 @@ impl<T: Real> Heads<'_, T> {
                     k: dim,
                     scale: T::ONE,
                 };
-                let target = Target { at: out[column..].as_mut_ptr(), row: keys, column: 1 };
-                // SAFETY: `check` proved that the block's rows and runs lie inside the tensors; `out` has rows × keys elements.
+                let target = Target { at: out[column..].as_mut_ptr(), row, column: 1 };
+                // SAFETY: `check` proved that the block's rows and runs lie inside the tensors; `out` has that many rows.
                 unsafe { product(target, rows, n, Start::Zero, &[term], false) }
             }
         }
     }
 
-    /// `o = p · data` over both runs of keys. Shapes: p (rows, keys), o (rows, D).
+    /// `o = p · data` over both runs of keys. Shapes: p (rows, padded keys), o (rows, D).
     fn weighted(&self, b: &Segment, j: usize, p: &[T], data: &[T], o: &mut Vec<T>) {
-        let (keys, dim) = (b.keys(), self.shape.dim);
-        let rows = p.len() / keys;
+        let (row, dim) = (padded(b.keys()), self.shape.dim);
+        let rows = p.len() / row;
         o.resize(rows * dim, T::ZERO);
         let term = |(first, n, column): (usize, usize, usize)| Term {
-            a: row_major(&p[column..], keys),
+            a: row_major(&p[column..], row),
             b: Right::Matrix(self.kv(data, first, j)),
             k: n,
             scale: T::ONE,
@@ -275,11 +272,10 @@ impl<T: Real> Heads<'_, T> {
         self.stack(b, j, dout, T::ONE, o);
         self.add_transposed(b, j, o, p, sums.dvt, sums.tk);
         self.against(b, j, o, self.v, ds);
-        let keys = b.keys();
-        for (r, (ds, p)) in ds.chunks_mut(keys).zip(p.chunks(keys)).enumerate() {
-            let seen = b.prefix_len + b.offset + r % b.queries + 1;
-            softmax_backward(&mut ds[..seen], &p[..seen]);
-            ds[seen..].fill(T::ZERO);
+        let row = padded(b.keys());
+        for (ds, p) in ds.chunks_mut(row).zip(p.chunks(row)) {
+            ds[b.keys()..].fill(T::ZERO);
+            softmax_backward(ds, p);
         }
         // `q` carries 1/√D already.
         self.add_transposed(b, j, q, ds, sums.dkt, sums.tk);
@@ -287,14 +283,15 @@ impl<T: Real> Heads<'_, T> {
         self.unstack(b, j, o, self.scale(), sums.dq);
     }
 
-    /// `target[head j][keys] += xᵀ · p` over both runs of keys. Shapes: x (rows, D), p (rows, keys), target (Hkv·D, Tk).
+    /// `target[head j][keys] += xᵀ · p` over both runs of keys. Shapes: x (rows, D), p (rows, padded keys),
+    /// target (Hkv·D, Tk).
     fn add_transposed(&self, b: &Segment, j: usize, x: &[T], p: &[T], target: Shared<T>, tk: usize) {
-        let (keys, dim) = (b.keys(), self.shape.dim);
+        let (row, dim) = (padded(b.keys()), self.shape.dim);
         for (first, n, column) in b.runs() {
             if n > 0 {
                 let term = Term {
                     a: row_major(x, dim).transposed(),
-                    b: Right::Matrix(row_major(&p[column..], keys)),
+                    b: Right::Matrix(row_major(&p[column..], row)),
                     k: x.len() / dim,
                     scale: T::ONE,
                 };
@@ -322,59 +319,76 @@ fn transpose<T: Real>(from: &[T], columns: usize, rows: usize, to: &mut [T]) {
     });
 }
 
-/// Partial sums side by side, so that a loop over a row is SIMD; the order of all additions is fixed.
+/// Elements taken together, so that a loop over a row is SIMD; the order of all additions is fixed. Rows of scores are padded to
+/// a multiple of it.
 const LANES: usize = 16;
 
+/// Returns the distance between rows of scores.
+fn padded(keys: usize) -> usize {
+    keys.next_multiple_of(LANES)
+}
+
+#[inline(always)]
+fn total<T: Real>(lanes: [T; LANES]) -> T {
+    let mut sum = T::ZERO;
+    for lane in lanes {
+        sum += lane;
+    }
+    sum
+}
+
 simd! {
-    fn softmax<T: Real>(row: &mut [T]) {
-        let (groups, rest) = row.as_chunks_mut::<LANES>();
+    /// Turns the first `seen` scores of a padded row into probabilities and the others into zeros.
+    fn softmax<T: Real>(row: &mut [T], seen: usize) {
+        let (row, masked) = row.split_at_mut(padded(seen));
+        for v in row[seen..].iter_mut() {
+            *v = T::NEG_INFINITY;
+        }
+        for v in masked.iter_mut() {
+            *v = T::ZERO;
+        }
+        let groups = row.as_chunks_mut::<LANES>().0;
         let mut lanes = [T::NEG_INFINITY; LANES];
         for group in groups.iter() {
             for l in 0..LANES {
                 lanes[l] = if group[l] > lanes[l] { group[l] } else { lanes[l] };
             }
         }
-        let max = lanes.iter().chain(rest.iter()).fold(T::NEG_INFINITY, |m, v| if *v > m { *v } else { m });
+        let mut max = T::NEG_INFINITY;
+        for lane in lanes {
+            max = if lane > max { lane } else { max };
+        }
         let mut sums = [T::ZERO; LANES];
         for group in groups.iter_mut() {
             for l in 0..LANES {
-                group[l] = (group[l] - max).exp();
+                group[l] = (group[l] - max).exp::<FUSED>();
                 sums[l] += group[l];
             }
         }
-        let mut sum = T::ZERO;
-        for lane in sums {
-            sum += lane;
+        let inverse = T::ONE / total(sums);
+        for group in groups.iter_mut() {
+            for v in group.iter_mut() {
+                *v *= inverse;
+            }
         }
-        for v in rest.iter_mut() {
-            *v = (*v - max).exp();
-            sum += *v;
-        }
-        let inverse = T::ONE / sum;
-        row.iter_mut().for_each(|v| *v *= inverse);
     }
 }
 
 simd! {
-    /// `ds ← p∘(ds − Σ ds∘p)`
+    /// `ds ← p∘(ds − Σ ds∘p)` for padded rows; `p` is zero where nothing is seen.
     fn softmax_backward<T: Real>(ds: &mut [T], p: &[T]) {
+        let (ds, p) = (ds.as_chunks_mut::<LANES>().0, p.as_chunks::<LANES>().0);
         let mut sums = [T::ZERO; LANES];
-        let (groups, rest) = ds.as_chunks::<LANES>();
-        let (p_groups, p_rest) = p.as_chunks::<LANES>();
-        for (d, p) in groups.iter().zip(p_groups) {
+        for (d, p) in ds.iter().zip(p) {
             for l in 0..LANES {
                 sums[l] += d[l] * p[l];
             }
         }
-        let mut dot = T::ZERO;
-        for lane in sums {
-            dot += lane;
-        }
-        for (d, p) in rest.iter().zip(p_rest) {
-            dot += *d * *p;
-        }
+        let dot = total(sums);
         for (d, p) in ds.iter_mut().zip(p) {
-            *d = *p * (*d - dot);
+            for l in 0..LANES {
+                d[l] = p[l] * (d[l] - dot);
+            }
         }
     }
 }

@@ -369,7 +369,7 @@ unsafe fn edge<T: Real>(
 
 /// Whether rows at this distance compete for the same few places of a cache.
 fn crowded<T>(row: usize) -> bool {
-    (row * size_of::<T>()).is_multiple_of(2048)
+    (row * size_of::<T>()).is_multiple_of(4096)
 }
 
 /// Calls `f` for every index, on several threads when there are several.

@@ -62,8 +62,16 @@ unsafe fn matrix_panel<T: Real>(from: Operand<T>, k: usize, width: usize, column
     // SAFETY: the caller's promise, for all three forms.
     unsafe {
         if from.column == 1 {
+            let eights = if width == columns && columns.is_multiple_of(SIDE) { columns } else { 0 };
             for p in 0..k {
                 let (source, target) = (from.at.offset(p as isize * from.row), panel.add(p * columns));
+                // Runs of known length become vector moves; a call for every short row would cost more than the copy.
+                for j in (0..eights).step_by(SIDE) {
+                    std::ptr::copy_nonoverlapping(source.add(j), target.add(j), SIDE);
+                }
+                if eights > 0 {
+                    continue;
+                }
                 std::ptr::copy_nonoverlapping(source, target, width);
                 for j in width..columns {
                     *target.add(j) = T::ZERO;

@@ -87,8 +87,10 @@ struct Level {
     reference_rows: usize,
 }
 
-/// Packs of 1,024 rows fill matrix products well; below 128 the time is spent on reading weights.
-const LEVELS: [Level; 4] = [
+/// A pack widens and packs every weight once, so large packs are faster; below 128 rows the time is spent on reading weights.
+const LEVELS: [Level; 6] = [
+    Level { pack_rows: 4096, logits: 1 << 24, reference_rows: 32768 },
+    Level { pack_rows: 2048, logits: 1 << 24, reference_rows: 16384 },
     Level { pack_rows: 1024, logits: 1 << 23, reference_rows: 16384 },
     Level { pack_rows: 512, logits: 1 << 22, reference_rows: 8192 },
     Level { pack_rows: 256, logits: 1 << 21, reference_rows: 4096 },

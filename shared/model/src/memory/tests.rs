@@ -71,7 +71,7 @@ fn get(plan: &MemoryPlan, name: &str) -> u64 {
 fn a_roomy_plan_keeps_everything_and_adds_up() {
     let (a, batches) = (architecture(), Plain { rows: 4096 });
     let plan = plan(&demand(&a, &batches), u64::MAX).unwrap();
-    assert_eq!((plan.kept_layers, plan.pack_rows, plan.head_rows, plan.stream), (8, 1024, 1024, false));
+    assert_eq!((plan.kept_layers, plan.pack_rows, plan.head_rows, plan.stream), (8, 4096, 1024, false));
     assert_eq!(plan.peak, plan.items.iter().map(|i| i.bytes).sum::<u64>());
     assert_eq!(get(&plan, "weights"), 66 << 20);
     // q_proj, o_proj: 1024 sides each; k, v: 768; gate, up, down: 1536; rank 16, 8 blocks.
@@ -97,7 +97,7 @@ fn memory_is_given_up_in_order() {
     let layer = get(&most, "kept") / 8;
     let at = |limit: u64| plan(&demand, limit).unwrap();
     let chosen = |p: &MemoryPlan| (p.kept_layers, p.pack_rows, p.stream);
-    assert_eq!(chosen(&at(most.peak)), (8, 1024, false));
+    assert_eq!(chosen(&at(most.peak)), (8, 4096, false));
     assert_eq!(chosen(&at(most.peak - 1)), (7, 1024, false));
     assert_eq!(chosen(&at(most.peak - 3 * layer)), (5, 1024, false));
     let bare = most.peak - 8 * layer;
