@@ -110,7 +110,15 @@ macro_rules! real {
         }
     };
 }
-real!(f32, F32, crate::exp::exp::<FUSED>, fastest_f32, transpose_square_f32(), Stored::floats, Stored::widen_rows);
+real!(
+    f32,
+    F32,
+    crate::exp::exp::<FUSED>,
+    fastest_f32,
+    transpose_square_f32(),
+    Stored::floats,
+    Stored::widen_rows
+);
 real!(f64, F64, f64::exp, fastest_f64, transpose_square::<f64>, |_| None, widen_f64);
 
 fn widen_f64(weight: &Stored, row: usize, column: usize, columns: usize, out: &mut [f64]) {

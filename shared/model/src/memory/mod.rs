@@ -97,13 +97,17 @@ const LEVELS: [Level; 6] = [
     Level { pack_rows: 128, logits: 1 << 20, reference_rows: 2048 },
 ];
 
-/// Returns the plan that does least again within `limit` bytes. It gives up, in this order: kept activations, large packs
-/// and head chunks, weights that stay resident. `Err` is the smallest plan, when even that is too large.
+/// Packs from which on keeping another block's activations saves more time than a larger pack.
+const FULL: usize = 1024;
+
+/// Returns the plan that does least again within `limit` bytes. It gives up, in this order: packs beyond [`FULL`], kept activations,
+/// smaller packs and head chunks, weights that stay resident. `Err` is the smallest plan, when even that is too large.
 pub fn plan(demand: &Demand, limit: u64) -> Result<MemoryPlan, Box<MemoryPlan>> {
     let levels = LEVELS.map(|level| demand.pack_rows.map_or(level, |pack_rows| Level { pack_rows, ..level }));
     let sized: [OnceCell<(BatchShape, BatchShape)>; LEVELS.len()] = Default::default();
     let mut smallest: Option<MemoryPlan> = None;
     for stream in [false, true] {
+        let mut best: Option<MemoryPlan> = None;
         for (level, sized) in levels.iter().zip(&sized) {
             let (steps, reference) = *sized.get_or_init(|| {
                 let steps = demand.batches.steps(level.pack_rows);
@@ -112,13 +116,21 @@ pub fn plan(demand: &Demand, limit: u64) -> Result<MemoryPlan, Box<MemoryPlan>> 
             let at = |kept_layers: usize| {
                 items::with_items(demand, choice(demand, *level, kept_layers, stream), steps, reference)
             };
+            if best.is_some() && level.pack_rows < FULL {
+                break;
+            }
             let without = at(0);
             if without.peak <= limit {
-                return Ok(most_kept(demand.adapter.blocks(demand.architecture), limit, without, at));
-            }
-            if smallest.as_ref().is_none_or(|s| without.peak < s.peak) {
+                let plan = most_kept(demand.adapter.blocks(demand.architecture), limit, without, at);
+                if best.as_ref().is_none_or(|b| plan.kept_layers > b.kept_layers) {
+                    best = Some(plan);
+                }
+            } else if smallest.as_ref().is_none_or(|s| without.peak < s.peak) {
                 smallest = Some(without);
             }
+        }
+        if let Some(best) = best {
+            return Ok(best);
         }
     }
     // Every level has been tried.

@@ -83,10 +83,11 @@ fn a_roomy_plan_keeps_everything_and_adds_up() {
     assert_eq!(get(&plan, "kept"), 8 * (2048 * activations + 4096 * 2 * 256) * 4);
     assert_eq!(get(&plan, "streams"), 4096 * 512 * 4);
     let back = 512 + 2 * 512 + 4 * 256 + 7 * 16;
-    let work = 512 * (activations + 512 + 1024) + 1024 * 2 * 256 + 512 * back;
+    // A pack of 4096 rows, half of them trained.
+    let work = 2048 * (activations + 512 + 1024) + 4096 * 2 * 256 + 2048 * back;
     assert_eq!(get(&plan, "one block at work"), work * 4);
-    assert_eq!(get(&plan, "rows of the head"), (1024 + 256 + 512 + 512) * 512 * 4);
-    assert_eq!(get(&plan, "logits of 256 rows"), 256 * 1024 * 4);
+    assert_eq!(get(&plan, "rows of the head"), (1024 + 1024 + 512 + 512) * 512 * 4);
+    assert_eq!(get(&plan, "logits of 1024 rows"), 1024 * 1024 * 4);
 }
 
 #[test]
@@ -98,9 +99,15 @@ fn memory_is_given_up_in_order() {
     let at = |limit: u64| plan(&demand, limit).unwrap();
     let chosen = |p: &MemoryPlan| (p.kept_layers, p.pack_rows, p.stream);
     assert_eq!(chosen(&at(most.peak)), (8, 4096, false));
-    assert_eq!(chosen(&at(most.peak - 1)), (7, 1024, false));
-    assert_eq!(chosen(&at(most.peak - 3 * layer)), (5, 1024, false));
-    let bare = most.peak - 8 * layer;
+    // Smaller packs first, down to 1024 rows; then what is kept.
+    assert_eq!(chosen(&at(most.peak - 1)), (8, 2048, false));
+    let smaller = |p: &MemoryPlan| at(p.peak - 1);
+    let full = smaller(&at(most.peak - 1));
+    assert_eq!(chosen(&full), (8, 1024, false));
+    // One block less leaves room for larger packs again.
+    assert_eq!(chosen(&smaller(&full)), (7, 2048, false));
+    assert_eq!(at(full.peak - 3 * layer).kept_layers, 5);
+    let bare = full.peak - 8 * layer;
     assert_eq!(chosen(&at(bare)), (0, 1024, false));
     let tighter = at(bare - 1);
     assert_eq!((tighter.pack_rows, tighter.stream), (512, false));
