@@ -7,7 +7,7 @@ mod stops;
 
 use crate::{
     args::GenerateArgs,
-    models::{Policy, set_threads, shown},
+    models::{Policy, set_threads},
 };
 use answer::Answer;
 use encode::Encoder;
