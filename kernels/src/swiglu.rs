@@ -26,7 +26,7 @@ pub fn swiglu(out: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
 
 /// For the gradient `y` of the result, turns all three in place: `gate` and `up` into their gradients, `y` into the result itself,
 /// which the layer after it needs for its own gradients. Shapes: all (T, I).
-/// Formula: `dgate = dy·up·s·(1 + gate·(1 − s))`, `dup = dy·gate·s` with `s = sigmoid::<T, FUSED>(gate)`.
+/// Formula: `dgate = dy·up·s·(1 + gate·(1 − s))`, `dup = dy·gate·s` with `s = sigmoid(gate)`.
 pub fn swiglu_backward(y: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
     let (_, c) = dims(gate, up)?;
     dims(y, gate)?;
