@@ -11,6 +11,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Bytes that one call reads ahead. Linux cuts a longer request to the read-ahead window of the disk, usually 128 KiB.
+const READ_AHEAD: usize = 128 << 10;
+
 /// A regular file mapped into memory for reading.
 pub struct Map {
     path: PathBuf,
@@ -41,12 +44,14 @@ impl Map {
     pub fn advise(&self, range: Range<usize>, access: Access) {
         #[cfg(unix)]
         if !range.is_empty() && range.end <= self.map.len() {
-            let advice = match access {
-                Access::WillNeed => memmap2::Advice::WillNeed,
-                Access::Sequential => memmap2::Advice::Sequential,
-                Access::Random => memmap2::Advice::Random,
+            let (advice, step) = match access {
+                Access::WillNeed => (memmap2::Advice::WillNeed, READ_AHEAD),
+                Access::Sequential => (memmap2::Advice::Sequential, range.len()),
+                Access::Random => (memmap2::Advice::Random, range.len()),
             };
-            let _ = self.map.advise_range(advice, range.start, range.len());
+            for start in range.clone().step_by(step) {
+                let _ = self.map.advise_range(advice, start, step.min(range.end - start));
+            }
         }
         #[cfg(not(unix))]
         let _ = (range, access);
