@@ -183,8 +183,8 @@ impl Stored {
     /// Fills `out` in chunks of `length` with the elements from `start`, `start + step`, … on.
     fn pieces(&self, start: usize, step: usize, length: usize, out: &mut [f32]) {
         let view = self.form.view();
-        #[cfg(target_arch = "x86_64")]
         if self.wide {
+            #[cfg(target_arch = "x86_64")]
             // SAFETY: `wide` says that the processor has AVX2 and F16C.
             return unsafe { pieces_avx2(view, start, step, length, out) };
         }
