@@ -47,9 +47,11 @@ pub fn attention(
         write::<T>(out, |out| {
             let target = Shared(out.as_mut_ptr());
             // Each task writes the rows of its block in the columns of its heads: no two overlap.
-            tasks.par_iter().with_max_len(1).for_each_init(Buffers::default, |buffers, (block, j)| {
-                heads.probabilities(block, *j, buffers);
-                heads.outputs(block, *j, buffers, target);
+            tasks.par_iter().with_max_len(1).for_each(|(block, j)| {
+                with_buffers(|buffers| {
+                    heads.probabilities(block, *j, buffers);
+                    heads.outputs(block, *j, buffers, target);
+                });
             });
             Ok(())
         })
@@ -102,13 +104,15 @@ pub fn attention_backward(
             let sums = Sums { dq: Shared(dq.as_mut_ptr()), dkt: dkt_at, dvt: dvt_at, tk };
             // A task owns one key-value head of one group: its keys, values and query heads are nobody else's,
             // and inside it the order of the sums is fixed.
-            tasks.par_iter().with_max_len(1).for_each_init(Buffers::default, |buffers, (group, j)| {
-                for segment in &layout.segments[group.clone()] {
-                    for block in blocks(segment, shape) {
-                        heads.probabilities(&block, *j, buffers);
-                        heads.backward(&block, *j, buffers, dout, sums);
+            tasks.par_iter().with_max_len(1).for_each(|(group, j)| {
+                with_buffers(|buffers| {
+                    for segment in &layout.segments[group.clone()] {
+                        for block in blocks(segment, shape) {
+                            heads.probabilities(&block, *j, buffers);
+                            heads.backward(&block, *j, buffers, dout, sums);
+                        }
                     }
-                }
+                });
             });
             Ok(())
         })?;
@@ -162,10 +166,13 @@ struct Buffers<T> {
     ds: Vec<T>,
 }
 
-impl<T> Default for Buffers<T> {
-    fn default() -> Self {
-        Self { q: Vec::new(), o: Vec::new(), p: Vec::new(), ds: Vec::new() }
-    }
+/// Calls `f` with buffers of this thread: those of a new task would be fresh pages.
+fn with_buffers<T: Real>(f: impl FnOnce(&mut Buffers<T>)) {
+    let take = || T::scratch().with_borrow_mut(Vec::pop).unwrap_or_default();
+    let mut buffers = Buffers { q: take(), o: take(), p: take(), ds: take() };
+    f(&mut buffers);
+    let Buffers { q, o, p, ds } = buffers;
+    T::scratch().with_borrow_mut(|pool| pool.extend([ds, p, o, q]));
 }
 
 struct Heads<'a, T> {
