@@ -20,6 +20,7 @@ use crate::{
     real::{Operand, Real},
     stored::Stored,
 };
+use pack::Panels;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -70,6 +71,8 @@ const SLAB: usize = 1 << 20;
 const SLAB_ROWS: usize = 1024;
 /// Rows of a task: its part of a stays in the second cache.
 const TASK_ROWS: usize = 96;
+/// Panels that one task packs, at most.
+const WIDE: usize = 16;
 /// Multiply-adds below which one thread is faster than several.
 const SMALL: usize = 1 << 17;
 
@@ -202,22 +205,18 @@ impl<T: Real> Work<'_, T> {
     /// As [`product`].
     unsafe fn fill(&self, slab: &Slab<T>, group: &[Piece]) {
         let columns = self.tiles.columns;
-        each(slab.count * group.len(), self.threads, |task| {
-            let (panel, piece) = (task / group.len(), group[task % group.len()]);
+        // Several panels a task: rows of b are then read in long runs.
+        let wide = (slab.count * group.len() / (4 * self.threads)).clamp(1, WIDE);
+        let tasks = slab.count.div_ceil(wide);
+        each(tasks * group.len(), self.threads, |task| {
+            let (panel, piece) = (task / group.len() * wide, group[task % group.len()]);
             let first = (slab.first + panel) * columns;
-            let width = columns.min(self.n - first);
-            let to = slab.row(panel, piece.below, columns);
-            // SAFETY: the caller's promise; every task writes the rows of its own panel and piece.
-            unsafe {
-                pack::panel(
-                    &self.terms[piece.term].b,
-                    piece.at..piece.at + piece.k,
-                    first,
-                    width,
-                    columns,
-                    to,
-                )
-            };
+            let width = (wide.min(slab.count - panel) * columns).min(self.n - first);
+            let to =
+                Panels { at: slab.row(panel, piece.below, columns), columns, step: slab.depth * columns };
+            let b = &self.terms[piece.term].b;
+            // SAFETY: the caller's promise; every task writes the rows of its own panels and piece.
+            unsafe { pack::panels(b, piece.at..piece.at + piece.k, first, width, to) };
         });
     }
 

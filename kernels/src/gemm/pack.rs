@@ -10,11 +10,82 @@ use std::ops::Range;
 /// Elements of a row of a stored weight that are widened at once.
 const RUN: usize = 256;
 
-/// Copies rows `rows` of columns `first..first + width` (at most `columns`) of `b` into `panel` ([rows][columns]).
+/// Where neighbouring panels go.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<T> {
+    /// The first one, [rows][columns].
+    pub at: *mut T,
+    /// Columns of a panel.
+    pub columns: usize,
+    /// Elements from one panel to the next.
+    pub step: usize,
+}
+
+/// Copies rows `rows` of columns `first..first + width` of `b` into neighbouring panels.
 ///
 /// # Safety
-/// `b` must be valid for these rows and `first + width` columns, `panel` for `rows · columns` elements.
-pub(super) unsafe fn panel<T: Real>(
+/// `b` must be valid for these rows and `first + width` columns, the panels for `rows · columns` elements each.
+pub(super) unsafe fn panels<T: Real>(
+    b: &Right<T>,
+    rows: Range<usize>,
+    first: usize,
+    width: usize,
+    to: Panels<T>,
+) {
+    match b {
+        Right::Matrix(m) if m.column == 1 => {
+            for (p, row) in rows.enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { spread(m.at.offset(row as isize * m.row).add(first), p, width, to) };
+            }
+        }
+        // A wide run of a row is widened many times faster than its pieces.
+        Right::Rows(w) => with_scratch(width, |scratch: &mut [T]| {
+            for (p, row) in rows.enumerate() {
+                T::widen_rows(w, row, first, width, scratch);
+                // SAFETY: the scratch holds `width` elements; the panels are the caller's promise.
+                unsafe { spread(scratch.as_ptr(), p, width, to) };
+            }
+        }),
+        _ => {
+            for (i, at) in (0..width).step_by(to.columns).enumerate() {
+                let few = to.columns.min(width - at);
+                // SAFETY: the caller's promise.
+                unsafe { turned_panel(b, rows.clone(), first + at, few, to.columns, to.at.add(i * to.step)) };
+            }
+        }
+    }
+}
+
+/// Copies `width` neighbouring elements into row `p` of as many panels as they fill; the last is filled up with zeros.
+///
+/// # Safety
+/// `from` must be valid for `width` elements, the panels for row `p`.
+unsafe fn spread<T: Real>(from: *const T, p: usize, width: usize, to: Panels<T>) {
+    let columns = to.columns;
+    for (i, at) in (0..width).step_by(columns).enumerate() {
+        let few = columns.min(width - at);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (source, target) = (from.add(at), to.at.add(i * to.step + p * columns));
+            if few == columns && columns.is_multiple_of(SIDE) {
+                // Runs of known length become vector moves; a call for every short row would cost more than the copy.
+                for j in (0..columns).step_by(SIDE) {
+                    std::ptr::copy_nonoverlapping(source.add(j), target.add(j), SIDE);
+                }
+            } else {
+                std::ptr::copy_nonoverlapping(source, target, few);
+                (few..columns).for_each(|j| *target.add(j) = T::ZERO);
+            }
+        }
+    }
+}
+
+/// Copies a panel of an operand whose columns lie apart.
+///
+/// # Safety
+/// As [`panels`], for one of them.
+unsafe fn turned_panel<T: Real>(
     b: &Right<T>,
     rows: Range<usize>,
     first: usize,
@@ -24,62 +95,23 @@ pub(super) unsafe fn panel<T: Real>(
 ) {
     let k = rows.len();
     match b {
-        Right::Matrix(m) => {
-            // SAFETY: the caller's promise.
-            let at = unsafe { m.at.offset(rows.start as isize * m.row + first as isize * m.column) };
-            let from = Operand { at, ..*m };
-            // SAFETY: as above.
-            unsafe { matrix_panel(from, k, width, columns, panel) }
-        }
         Right::Columns(w) => with_scratch(columns * RUN, |scratch: &mut [T]| {
             for at in (0..k).step_by(RUN) {
                 let run = RUN.min(k - at);
                 T::widen_rows(w, first, rows.start + at, run, &mut scratch[..width * run]);
                 let from = Operand { at: scratch.as_ptr(), row: 1, column: run as isize };
                 // SAFETY: the scratch holds `width` rows of `run` elements; the panel has rows `at..at + run`.
-                unsafe { matrix_panel(from, run, width, columns, panel.add(at * columns)) };
+                unsafe { interleave(from, run, width, columns, panel.add(at * columns)) };
             }
         }),
-        Right::Rows(w) if width == columns => {
-            // SAFETY: the caller's promise; written by this call alone.
-            let panel = unsafe { std::slice::from_raw_parts_mut(panel, k * columns) };
-            T::widen_rows(w, rows.start, first, columns, panel);
-        }
-        Right::Rows(w) => {
-            for p in 0..k {
-                // SAFETY: row p of the panel, `columns` elements, written by this call alone.
-                let row = unsafe { std::slice::from_raw_parts_mut(panel.add(p * columns), columns) };
-                T::widen(w, rows.start + p, first, &mut row[..width]);
-                row[width..].fill(T::ZERO);
+        Right::Matrix(m) => {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let at = m.at.offset(rows.start as isize * m.row + first as isize * m.column);
+                interleave(Operand { at, ..*m }, k, width, columns, panel);
             }
         }
-    }
-}
-
-/// # Safety
-/// `from` must be valid for (k, width), `panel` for `k · columns` elements.
-unsafe fn matrix_panel<T: Real>(from: Operand<T>, k: usize, width: usize, columns: usize, panel: *mut T) {
-    // SAFETY: the caller's promise, for all three forms.
-    unsafe {
-        if from.column == 1 {
-            let eights = if width == columns && columns.is_multiple_of(SIDE) { columns } else { 0 };
-            for p in 0..k {
-                let (source, target) = (from.at.offset(p as isize * from.row), panel.add(p * columns));
-                // Runs of known length become vector moves; a call for every short row would cost more than the copy.
-                for j in (0..eights).step_by(SIDE) {
-                    std::ptr::copy_nonoverlapping(source.add(j), target.add(j), SIDE);
-                }
-                if eights > 0 {
-                    continue;
-                }
-                std::ptr::copy_nonoverlapping(source, target, width);
-                for j in width..columns {
-                    *target.add(j) = T::ZERO;
-                }
-            }
-        } else {
-            interleave(from, k, width, columns, panel);
-        }
+        Right::Rows(_) => {}
     }
 }
 
@@ -87,7 +119,7 @@ unsafe fn matrix_panel<T: Real>(from: Operand<T>, k: usize, width: usize, column
 const SIDE: usize = 8;
 
 /// # Safety
-/// As [`matrix_panel`].
+/// `from` must be valid for (k, width), `panel` for `k · columns` elements.
 unsafe fn interleave<T: Real>(from: Operand<T>, k: usize, width: usize, columns: usize, panel: *mut T) {
     let squares = if from.row == 1 { (width / SIDE * SIDE, k / SIDE * SIDE) } else { (0, 0) };
     let turn = T::transpose_square();
