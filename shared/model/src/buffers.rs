@@ -6,6 +6,7 @@
 use crate::{
     architecture::{Architecture, Module},
     lora::Lora,
+    memory::BatchShape,
     numeric::Numeric,
     pack::Pack,
 };
@@ -102,17 +103,22 @@ pub struct Widths {
 impl Widths {
     /// Returns the sizes of a decoder with an adapter on it.
     pub fn new(architecture: &Architecture, lora: Option<&Lora>) -> Self {
-        let shape = architecture.shape;
         let rank = |m: usize| {
             let blocks = lora.into_iter().flat_map(|l| &l.layers);
             blocks.filter_map(|b| b[m].as_ref().map(|f| f.a.dims()[0])).max().unwrap_or(0)
         };
+        Self::with_ranks(architecture, std::array::from_fn(rank))
+    }
+
+    /// Returns the same for an adapter that does not exist yet.
+    pub fn with_ranks(architecture: &Architecture, ranks: [usize; 7]) -> Self {
+        let shape = architecture.shape;
         Self {
             hidden: architecture.hidden,
             queries: shape.heads * shape.dim,
             keys: shape.kv_heads * shape.dim,
             intermediate: architecture.intermediate,
-            ranks: std::array::from_fn(rank),
+            ranks,
         }
     }
 
@@ -221,32 +227,32 @@ impl Workspace {
 
     /// Takes the memory that sweeps over `packs` need; with `keep` for both directions.
     pub fn reserve(&self, packs: &[Pack], keep: bool) -> Result<()> {
-        let most = |f: &dyn Fn(&Pack) -> usize| packs.iter().map(f).max().unwrap_or(0);
-        let sum = |f: &dyn Fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>();
-        let trained = sum(&|p| p.trained.rows.len());
-        self.activations.reserve(most(&|p| p.trained.rows.len().max(p.rest.rows.len())))?;
-        let part = most(&|p| p.trained.rows.len().max(p.rest.rows.len()));
-        self.scratch.normed.reserve(part)?;
-        self.scratch.wide.reserve(part)?;
-        self.key_values.reserve(most(&|p| p.ids.len()))?;
+        self.reserve_shape(&BatchShape::of_packs(packs), keep)
+    }
+
+    /// Takes the memory of the largest batch before the first: buffers that grow from step to step leave holes.
+    pub fn reserve_shape(&self, batch: &BatchShape, keep: bool) -> Result<()> {
+        let (all, largest) = (&batch.all, &batch.largest);
+        self.activations.reserve(largest.part_rows)?;
+        self.scratch.normed.reserve(largest.part_rows)?;
+        self.scratch.wide.reserve(largest.part_rows)?;
+        self.key_values.reserve(largest.rows)?;
         let inputs = if keep { &self.inputs[..] } else { &self.inputs[..1] };
-        inputs.iter().try_for_each(|b| b.reserve(trained))?;
-        self.rest.reserve(sum(&|p| p.rest.rows.len()))?;
-        let heads = sum(&|p| p.head_rows());
-        self.last.0.reserve(heads)?;
-        self.last.1.reserve(most(&|p| p.head_rows()))?;
-        self.logits.reserve(self.head_rows.min(most(&|p| p.entries.len())))?;
+        inputs.iter().try_for_each(|b| b.reserve(all.gradient_rows))?;
+        self.rest.reserve(all.rest_rows)?;
+        self.last.0.reserve(all.head_rows)?;
+        self.last.1.reserve(largest.head_rows)?;
+        self.logits.reserve(self.head_rows.min(largest.entries))?;
         if !keep {
             return Ok(());
         }
-        let part = most(&|p| p.trained.rows.len());
-        self.scratch.reserve_backward(part)?;
-        self.unit.reserve(sum(&|p| p.gradient_entries))?;
-        self.gradient.0.reserve(trained)?;
-        self.gradient.1.reserve(sum(&|p| p.trained.head_rows.len()))?;
+        self.scratch.reserve_backward(largest.gradient_rows)?;
+        self.unit.reserve(all.gradient_entries)?;
+        self.gradient.0.reserve(all.gradient_rows)?;
+        self.gradient.1.reserve(all.gradient_head_rows)?;
         for (activations, key_values) in &self.kept {
-            activations.reserve(trained)?;
-            key_values.reserve(sum(&|p| p.ids.len()))?;
+            activations.reserve(all.gradient_rows)?;
+            key_values.reserve(all.rows)?;
         }
         Ok(())
     }

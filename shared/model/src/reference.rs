@@ -1,9 +1,6 @@
 //! Reference log-probabilities: one forward pass over every needed (prompt, completion) pair, kept beside the run.
 
 use crate::{
-    base::BaseModel,
-    buffers::Workspace,
-    lora::Lora,
     rows::{Batch, Job, Packing},
     sweep::Sweep,
 };
@@ -71,22 +68,19 @@ impl Reference {
         self.logps.is_empty()
     }
 
-    /// Scores the missing ones of `pairs` with the base, or with `lora` on it. `step` is called after every sweep with what is
+    /// Scores the missing ones of `pairs` with `sweep`: the base, or an adapter on it. `step` is called after every sweep with what is
     /// there by then and the number of pairs just done; its error ends the pass.
     ///
     /// Sweeps are cut from all pairs, whatever is there already: a pass that was interrupted goes on with the same packs
     /// and so ends with the same bits.
     pub fn extend(
         &mut self,
-        base: &BaseModel,
-        lora: Option<&Lora>,
-        workspace: &Workspace,
+        sweep: &Sweep,
         tokens: &TokenSet,
         form: PassForm,
         pairs: &BTreeSet<Pair>,
         mut step: impl FnMut(&Self, usize) -> Result<()>,
     ) -> Result<()> {
-        let sweep = Sweep { base, lora, dropout: None, workspace };
         let pairs: Vec<Pair> = pairs.iter().copied().collect();
         for cut in sweeps(tokens, &pairs, form.sweep_rows) {
             let chunk = &pairs[cut];

@@ -7,7 +7,7 @@ use crate::{
     run_dir,
 };
 use kto_cli::{Error, Kind, Result, Ui, memory, number::Size, units};
-use kto_formats::{bnb, model_dir::ModelDir};
+use kto_formats::{bnb, model_dir::ModelDir, tokens::TokenRow};
 use kto_model::{
     memory::{self as planned, AdapterSize, BatchShape, Batches, Demand, Item, MemoryPlan, WeightSize},
     reference::{self, Pair},
@@ -80,7 +80,10 @@ impl Fit {
             Some(adapter) => AdapterSize::given(a, adapter),
             None => AdapterSize::fresh(a, plan.lora_r, &plan.typed.modules),
         };
-        let lengths = tokens.rows().map(|row| row.prompt_ids.len() + row.completion_ids.len());
+        // Ids are u32; offsets, label and hash of a row are 25 bytes; a pair of the reference pass is about 48.
+        let ids_bytes = |row: TokenRow| 4 * (row.prompt_ids.len() + row.completion_ids.len()) as u64 + 25;
+        let passes = plan.total_steps.div_ceil(plan.steps_per_epoch);
+        let pairs = if plan.typed.loss.loss.needs_kl() { 1 + passes } else { 1 } * plan.rows as u64;
         let demand = Demand {
             architecture: a,
             weights: WeightSize::of(a, inputs.model, ids),
@@ -88,8 +91,7 @@ impl Fit {
             adapter_copy: plan.typed.reference_is_adapter,
             positions: crate::data::positions(tokens),
             threads: rayon::current_num_threads(),
-            // Ids are u32; offsets, label and hash of a row are 25 bytes.
-            token_bytes: lengths.map(|n| 4 * n as u64 + 25).sum(),
+            token_bytes: tokens.rows().map(ids_bytes).sum::<u64>() + 48 * pairs,
             pack_rows: if args.resume { run_dir::settled_pack_rows(&args.out) } else { None },
             batches: &Counted { plan, inputs, order },
         };

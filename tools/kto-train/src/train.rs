@@ -74,6 +74,8 @@ impl Run<'_> {
         };
         let spec = WorkspaceSpec { kept_layers: self.memory.kept_layers, head_rows: self.memory.head_rows };
         let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, DType::F32);
+        workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
+        workspace.reserve_shape(&self.memory.steps, true)?;
         let (reference, scored) = self.reference(initial.as_ref(), &workspace)?;
         if let Some(lap) = scored {
             logs.timing.append(&lap.line(0))?;
@@ -150,7 +152,8 @@ impl Run<'_> {
             pack_rows: self.memory.pack_rows,
             sweep_rows: self.memory.reference_rows,
         };
-        reference.extend(self.base, initial, workspace, self.tokens, form, &pairs, step)?;
+        let sweep = Sweep { base: self.base, lora: initial, dropout: None, workspace };
+        reference.extend(&sweep, self.tokens, form, &pairs, step)?;
         reference.write(&path, &key)?;
         Ok((reference, Some(pace.lap())))
     }

@@ -1,15 +1,19 @@
 //! The arithmetic of the plan: what each part of a run holds when a batch is at its largest.
 
-use super::{BatchShape, Demand, Item, MemoryPlan, widths};
+use super::{BatchShape, Demand, Item, MemoryPlan};
+use crate::buffers::Widths;
 
 const F32: u64 = 4;
 const MIB: u64 = 1 << 20;
 
 /// Code and heap of the program itself: measured on a model of no size.
-const PROGRAM: u64 = 16 * MIB;
-/// Panels of a matrix product that all threads share, and those of one thread.
-const SHARED_PANELS: u64 = 16 * MIB;
-const THREAD_PANELS: u64 = MIB;
+const PROGRAM: u64 = 8 * MIB;
+/// Packed panels of a matrix product, which all threads share (`kto_kernels`, gemm), and what a thread has of its own; less when
+/// the largest weight is smaller.
+const SHARED_PANELS: u64 = 4 * MIB;
+const THREAD_PANELS: u64 = MIB / 2;
+/// A part of the buffers that is lost at the ends of their pages and by small vectors of a step: measured, on the safe side.
+const HOLES: u64 = 128;
 /// Stacked query rows of a block of attention (`kto_kernels::attention`), whose scores a thread holds twice in a backward pass.
 const ATTENTION_ROWS: u64 = 192;
 
@@ -21,6 +25,8 @@ pub(super) fn empty() -> MemoryPlan {
         head_rows: 0,
         reference_rows: 0,
         stream: false,
+        steps: BatchShape::default(),
+        reference: BatchShape::default(),
         items: Vec::new(),
         peak: 0,
     }
@@ -33,10 +39,22 @@ pub(super) fn with_items(
     steps: BatchShape,
     reference: BatchShape,
 ) -> MemoryPlan {
-    let all = fixed(demand, choice.stream).into_iter().chain(buffers(demand, &choice, steps, reference));
-    let items: Vec<Item> = all.filter(|item| item.bytes > 0).collect();
-    let peak = items.iter().map(|item| item.bytes).fold(0, u64::saturating_add);
-    MemoryPlan { peak, items, ..choice }
+    let mut items = fixed(demand, choice.stream);
+    let buffers = buffers(demand, &choice, steps, reference);
+    let holes = total(&buffers) / HOLES;
+    items.extend(buffers);
+    items.push(item("holes between buffers", holes));
+    // The whole embedding is read once, to be checked, before there is anything else.
+    let early = demand.weights.embedding + PROGRAM + demand.token_bytes;
+    let later = total(&items);
+    items.push(item("embedding while it is checked", early.saturating_sub(later)));
+    items.retain(|item| item.bytes > 0);
+    let peak = total(&items);
+    MemoryPlan { steps, reference, peak, items, ..choice }
+}
+
+fn total(items: &[Item]) -> u64 {
+    items.iter().map(|item| item.bytes).fold(0, u64::saturating_add)
 }
 
 fn item(name: impl Into<String>, bytes: u64) -> Item {
@@ -49,7 +67,8 @@ fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
     let parameters = demand.adapter.parameters.saturating_mul(F32);
     let norms = ((2 * a.layers + 1) * a.hidden) as u64 * F32;
     let rope = (demand.positions * a.shape.dim) as u64 * F32;
-    let weights = if stream { "weights, two blocks at a time" } else { "weights as stored" };
+    let weight = (a.hidden * a.vocab_size.max(a.intermediate)) as u64 * F32;
+    let weights = if stream { "weights, one block at a time" } else { "weights as stored" };
     vec![
         item(weights, demand.weights.resident(stream)),
         item("adapter", parameters.saturating_mul(if demand.adapter_copy { 2 } else { 1 })),
@@ -57,31 +76,40 @@ fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
         item("AdamW moments", parameters.saturating_mul(2)),
         item("norms and rotary tables", norms + rope),
         item("tokens", demand.token_bytes),
-        item("matrix-product panels", SHARED_PANELS + demand.threads as u64 * THREAD_PANELS),
+        item(
+            "matrix-product panels",
+            SHARED_PANELS.min(weight) + demand.threads as u64 * THREAD_PANELS.min(weight),
+        ),
         item("program", PROGRAM),
     ]
 }
 
 /// The buffers of `Workspace::reserve`, each as large as the batch that needs most of it.
 fn buffers(demand: &Demand, choice: &MemoryPlan, steps: BatchShape, reference: BatchShape) -> Vec<Item> {
-    let (a, w) = (demand.architecture, widths(demand.architecture));
-    let (lora, blocks) = (demand.adapter.width, demand.adapter.blocks(a));
+    let a = demand.architecture;
+    let (w, blocks) = (Widths::with_ranks(a, demand.adapter.ranks), demand.adapter.blocks(a));
     let both = steps.max(reference);
     let of = |rows: usize, width: usize| rows as u64 * width as u64 * F32;
     let trained = steps.all.gradient_rows;
-    let work = of(both.largest.part_rows, w.activations(lora) + w.forward())
+    let work = of(both.largest.part_rows, w.activations() + w.forward_scratch())
         + of(both.largest.rows, w.key_values())
-        + of(steps.largest.gradient_rows, w.backward(lora));
-    let kept = of(trained, w.activations(lora)) + of(steps.all.rows, w.key_values());
+        + of(steps.largest.gradient_rows, w.backward_scratch());
+    // Of the last block only the head rows get past keys and values.
+    let key_values = choice.kept_layers as u64 * of(steps.all.rows, w.key_values());
+    let kept = match choice.kept_layers as u64 {
+        0 => 0,
+        n => (n - 1) * of(trained, w.activations()) + of(steps.all.gradient_head_rows, w.activations()),
+    };
     let head_rows = choice.head_rows.min(both.largest.entries);
     let head = both.all.head_rows
         + both.largest.head_rows
         + steps.all.gradient_entries
-        + steps.all.gradient_head_rows;
+        + steps.all.gradient_head_rows
+        + head_rows;
     let scores = demand.threads as u64 * ATTENTION_ROWS * 2 * of(both.largest.keys, 1);
     vec![
         item(format!("layer inputs of {blocks} blocks"), blocks as u64 * of(trained, w.hidden)),
-        item(format!("kept activations of {} blocks", choice.kept_layers), choice.kept_layers as u64 * kept),
+        item(format!("kept activations of {} blocks", choice.kept_layers), kept + key_values),
         item("streams up and down", of(both.all.rest_rows, w.hidden) + of(trained, w.hidden)),
         item("one block at work", work),
         item("attention scores", scores),

@@ -2,7 +2,7 @@
 //!
 //! Called by `kto-train`. Pure functions: sizes in, plan out; headers and token lengths are all that is read.
 //! Invariants: the items of a plan add up to its peak; less memory never gives a larger plan; the widths by which the
-//! engine allocates and the plan counts are the same functions ([`widths`]).
+//! engine allocates and the plan counts are the same functions ([`crate::buffers::Widths`]).
 //! Deliberately absent: measuring (see `kto_cli::memory`), and any say in the numbers of a run: of all that a plan
 //! decides only [`MemoryPlan::pack_rows`] can change their last bits.
 
@@ -11,11 +11,9 @@ mod shape;
 #[cfg(test)]
 mod tests;
 mod weights;
-mod widths;
 
 pub use shape::{BatchShape, PackShape};
 pub use weights::{AdapterSize, WeightSize};
-pub use widths::{Widths, widths};
 
 use crate::architecture::Architecture;
 use std::cell::OnceCell;
@@ -42,6 +40,10 @@ pub struct MemoryPlan {
     pub reference_rows: usize,
     /// Whether the mapped pages of a block go back to the system after use.
     pub stream: bool,
+    /// The largest of every count over the steps, for which buffers are reserved.
+    pub steps: BatchShape,
+    /// The same over the sweeps of the reference pass.
+    pub reference: BatchShape,
     /// What is held at the peak, in the order of the table.
     pub items: Vec<Item>,
     /// Their sum.
@@ -62,7 +64,7 @@ pub struct Demand<'a> {
     pub positions: usize,
     /// Worker threads.
     pub threads: usize,
-    /// The token set in memory.
+    /// The token set in memory, with the reference log-probabilities of its pairs.
     pub token_bytes: u64,
     /// The rows of a pack, when an earlier part of the run has settled them.
     pub pack_rows: Option<usize>,

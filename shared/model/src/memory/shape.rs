@@ -1,7 +1,7 @@
 //! How many rows the packs of a batch have, counted without laying them out.
 
 use crate::{
-    pack::{Group, cuts},
+    pack::{Group, Pack, cuts},
     rows::Packing,
 };
 use std::ops::Range;
@@ -40,6 +40,21 @@ pub struct BatchShape {
 }
 
 impl PackShape {
+    fn of_pack(pack: &Pack) -> Self {
+        let (trained, rest) = (pack.trained.rows.len(), pack.rest.rows.len());
+        Self {
+            rows: pack.ids.len(),
+            gradient_rows: trained,
+            rest_rows: rest,
+            part_rows: trained.max(rest),
+            head_rows: pack.head_rows(),
+            gradient_head_rows: pack.trained.head_rows.len(),
+            entries: pack.entries.len(),
+            gradient_entries: pack.gradient_entries,
+            keys: pack.positions.iter().max().map_or(0, |p| *p as usize + 1),
+        }
+    }
+
     fn of(groups: &[Group]) -> Self {
         let mut this = Self::default();
         for group in groups {
@@ -49,6 +64,7 @@ impl PackShape {
                 this.add(b.ids.len(), b.ids.len().saturating_sub(1), b.ids.len(), b.gradient);
                 this.keys = this.keys.max(group.prompt.len() + b.ids.len());
             }
+            this.keys = this.keys.max(group.prompt.len());
         }
         this.rest_rows = this.rows - this.gradient_rows;
         this.part_rows = this.gradient_rows.max(this.rest_rows);
@@ -88,16 +104,26 @@ impl BatchShape {
         let mut this = Self::default();
         match packing {
             Packing::Shared(limit) => {
-                cuts(groups, limit).into_iter().for_each(|cut: Range<usize>| this.add(&groups[cut]));
+                cuts(groups, limit)
+                    .into_iter()
+                    .for_each(|cut: Range<usize>| this.add(PackShape::of(&groups[cut])));
             }
             Packing::Single => {
                 for group in groups {
                     for branch in &group.branches {
-                        this.add(&[Group { prompt: group.prompt, branches: vec![*branch] }]);
+                        let single = Group { prompt: group.prompt, branches: vec![*branch] };
+                        this.add(PackShape::of(&[single]));
                     }
                 }
             }
         }
+        this
+    }
+
+    /// Returns the shape of packs that are laid out.
+    pub fn of_packs(packs: &[Pack]) -> Self {
+        let mut this = Self::default();
+        packs.iter().for_each(|pack| this.add(PackShape::of_pack(pack)));
         this
     }
 
@@ -109,8 +135,7 @@ impl BatchShape {
         }
     }
 
-    fn add(&mut self, groups: &[Group]) {
-        let pack = PackShape::of(groups);
+    fn add(&mut self, pack: PackShape) {
         self.all = self.all.with(pack, |a, b| a + b);
         self.largest = self.largest.with(pack, usize::max);
     }
@@ -119,7 +144,7 @@ impl BatchShape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pack::{BranchSpec, Pack};
+    use crate::pack::BranchSpec;
 
     #[test]
     fn counts_are_those_of_the_packs() {
@@ -138,25 +163,10 @@ mod tests {
                 Packing::Single => Pack::split_single(&groups),
             };
             let shape = BatchShape::of(&groups, packing);
-            let sum = |f: fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>();
-            let most = |f: fn(&Pack) -> usize| packs.iter().map(f).max().unwrap_or(0);
-            for (ours, f) in [
-                ((shape.all.rows, shape.largest.rows), (|p| p.ids.len()) as fn(&Pack) -> usize),
-                ((shape.all.gradient_rows, shape.largest.gradient_rows), |p| p.trained.rows.len()),
-                ((shape.all.rest_rows, shape.largest.rest_rows), |p| p.rest.rows.len()),
-                ((shape.all.part_rows, shape.largest.part_rows), |p| {
-                    p.trained.rows.len().max(p.rest.rows.len())
-                }),
-                ((shape.all.head_rows, shape.largest.head_rows), Pack::head_rows),
-                ((shape.all.gradient_head_rows, shape.largest.gradient_head_rows), |p| {
-                    p.trained.head_rows.len()
-                }),
-                ((shape.all.entries, shape.largest.entries), |p| p.entries.len()),
-                ((shape.all.gradient_entries, shape.largest.gradient_entries), |p| p.gradient_entries),
-            ] {
-                assert_eq!(ours, (sum(f), most(f)), "{packing:?}");
-            }
+            assert_eq!(shape, BatchShape::of_packs(&packs), "{packing:?}");
             assert_eq!(shape.all.keys, 50);
+            assert_eq!(shape.all.entries, packs.iter().map(|p| p.entries.len()).sum::<usize>());
+            assert_eq!(shape.largest.rows, packs.iter().map(|p| p.ids.len()).max().unwrap());
         }
     }
 }

@@ -80,13 +80,13 @@ fn a_roomy_plan_keeps_everything_and_adds_up() {
     assert_eq!(get(&plan, "gradients") + get(&plan, "AdamW"), 12 * parameters);
     assert_eq!(get(&plan, "layer inputs"), 8 * 2048 * 512 * 4);
     let activations = 2 * 512 + 512 + 2 * 1024 + 7 * 16;
-    assert_eq!(get(&plan, "kept"), 8 * (2048 * activations + 4096 * 2 * 256) * 4);
+    assert_eq!(get(&plan, "kept"), ((7 * 2048 + 512) * activations + 8 * 4096 * 2 * 256) * 4);
     assert_eq!(get(&plan, "streams"), 4096 * 512 * 4);
     let back = 512 + 2 * 512 + 4 * 256 + 7 * 16;
     // A pack of 4096 rows, half of them trained.
     let work = 2048 * (activations + 512 + 1024) + 4096 * 2 * 256 + 2048 * back;
     assert_eq!(get(&plan, "one block at work"), work * 4);
-    assert_eq!(get(&plan, "rows of the head"), (1024 + 1024 + 512 + 512) * 512 * 4);
+    assert_eq!(get(&plan, "rows of the head"), (1024 + 1024 + 512 + 512 + 1024) * 512 * 4);
     assert_eq!(get(&plan, "logits of 1024 rows"), 1024 * 1024 * 4);
 }
 
@@ -94,25 +94,31 @@ fn a_roomy_plan_keeps_everything_and_adds_up() {
 fn memory_is_given_up_in_order() {
     let (a, batches) = (architecture(), Plain { rows: 4096 });
     let demand = demand(&a, &batches);
-    let most = plan(&demand, u64::MAX).unwrap();
-    let layer = get(&most, "kept") / 8;
     let at = |limit: u64| plan(&demand, limit).unwrap();
-    let chosen = |p: &MemoryPlan| (p.kept_layers, p.pack_rows, p.stream);
-    assert_eq!(chosen(&at(most.peak)), (8, 4096, false));
-    // Smaller packs first, down to 1024 rows; then what is kept.
-    assert_eq!(chosen(&at(most.peak - 1)), (8, 2048, false));
     let smaller = |p: &MemoryPlan| at(p.peak - 1);
-    let full = smaller(&at(most.peak - 1));
+    let chosen = |p: &MemoryPlan| (p.kept_layers, p.pack_rows, p.stream);
+    let most = at(u64::MAX);
+    assert_eq!(chosen(&most), (8, 4096, false));
+    // Smaller packs first, down to 1024 rows; then what is kept.
+    assert_eq!(chosen(&smaller(&most)), (8, 2048, false));
+    let full = smaller(&smaller(&most));
     assert_eq!(chosen(&full), (8, 1024, false));
     // One block less leaves room for larger packs again.
     assert_eq!(chosen(&smaller(&full)), (7, 2048, false));
-    assert_eq!(at(full.peak - 3 * layer).kept_layers, 5);
-    let bare = full.peak - 8 * layer;
-    assert_eq!(chosen(&at(bare)), (0, 1024, false));
-    let tighter = at(bare - 1);
-    assert_eq!((tighter.pack_rows, tighter.stream), (512, false));
-    let streamed = at(bare - (32 << 20));
-    assert!(streamed.stream && streamed.peak <= bare - (32 << 20), "{streamed:?}");
+    let kept = get(&full, "kept");
+    assert_eq!(at(full.peak - kept / 2).kept_layers, 4);
+    // At the end nothing is kept, then packs are smaller, then weights are streamed.
+    let plans: Vec<MemoryPlan> =
+        std::iter::successors(Some(full), |p| plan(&demand, p.peak - 1).ok()).collect();
+    let tight: Vec<_> = plans.iter().map(chosen).filter(|c| c.0 == 0).collect();
+    assert_eq!(tight[0], (0, 1024, false));
+    let resident = tight.iter().take_while(|c| !c.2).count();
+    assert!(
+        tight[..resident].windows(2).all(|w| w[0].1 > w[1].1) && tight[resident - 1].1 == 128,
+        "{tight:?}"
+    );
+    let streamed = plans.iter().find(|p| p.stream).unwrap();
+    assert_eq!(get(streamed, "weights"), 8 << 20);
 }
 
 #[test]

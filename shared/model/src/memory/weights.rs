@@ -48,12 +48,13 @@ impl WeightSize {
         this
     }
 
-    /// Returns what is resident: everything, or with streaming two blocks (one at work, one on its way) and the ends.
+    /// Returns what is resident at the peak: all blocks, the head and the touched part of the embedding; with streaming the
+    /// largest of what takes turns, one block, the head, that part.
     pub fn resident(&self, stream: bool) -> u64 {
         if stream {
-            (2 * self.block).min(self.blocks) + self.embedding_touched + self.head
+            self.block.max(self.head).max(self.embedding_touched)
         } else {
-            self.blocks + self.embedding + self.head
+            self.blocks + self.embedding_touched + self.head
         }
     }
 }
@@ -74,8 +75,8 @@ fn touched(bytes: usize, rows: usize, ids: &BTreeSet<u32>) -> u64 {
 pub struct AdapterSize {
     /// Trained numbers.
     pub parameters: u64,
-    /// Ranks of a block's adapted modules together.
-    pub width: usize,
+    /// Largest rank by [`Module`]; 0 where there is none.
+    pub ranks: [usize; 7],
     /// The lowest adapted block.
     pub first: usize,
 }
@@ -89,22 +90,21 @@ impl AdapterSize {
         };
         let sum: u64 = modules.iter().map(sides).sum();
         let parameters = (sum * rank as u64).saturating_mul(architecture.layers as u64);
-        Self { parameters, width: rank * modules.len(), first: 0 }
+        let ranks = Module::ALL.map(|m| if modules.contains(&m) { rank } else { 0 });
+        Self { parameters, ranks, first: 0 }
     }
 
     /// Returns the size of a given adapter.
     pub fn given(architecture: &Architecture, adapter: &Adapter) -> Self {
-        let mut widths = vec![0; architecture.layers];
-        let mut parameters = 0;
-        for (name, pair) in &adapter.tensors {
-            parameters += (pair.a.len() + pair.b.len()) as u64;
-            let block = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
-            if let Some(width) = block.and_then(|n| widths.get_mut(n.parse::<usize>().ok()?)) {
-                *width += pair.r;
-            }
+        let mut this = Self { parameters: 0, ranks: [0; 7], first: architecture.layers };
+        for (layer, module) in (0..architecture.layers).flat_map(|l| Module::ALL.map(|m| (l, m))) {
+            let Some(pair) = adapter.tensors.get(&module.path(layer)) else { continue };
+            this.parameters += (pair.a.len() + pair.b.len()) as u64;
+            this.first = this.first.min(layer);
+            let rank = &mut this.ranks[module as usize];
+            *rank = pair.r.max(*rank);
         }
-        let first = widths.iter().position(|w| *w > 0).unwrap_or(architecture.layers);
-        Self { parameters, width: widths.into_iter().max().unwrap_or(0), first }
+        this
     }
 
     /// Returns the number of blocks through which gradients go.

@@ -18,11 +18,11 @@ fn manifest(b: &Bench) -> Value {
 fn a_run_that_does_not_fit_is_refused_with_the_numbers() {
     let b = Bench::new();
     for more in [&[][..], &["--dry-run"]] {
-        let output = b.train(&[&["--memory", "20MiB"], more].concat());
+        let output = b.train(&[&["--memory", "10MiB"], more].concat());
         let err = stderr(&output);
         assert_eq!(output.status.code(), Some(71), "{err}");
         let line = err.lines().find(|l| l.contains("needs at least")).unwrap();
-        assert!(line.contains("it may take 20.0 MiB (--memory); largest: "), "{err}");
+        assert!(line.contains("it may take 10.0 MiB (--memory); largest: "), "{err}");
         let hint = err.lines().last().unwrap();
         assert!(hint.starts_with("hint: --memory ") && hint.contains("--batch"), "{err}");
         assert!(
@@ -75,7 +75,8 @@ fn the_table_adds_up() {
     }
     assert!(peak > 0.0 && (sum - peak).abs() < 0.02 * peak, "{text}");
     assert!(text.contains("limit") && text.contains("8.00 GiB (--memory)"), "{text}");
-    assert!(text.contains("2 of 2 blocks keep activations, packs of 1024 rows, weights resident"), "{text}");
+    assert!(text.contains("2 of 2 blocks keep activations, packs of "), "{text}");
+    assert!(text.trim_end().ends_with("weights resident"), "{text}");
 }
 
 #[test]
