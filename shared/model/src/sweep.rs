@@ -27,6 +27,8 @@ pub struct Sweep<'a> {
     pub dropout: Option<DropoutKey>,
     /// Its memory, made for this decoder and adapter.
     pub workspace: &'a Workspace,
+    /// Hears after every block what share of the direction is done: a sweep over a large model takes minutes.
+    pub watch: Option<&'a dyn Fn(f64)>,
 }
 
 /// What the sweep says about one branch.
@@ -87,6 +89,7 @@ impl Sweep<'_> {
                 self.forward_layer(layer, &weights, pack, *place, keep)?;
             }
             self.base.release(layer);
+            self.tell(layer + 1, layers + 1);
         }
         let mut branches = Vec::with_capacity(packs.len());
         for (pack, place) in packs.iter().zip(&places) {
@@ -193,6 +196,7 @@ impl Sweep<'_> {
                 self.backward_layer(layer, &weights, pack, *place, gradients)?;
             }
             self.base.release(layer);
+            self.tell(self.base.architecture.layers - layer, self.base.architecture.layers - w.first);
         }
         Ok(())
     }
@@ -250,6 +254,12 @@ impl Sweep<'_> {
         let own = &gradients.layers[layer];
         let back = block.backward(&dh, &d, &h, &rows, &key_values, &a, &scratch, own, layer > w.first);
         back.numeric()
+    }
+
+    fn tell(&self, done: usize, of: usize) {
+        if let Some(watch) = self.watch {
+            watch(done as f64 / of as f64);
+        }
     }
 
     /// Returns where block `layer` keeps its activations, if it does.

@@ -108,7 +108,7 @@ fn check(packing: Packing, dropout: Option<DropoutKey>, modules: &[Module], kept
     let packs = Batch::new(&tokens, 100, &jobs(), packing).packs;
     let spec = WorkspaceSpec { kept_layers, head_rows: 17 };
     let workspace = Workspace::new(&base.architecture, Some(&lora), spec, DType::F64);
-    let sweep = Sweep { base: &base, lora: Some(&lora), dropout, workspace: &workspace };
+    let sweep = Sweep { base: &base, lora: Some(&lora), dropout, workspace: &workspace, watch: None };
     let gradients = lora.zeros_like().unwrap();
     let forward = sweep.forward(&packs, true).unwrap();
     let weight = |b: &kto_model::sweep::BranchStats| if b.gradient { COEFFICIENTS[b.tag] } else { 0.0 };
@@ -169,7 +169,7 @@ fn packing_does_not_change_scores() {
     let tokens = tokens();
     let spec = WorkspaceSpec { kept_layers: 0, head_rows: 64 };
     let workspace = Workspace::new(&base.architecture, None, spec, DType::F64);
-    let sweep = Sweep { base: &base, lora: None, dropout: None, workspace: &workspace };
+    let sweep = Sweep { base: &base, lora: None, dropout: None, workspace: &workspace, watch: None };
     let scores = |packing| {
         let batch = Batch::new(&tokens, 100, &jobs(), packing);
         batch.by_job(&sweep.forward(&batch.packs, false).unwrap().branches)

@@ -14,6 +14,7 @@ pub mod optimizer;
 pub mod order;
 mod pace;
 pub mod plan;
+mod reference;
 mod run_dir;
 mod run_log;
 pub mod schedule;

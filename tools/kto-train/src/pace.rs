@@ -6,7 +6,10 @@
 use kto_cli::{Progress, Ui, memory, units};
 use kto_formats::tokens::TokenSet;
 use serde_json::{Map, Value, json};
-use std::time::{Duration, Instant};
+use std::{
+    cell::Cell,
+    time::{Duration, Instant},
+};
 
 /// An amount of work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,36 +46,42 @@ pub struct Pace {
     progress: Progress,
     began: Instant,
     /// By this process.
-    worked: Work,
+    worked: Cell<Work>,
     /// By earlier ones.
-    before: Work,
+    before: Cell<Work>,
 }
 
 impl Pace {
     /// Begins a phase of `total` tokens, of which `before` is done.
-    pub fn new(ui: &Ui, total: u64, before: Work) -> Self {
+    pub fn new(ui: &Ui, total: u64, before: Work, text: &str) -> Self {
         let progress = ui.progress(total, "tokens");
         progress.skip(before.tokens);
-        Self { progress, began: Instant::now(), worked: Work::default(), before }
+        progress.say(text);
+        Self { progress, began: Instant::now(), worked: Cell::default(), before: Cell::new(before) }
     }
 
     /// Counts work that an earlier process has done after all.
-    pub fn skip(&mut self, work: Work) {
-        self.before = self.before + work;
+    pub fn skip(&self, work: Work) {
+        self.before.set(self.before.get() + work);
         self.progress.skip(work.tokens);
     }
 
+    /// Shows that of `work` a share is done.
+    pub fn under_way(&self, work: Work, share: f64) {
+        self.progress.under_way((work.tokens as f64 * share) as u64);
+    }
+
     /// Counts work and shows it; `text` says what else there is to know.
-    pub fn add(&mut self, work: Work, text: &str) {
-        self.worked = self.worked + work;
-        let rows = self.before.rows + self.worked.rows;
+    pub fn add(&self, work: Work, text: &str) {
+        self.worked.set(self.worked.get() + work);
+        let rows = self.before.get().rows + self.worked.get().rows;
         self.progress.say(format!("{text}, {rows} rows{}", peak()));
         self.progress.add(work.tokens);
     }
 
     /// Returns what this process has done in the phase, and how long it took.
     pub fn lap(&self) -> Lap {
-        Lap { work: self.worked, time: self.began.elapsed() }
+        Lap { work: self.worked.get(), time: self.began.elapsed() }
     }
 }
 

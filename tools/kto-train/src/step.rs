@@ -41,8 +41,6 @@ pub struct StepOutput {
     pub loss: f64,
     /// One for each block.
     pub blocks: Vec<BlockMetrics>,
-    /// Tokens of prompts and trained completions.
-    pub tokens: u64,
 }
 
 /// Scores of one block's rows, by place in the block.
@@ -52,16 +50,22 @@ struct BlockScores {
     kl_policy: Vec<f64>,
 }
 
+/// Share of a step's time that its way up takes, about; for the progress line.
+const FORWARD: f64 = 0.4;
+
 impl Trainer<'_> {
-    /// Adds the step's gradient to `gradients` and returns loss and metrics.
+    /// Adds the step's gradient to `gradients` and returns loss and metrics. `watch` hears what share is done.
     pub fn step(
         &self,
         lora: &Lora,
         blocks: &[Block],
         dropout: Option<DropoutKey>,
         gradients: &Lora,
+        watch: &dyn Fn(f64),
     ) -> Result<StepOutput> {
-        let sweep = Sweep { base: self.base, lora: Some(lora), dropout, workspace: self.workspace };
+        let (up, down) = (|x: f64| watch(FORWARD * x), |x: f64| watch(FORWARD + (1.0 - FORWARD) * x));
+        let (base, workspace) = (self.base, self.workspace);
+        let sweep = Sweep { base, lora: Some(lora), dropout, workspace, watch: Some(&up) };
         let jobs = jobs(blocks, self.loss.loss.needs_kl());
         let batch = Batch::new(self.tokens, self.max_length, &jobs, self.packing);
         let forward = sweep.forward(&batch.packs, true)?;
@@ -78,8 +82,9 @@ impl Trainer<'_> {
         let weight = |b: &BranchStats| if b.gradient { losses[b.tag] } else { 0.0 };
         let coefficients: Vec<Vec<f64>> =
             forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
+        let sweep = Sweep { watch: Some(&down), ..sweep };
         sweep.backward(&batch.packs, forward, &coefficients, gradients)?;
-        Ok(StepOutput { loss, blocks: metrics, tokens: self.count_tokens(blocks) })
+        Ok(StepOutput { loss, blocks: metrics })
     }
 
     /// Sorts what the sweep says about the step's jobs back to blocks and rows.
@@ -128,13 +133,5 @@ impl Trainer<'_> {
         let mean = losses.iter().map(|l| l.loss).sum::<f64>() / self.loss.divisor(scores.rows.iter());
         let metrics = BlockMetrics::new(&scores.rows, &losses, &scores.stats, kl_raw);
         Ok((mean, losses, metrics))
-    }
-
-    fn count_tokens(&self, blocks: &[Block]) -> u64 {
-        let row = |r: usize| {
-            let row = self.tokens.row(r);
-            (row.prompt_ids.len() + row.completion_ids.len()).min(self.max_length) as u64
-        };
-        blocks.iter().flatten().map(|m| row(m.row)).sum()
     }
 }

@@ -2,7 +2,6 @@
 
 use crate::{
     checkpoint::{self, Position},
-    memory::pairs,
     metrics::{self, StepFacts},
     optimizer::{Optimizer, OptimizerSpec, norm},
     order::{Block, Order},
@@ -14,7 +13,7 @@ use crate::{
     step::{StepOutput, Trainer},
 };
 use candle_core::DType;
-use kto_cli::{Error, Result, Ui, atomic::AtomicDir, hash::sha256_hex, signal};
+use kto_cli::{Error, Result, Ui, atomic::AtomicDir, signal};
 use kto_formats::{
     adapter::{AdapterConfig, AdapterMeta},
     tokens::TokenSet,
@@ -26,13 +25,9 @@ use kto_model::{
     lora::Lora,
     memory::MemoryPlan,
     partners::purpose,
-    reference::{Pair, PassForm, Reference},
 };
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
-
-/// Time between two writes of the reference cache while it is made.
-const REFERENCE_INTERVAL: Duration = Duration::from_secs(60);
+use std::time::Instant;
 
 /// The parts of a run.
 pub struct Run<'a> {
@@ -101,63 +96,6 @@ impl Run<'_> {
         Ok(pace::summary(end.step - start.step, lap, scored))
     }
 
-    /// Scores every pair that the order will ask for, or finds them beside the run.
-    /// Returns also the work of this process, if there was any.
-    fn reference(&self, initial: Option<&Lora>, workspace: &Workspace) -> Result<(Reference, Option<Lap>)> {
-        if !self.plan.typed.loss.loss.needs_reference() {
-            return Ok((Reference::default(), None));
-        }
-        let pairs = pairs(self.plan, self.order, self.plan.total_steps)?;
-        let adapter = if initial.is_some() { self.plan.init_adapter.as_str() } else { "base" };
-        let key = sha256_hex(
-            format!("{} {} {adapter} {}", self.plan.base, self.plan.data, self.plan.max_length).as_bytes(),
-        );
-        let path = self.dir.file("reference.safetensors");
-        let mut reference = Reference::read(&path, &key).unwrap_or_default();
-        if reference.covers(&pairs) {
-            return Ok((reference, None));
-        }
-        let work = |p: &Pair| Work::of(self.tokens, self.plan.max_length, p.0 as usize, p.1 as usize);
-        let total: Work = pairs.iter().map(work).sum();
-        self.ui.note(format_args!("reference pass: {} completions, {} tokens", total.rows, total.tokens));
-        // What is there by now, in the order of the pass.
-        let known: Vec<bool> =
-            pairs.iter().map(|p| reference.get(p.0 as usize, p.1 as usize).is_ok()).collect();
-        let mut ahead = pairs.iter().zip(known);
-        let mut pace = Pace::new(self.ui, total.tokens, Work::default());
-        let mut written = Instant::now();
-        let step = |done: &Reference, n: usize| {
-            let (mut scored, mut all_known) = (Work::default(), true);
-            for (pair, known) in ahead.by_ref().take(n) {
-                scored = scored + work(pair);
-                all_known &= known;
-            }
-            if all_known {
-                pace.skip(scored)
-            } else {
-                pace.add(scored, "reference pass")
-            }
-            let stopped = signal::check();
-            if stopped.is_err() || written.elapsed() > REFERENCE_INTERVAL {
-                done.write(&path, &key)?;
-                written = Instant::now();
-            }
-            stopped.map_err(|e| {
-                let text = format!("{e} while scoring references; the ones done are saved");
-                Error::new(e.kind(), text).with_hint("--resume goes on from there")
-            })
-        };
-        let form = PassForm {
-            max_length: self.plan.max_length,
-            pack_rows: self.memory.pack_rows,
-            sweep_rows: self.memory.reference_rows,
-        };
-        let sweep = Sweep { base: self.base, lora: initial, dropout: None, workspace };
-        reference.extend(&sweep, self.tokens, form, &pairs, step)?;
-        reference.write(&path, &key)?;
-        Ok((reference, Some(pace.lap())))
-    }
-
     /// Returns the work of the first `steps` steps.
     fn work(&self, steps: u64) -> Work {
         let work = |row| Work::of(self.tokens, self.plan.max_length, row, row);
@@ -182,7 +120,8 @@ impl Run<'_> {
             warmup: plan.warmup_steps,
             total: plan.total_steps,
         };
-        let mut pace = Pace::new(self.ui, self.work(plan.total_steps).tokens, self.work(start.step));
+        let (total, before) = (self.work(plan.total_steps).tokens, self.work(start.step));
+        let pace = Pace::new(self.ui, total, before, "first step");
         let mut position = start;
         let mut order = (u64::MAX, Vec::new());
         while position.step < plan.total_steps {
@@ -192,12 +131,15 @@ impl Run<'_> {
                 order = (epoch, self.order.epoch(epoch));
             }
             let blocks = self.order.step(epoch, &order.1, at);
-            let (gradients, grad_norm, out) = self.gradient(trainer, lora, position.step, &blocks)?;
+            let work: Work =
+                blocks.iter().flatten().map(|m| Work::of(self.tokens, plan.max_length, m.row, m.row)).sum();
+            let watch = |share: f64| pace.under_way(work, share);
+            let (gradients, grad_norm, out) = self.gradient(trainer, lora, position.step, &blocks, &watch)?;
             let lr = schedule.at(position.step);
             position.step += 1;
             optimizer.step(lora, &gradients, grad_norm, lr, position.step)?;
             check_finite(lora, position.step)?;
-            position.num_tokens += out.tokens;
+            position.num_tokens += work.tokens;
             let epoch = self.order.epoch_after(epoch, at);
             let facts = StepFacts {
                 step: position.step,
@@ -209,7 +151,6 @@ impl Run<'_> {
             };
             let line = metrics::line(facts, &out.blocks, plan.typed.loss.loss);
             position.metrics_bytes = logs.metrics.append(&line)?;
-            let work = Work { rows: blocks.iter().map(Vec::len).sum::<usize>() as u64, tokens: out.tokens };
             logs.timing.append(&Lap { work, time: began.elapsed() }.line(position.step))?;
             pace.add(work, &pace::describe(&line, position.step, plan.total_steps));
             self.after_step(position, lora, optimizer, logs)?;
@@ -224,13 +165,14 @@ impl Run<'_> {
         lora: &Lora,
         done: u64,
         blocks: &[Block],
+        watch: &dyn Fn(f64),
     ) -> Result<(Lora, f64, StepOutput)> {
         let gradients = lora.zeros_like()?;
         let key = random::key(&[self.plan.seed, purpose("dropout"), done]);
         let p = self.plan.lora_dropout;
         let dropout = (p > 0.0).then_some(DropoutKey { p, key });
         let at = |e: Error| Error::new(e.kind(), format!("step {}: {e}", done + 1));
-        let out = trainer.step(lora, blocks, dropout, &gradients).map_err(at)?;
+        let out = trainer.step(lora, blocks, dropout, &gradients, watch).map_err(at)?;
         let grad_norm = norm(&gradients)?;
         if !grad_norm.is_finite() {
             let rows: Vec<String> = blocks.iter().flatten().map(|m| (m.row + 1).to_string()).collect();

@@ -187,7 +187,7 @@ impl Scorer<'_> {
         let batch = Batch::new(self.tokens, max_length, jobs, Packing::Shared(PACK_ROWS));
         let spec = WorkspaceSpec { kept_layers: 0, head_rows: HEAD_ROWS };
         let workspace = Workspace::new(&base.architecture, lora, spec, base.dtype());
-        let sweep = Sweep { base, lora, dropout: None, workspace: &workspace };
+        let sweep = Sweep { base, lora, dropout: None, workspace: &workspace, watch: None };
         Ok(batch.by_job(&sweep.forward(&batch.packs, false)?.branches))
     }
 }

@@ -10,6 +10,7 @@ use kto_model::{
     loss::{Loss, LossSpec},
     reference::{Pair, PassForm, Reference},
     rows::Packing,
+    sweep::Sweep,
 };
 use kto_train::{
     LossKind,
@@ -74,8 +75,9 @@ fn replay(case: &Case, dtype: DType, packing: Packing) -> Replay {
     for step in 0..total {
         let (epoch, at) = (step / per_epoch, step % per_epoch);
         let gradients = lora.zeros_like().unwrap();
-        let result =
-            trainer.step(&lora, &order.step(epoch, &order.epoch(epoch), at), None, &gradients).unwrap();
+        let result = trainer
+            .step(&lora, &order.step(epoch, &order.epoch(epoch), at), None, &gradients, &|_| ())
+            .unwrap();
         let (grad_norm, learning_rate) = (norm(&gradients).unwrap(), schedule.at(step));
         optimizer.step(&lora, &gradients, grad_norm, learning_rate, step + 1).unwrap();
         out.steps.push(Step { loss: result.loss, grad_norm, learning_rate });
@@ -98,7 +100,8 @@ fn reference(
     let pairs: BTreeSet<Pair> =
         members.flat_map(|m| [(m.row as u32, m.row as u32), (m.row as u32, m.partner as u32)]).collect();
     let mut reference = Reference::default();
-    reference.extend(base, initial, workspace, tokens, PassForm::roomy(96), &pairs, |_, _| Ok(())).unwrap();
+    let sweep = Sweep { base, lora: initial, dropout: None, workspace, watch: None };
+    reference.extend(&sweep, tokens, PassForm::roomy(96), &pairs, |_, _| Ok(())).unwrap();
     reference
 }
 
