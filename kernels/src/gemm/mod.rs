@@ -225,15 +225,20 @@ impl<T: Real> Work<'_, T> {
     /// # Safety
     /// As [`product`]; the slab must be filled.
     unsafe fn multiply(&self, slab: &Slab<T>, group: &[Piece], start: Start<T>) {
+        // Equal tasks, as many for every thread.
+        let tall = self.tiles.by_rows.len();
         let down = self.m.div_ceil(TASK_ROWS);
+        let down = if down > 1 { down.next_multiple_of(self.threads) } else { 1 };
+        let height = self.m.div_ceil(down).next_multiple_of(tall);
+        let down = self.m.div_ceil(height);
         // Few rows: cut the panels as well, so that every thread has some tasks.
         let across = if self.threads == 1 { 1 } else { (4 * self.threads).div_ceil(down).min(slab.count) };
         let width = slab.count.div_ceil(across);
         let start = Fixed(start);
         each(down * across, self.threads, |task| {
-            let (row, panel) = (task % down * TASK_ROWS, task / down * width);
+            let (row, panel) = (task % down * height, task / down * width);
             let block = Block {
-                rows: row..(row + TASK_ROWS).min(self.m),
+                rows: row..(row + height).min(self.m),
                 panels: panel.min(slab.count)..(panel + width).min(slab.count),
             };
             let mut start = start.get();
