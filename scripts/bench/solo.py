@@ -1,4 +1,5 @@
 """A run of kto-train alone: what growth.py and large.py measure."""
+import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,17 @@ def make_model(args, name, shape, dtype, layers=None):
     return model
 
 
+def tokenizer_of(args, model):
+    """Returns a directory with the model's tokenizer as it is written: by a qwen2 config, words would be split as Qwen's are."""
+    directory = args.work / f"{model.name}-tokenizer"
+    directory.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, directory / name)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "llama"}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 def make_tokens(args, model, vocab, name, steps, batch, sharing, prompt, completion):
     """Writes rows of exactly these lengths and tokenizes them; returns (records file, token file)."""
     rows = args.work / f"{name}.jsonl"
@@ -27,7 +39,7 @@ def make_tokens(args, model, vocab, name, steps, batch, sharing, prompt, complet
         [sys.executable, HERE / "workload.py", "rows", rows, "--vocab", str(vocab), "--steps", str(steps), "--batch", str(batch),
          "--sharing", sharing, "--prompt", str(prompt), "--completion", str(completion)], check=True)
     tokens = rows.with_suffix(".kto.arrow")
-    subprocess.run([args.bin / "kto-tokenize", "-q", "--model", model, "--max-length", str(prompt + completion + 1), rows,
+    subprocess.run([args.bin / "kto-tokenize", "-q", "--model", tokenizer_of(args, model), "--max-length", str(prompt + completion + 1), rows,
                     "-o", tokens], check=True)
     return rows, tokens
 
