@@ -70,6 +70,7 @@ bench-large: build ## random NF4 models of 7B and 14B shape: 40 minutes, 15 GB u
 
 bench-memory: build ## predicted against measured peak memory of kto-train: ten minutes (PYTHON=)
 	$(PYTHON) scripts/check-memory
+	$(PYTHON) scripts/bench/report.py
 
 bench-kernels: ## every kernel against its measured floor: a minute
 	$(CARGO) bench -p kto-kernels --bench kernels

@@ -130,6 +130,18 @@ def large(results):
     return table(head, rows)
 
 
+def memory(results):
+    rows = []
+    for r in results["memory"]["results"]:
+        plan = r["plan"]
+        rows.append([
+            r["shape"], r["dtype"], r["rows"], " ".join(r["options"]) or "default", str(plan["kept_layers"]), f"{plan['pack_rows']:,}",
+            "streamed" if plan["stream"] else "resident", mib(r["predicted_bytes"]), mib(r["measured_bytes"]), f"{100 * r['difference']:+.1f} %"])
+    head = ["shape", "weights", "rows a step, tokens", "limit", "blocks that keep activations", "rows of a pack", "weights are", "predicted peak",
+            "measured peak", "predicted − measured"]
+    return table(head, rows)
+
+
 def kernels(results):
     rows, by_kernel = [], {}
     for x in results["kernels"]["rows"]:
@@ -147,6 +159,7 @@ SECTIONS = [
     ("The peer's allocator", {"allocator": 0}, allocator),
     ("Growth with the length of a row", {"growth": 0}, growth),
     ("Large models", {"nf4-7b": 0, "nf4-14b": 0}, large),
+    ("Memory: predicted and measured", {"memory": 0}, memory),
     ("Kernels against their floors", {"kernels": 0}, kernels),
 ]
 
