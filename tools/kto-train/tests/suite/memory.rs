@@ -18,11 +18,11 @@ fn manifest(b: &Bench) -> Value {
 fn a_run_that_does_not_fit_is_refused_with_the_numbers() {
     let b = Bench::new();
     for more in [&[][..], &["--dry-run"]] {
-        let output = b.train(&[&["--memory", "10MiB"], more].concat());
+        let output = b.train(&[&["--memory", "4MiB"], more].concat());
         let err = stderr(&output);
         assert_eq!(output.status.code(), Some(71), "{err}");
         let line = err.lines().find(|l| l.contains("needs at least")).unwrap();
-        assert!(line.contains("it may take 10.0 MiB (--memory); largest: "), "{err}");
+        assert!(line.contains("it may take 4.00 MiB (--memory); largest: "), "{err}");
         let hint = err.lines().last().unwrap();
         assert!(hint.starts_with("hint: --memory ") && hint.contains("--batch"), "{err}");
         assert!(
