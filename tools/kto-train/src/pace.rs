@@ -121,7 +121,11 @@ pub fn summary(steps: u64, lap: Lap, reference: Option<Lap>) -> String {
     let reference = reference.map_or_else(String::new, |lap| {
         format!(", after a reference pass of {}", units::duration(lap.time.as_secs_f64()))
     });
-    format!("{steps} steps, {rows} rows, {tokens} tokens in {time}, {rate} tokens/s{reference}{}", peak())
+    let plural = if steps == 1 { "" } else { "s" };
+    format!(
+        "{steps} step{plural}, {rows} rows, {tokens} tokens in {time}, {rate} tokens/s{reference}{}",
+        peak()
+    )
 }
 
 /// Returns what the progress line says of a step, from its line of metrics.jsonl.

@@ -108,8 +108,8 @@ fn buffers(demand: &Demand, choice: &MemoryPlan, steps: BatchShape, reference: B
         + head_rows;
     let scores = demand.threads as u64 * ATTENTION_ROWS * 2 * of(both.largest.keys, 1);
     vec![
-        item(format!("layer inputs of {blocks} blocks"), blocks as u64 * of(trained, w.hidden)),
-        item(format!("kept activations of {} blocks", choice.kept_layers), kept + key_values),
+        item(format!("layer inputs, {blocks} blocks"), blocks as u64 * of(trained, w.hidden)),
+        item(format!("kept activations, {} of {blocks} blocks", choice.kept_layers), kept + key_values),
         item("streams up and down", of(both.all.rest_rows, w.hidden) + of(trained, w.hidden)),
         item("one block at work", work),
         item("attention scores", scores),

@@ -59,7 +59,7 @@ fn a_resumed_run_appends() {
     text += "{\"step\":5,\"ro";
     std::fs::write(&path, text).unwrap();
     let output = b.train(&[&flags[1..], &["--resume"]].concat());
-    assert!(stderr(&output).contains("kto-train: 1 steps, 4 rows, "), "{}", stderr(&output));
+    assert!(stderr(&output).contains("kto-train: 1 step, 4 rows, "), "{}", stderr(&output));
     assert_eq!(steps(&lines(&b, "timing.jsonl")), [0, 1, 2, 3, 4, 4]);
     assert!(b.train(&[&flags[..], &["--force"]].concat()).status.success());
     assert_eq!(steps(&lines(&b, "timing.jsonl")), [0, 1, 2, 3, 4]);
