@@ -70,7 +70,11 @@ const SLAB: usize = 1 << 20;
 /// Rows of packed panels that are worth a slab of their own.
 const SLAB_ROWS: usize = 1024;
 /// Rows of a task: its part of a stays in the second cache.
-const TASK_ROWS: usize = 96;
+const TASK_ROWS: usize = 48;
+/// Elements of panels that one thread packs sooner than it wakes another.
+const SMALL_SLAB: usize = 1 << 14;
+/// Rows up to which b is read where it lies.
+const DIRECT: usize = 24;
 /// Panels that one task packs, at most.
 const WIDE: usize = 16;
 /// Multiply-adds below which one thread is faster than several.
@@ -208,16 +212,38 @@ impl<T: Real> Work<'_, T> {
         // Several panels a task: rows of b are then read in long runs.
         let wide = (slab.count * group.len() / (4 * self.threads)).clamp(1, WIDE);
         let tasks = slab.count.div_ceil(wide);
-        each(tasks * group.len(), self.threads, |task| {
+        let threads = if slab.count * slab.depth * columns < SMALL_SLAB { 1 } else { self.threads };
+        each(tasks * group.len(), threads, |task| {
             let (panel, piece) = (task / group.len() * wide, group[task % group.len()]);
             let first = (slab.first + panel) * columns;
             let width = (wide.min(slab.count - panel) * columns).min(self.n - first);
             let to =
                 Panels { at: slab.row(panel, piece.below, columns), columns, step: slab.depth * columns };
             let b = &self.terms[piece.term].b;
-            // SAFETY: the caller's promise; every task writes the rows of its own panels and piece.
-            unsafe { pack::panels(b, piece.at..piece.at + piece.k, first, width, to) };
+            let (mut at, mut to) = (first, to);
+            if self.direct(piece.term).is_some() {
+                // Only a panel that the matrix does not fill.
+                let whole = width / columns;
+                at += whole * columns;
+                to.at = slab.row(panel + whole, piece.below, columns);
+            }
+            if at < first + width {
+                // SAFETY: the caller's promise; every task writes the rows of its own panels and piece.
+                unsafe { pack::panels(b, piece.at..piece.at + piece.k, at, first + width - at, to) };
+            }
         });
+    }
+
+    /// Returns the second factor of a term if tiles read it where it lies: few rows would not pay for packing it.
+    fn direct(&self, term: usize) -> Option<Operand<T>> {
+        match self.terms[term].b {
+            Right::Matrix(b)
+                if self.m <= DIRECT && b.column == 1 && b.row > 0 && !crowded::<T>(b.row as usize) =>
+            {
+                Some(b)
+            }
+            _ => None,
+        }
     }
 
     /// Multiplies all rows of a by the slab's panels.
@@ -281,10 +307,18 @@ impl<T: Real> Work<'_, T> {
         let (tiles, target, scale) = (self.tiles, self.target, self.terms[piece.term].scale);
         let (columns, tall) = (tiles.columns, tiles.by_rows.len());
         let zeros = [T::ZERO; tile::LARGEST];
+        let direct = self.direct(piece.term);
         for panel in block.panels.clone() {
-            let b = slab.row(panel, piece.below, columns);
             let column = (slab.first + panel) * columns;
             let width = columns.min(self.n - column);
+            let packed = (slab.row(panel, piece.below, columns).cast_const(), columns);
+            let (b, b_row) = match direct {
+                Some(b) if width == columns => {
+                    let at = b.at.wrapping_offset(piece.at as isize * b.row).wrapping_add(column);
+                    (at, b.row as usize)
+                }
+                _ => packed,
+            };
             for i in (0..block.rows.len()).step_by(tall) {
                 let height = tall.min(block.rows.len() - i);
                 let row = block.rows.start + i;
@@ -302,11 +336,11 @@ impl<T: Real> Work<'_, T> {
                     };
                     if width == columns && target.column == 1 {
                         tiles.by_rows[height - 1](
-                            piece.k, a, a_row, b, scale, from.at, from.row, c, target.row,
+                            piece.k, a, a_row, b, b_row, scale, from.at, from.row, c, target.row,
                         );
                     } else {
                         let to = Target { at: c, ..target };
-                        edge(tiles, (height, width), piece.k, (a, a_row), b, scale, from, to);
+                        edge(tiles, (height, width), piece.k, (a, a_row), (b, b_row), scale, from, to);
                     }
                 }
             }
@@ -347,7 +381,7 @@ unsafe fn edge<T: Real>(
     (height, width): (usize, usize),
     k: usize,
     (a, a_row): (*const T, usize),
-    b: *const T,
+    (b, b_row): (*const T, usize),
     scale: T,
     from: Place<T>,
     to: Target<T>,
@@ -362,7 +396,7 @@ unsafe fn edge<T: Real>(
             }
         }
         let c = buffer.as_mut_ptr();
-        tiles.by_rows[height - 1](k, a, a_row, b, scale, c.cast_const(), columns, c, columns);
+        tiles.by_rows[height - 1](k, a, a_row, b, b_row, scale, c.cast_const(), columns, c, columns);
         for (i, row) in buffer.chunks(columns).take(height).enumerate() {
             for (j, v) in row[..width].iter().enumerate() {
                 *to.at.add(i * to.row + j * to.column) = *v;

@@ -5,9 +5,10 @@
 
 /// Computes `c[i][j] = start[i][j] + alpha · Σ_k a[i][k]·b[k][j]` for one tile.
 ///
-/// Arguments: k, a, elements between rows of a, packed panel of b ([k][columns]), alpha, start, elements between its rows
+/// Arguments: k, a, elements between rows of a, b, elements between its rows (the columns of a packed panel), alpha, start, elements between its rows
 /// (0 repeats one row), c, elements between its rows.
-pub(super) type Tile<T> = unsafe fn(usize, *const T, usize, *const T, T, *const T, usize, *mut T, usize);
+pub(super) type Tile<T> =
+    unsafe fn(usize, *const T, usize, *const T, usize, T, *const T, usize, *mut T, usize);
 
 /// The tiles of one instruction set for one element type.
 pub struct Tiles<T: 'static> {
@@ -37,6 +38,7 @@ macro_rules! x86_tile {
             a: *const $t,
             a_row: usize,
             b: *const $t,
+            b_row: usize,
             alpha: $t,
             start: *const $t,
             start_row: usize,
@@ -48,8 +50,10 @@ macro_rules! x86_tile {
             // SAFETY: the caller's promise: M rows of k elements, k rows of two vectors, and tiles of M rows.
             unsafe {
                 for p in 0..k {
-                    let b0 = $load(b.add(p * 2 * $lanes));
-                    let b1 = $load(b.add(p * 2 * $lanes + $lanes));
+                    let b = b.add(p * b_row);
+                    let (b0, b1) = ($load(b), $load(b.add($lanes)));
+                    // Where b is not packed the next panel lies beside this one, in lines that no prefetcher foresees.
+                    _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes).cast());
                     for i in 0..M {
                         let x = $set(*a.add(i * a_row + p));
                         sums[i][0] = $fma(x, b0, sums[i][0]);
@@ -135,6 +139,7 @@ macro_rules! portable_tile {
             a: *const $t,
             a_row: usize,
             b: *const $t,
+            b_row: usize,
             alpha: $t,
             start: *const $t,
             start_row: usize,
@@ -147,7 +152,7 @@ macro_rules! portable_tile {
             // SAFETY: the caller's promise: M rows of k elements, k rows of the columns, and tiles of M rows.
             unsafe {
                 for p in 0..k {
-                    let b = &*b.add(p * $columns).cast::<[$t; $columns]>();
+                    let b = &*b.add(p * b_row).cast::<[$t; $columns]>();
                     for i in 0..M {
                         let x = *a.add(i * a_row + p);
                         for j in 0..$columns {

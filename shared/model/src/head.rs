@@ -29,8 +29,9 @@ pub(crate) fn run(
     let trained = unit.map_or(0, |u| u.dims()[0]);
     let mut start = 0;
     while start < entries.len() {
-        let limit = if start < trained { trained } else { entries.len() };
-        let end = (start + chunks.rows).min(limit);
+        // Equal chunks: every one of them packs the whole head.
+        let left = if start < trained { trained - start } else { entries.len() - start };
+        let end = start + left.div_ceil(left.div_ceil(chunks.rows));
         let part = &entries[start..end];
         let rows: Vec<u32> = part.iter().map(|e| e.head_row).collect();
         let targets: Vec<u32> = part.iter().map(|e| e.target).collect();
