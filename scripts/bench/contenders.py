@@ -196,7 +196,7 @@ class Peer:
         follows = self.event("ready", "done")
         if follows["event"] == "done":
             self.done = follows
-        else:
-            self.process.pause()
+        # After its last step too: its end must not run beside the other's last step.
+        self.process.pause()
         return {"seconds": seconds, "cpu_seconds": cpu, "loss": event["loss"], "tokens": event["tokens"],
                 "own_seconds": event["seconds"]}
