@@ -32,6 +32,7 @@ pub use dropout::{DropoutKey, dropout};
 pub use elementwise::{add, add_bias, first_non_finite, scale_in_place, sum_of_squares};
 pub use logprob::{LogprobStats, logprob_stats, logprob_unit_gradient};
 pub use matmul::{Factor, Onto, Product, matmul, multiply};
+pub use parallel::with_team;
 pub use real::Real;
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::{RopeTable, rope};

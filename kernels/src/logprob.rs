@@ -4,7 +4,7 @@
 //! and is scaled later, when the batch's KL estimate is known.
 
 use crate::{
-    parallel::for_rows,
+    parallel::{Shared, each, for_rows},
     real::Real,
     simd::simd,
     tensor::{read, same_type, with_type, write},
@@ -33,8 +33,11 @@ pub fn logprob_stats(logits: &Tensor, targets: &[u32]) -> Result<Vec<LogprobStat
         let reader = read(logits);
         let data = reader.slice::<T>()?;
         // One row is a lot of work: rows are handed out singly.
-        use rayon::prelude::*;
-        out.par_iter_mut().enumerate().for_each(|(i, s)| *s = row_stats(&data[i * v..][..v], targets[i] as usize));
+        let at = Shared(out.as_mut_ptr());
+        each(t, true, |i| {
+            // SAFETY: every row is taken once.
+            unsafe { *at.at(i) = row_stats(&data[i * v..][..v], targets[i] as usize) };
+        });
     });
     Ok(out)
 }

@@ -10,14 +10,13 @@ pub use layout::{AttentionLayout, HeadShape, Segment};
 
 use crate::{
     gemm::{Right, Start, Target, Term, product},
-    parallel::Shared,
+    parallel::{Shared, each, for_rows},
     real::{Operand, Real},
     simd::simd,
     tensor::{apart, read, same_type, with_type, write},
 };
 use candle_core::{Result, Tensor, bail};
 use layout::check;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Writes the attention output to `out`. Shapes: q and out (Tq, H·D), k and v (Tk, Hkv·D).
@@ -47,7 +46,8 @@ pub fn attention(
         write::<T>(out, |out| {
             let target = Shared(out.as_mut_ptr());
             // Each task writes the rows of its block in the columns of its heads: no two overlap.
-            tasks.par_iter().with_max_len(1).for_each(|(block, j)| {
+            each(tasks.len(), true, |task| {
+                let (block, j) = &tasks[task];
                 with_buffers(|buffers| {
                     heads.probabilities(block, *j, buffers);
                     heads.outputs(block, *j, buffers, target);
@@ -104,7 +104,8 @@ pub fn attention_backward(
             let sums = Sums { dq: Shared(dq.as_mut_ptr()), dkt: dkt_at, dvt: dvt_at, tk };
             // A task owns one key-value head of one group: its keys, values and query heads are nobody else's,
             // and inside it the order of the sums is fixed.
-            tasks.par_iter().with_max_len(1).for_each(|(group, j)| {
+            each(tasks.len(), true, |task| {
+                let (group, j) = &tasks[task];
                 with_buffers(|buffers| {
                     for segment in &layout.segments[group.clone()] {
                         for block in blocks(segment, shape) {
@@ -316,7 +317,7 @@ fn row_major<T>(data: &[T], columns: usize) -> Operand<T> {
 
 /// Writes the (columns, rows) matrix `from` as (rows, columns).
 fn transpose<T: Real>(from: &[T], columns: usize, rows: usize, to: &mut [T]) {
-    to.par_chunks_mut(columns * 16).enumerate().for_each(|(block, to)| {
+    for_rows(to, columns * 16, |block, to| {
         for c in 0..columns {
             let source = &from[c * rows + block * 16..];
             for (row, v) in to.chunks_mut(columns).zip(source) {

@@ -16,12 +16,11 @@ pub use tile::Tiles;
 pub(crate) use tile::{fastest_f32, fastest_f64};
 
 use crate::{
-    parallel::Shared,
+    parallel::{Shared, each},
     real::{Operand, Real},
     stored::Stored,
 };
 use pack::Panels;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// The second operand of a term, (k, n).
@@ -213,7 +212,7 @@ impl<T: Real> Work<'_, T> {
         let wide = (slab.count * group.len() / (4 * self.threads)).clamp(1, WIDE);
         let tasks = slab.count.div_ceil(wide);
         let threads = if slab.count * slab.depth * columns < SMALL_SLAB { 1 } else { self.threads };
-        each(tasks * group.len(), threads, |task| {
+        each(tasks * group.len(), threads > 1, |task| {
             let (panel, piece) = (task / group.len() * wide, group[task % group.len()]);
             let first = (slab.first + panel) * columns;
             let width = (wide.min(slab.count - panel) * columns).min(self.n - first);
@@ -261,7 +260,7 @@ impl<T: Real> Work<'_, T> {
         let across = if self.threads == 1 { 1 } else { (4 * self.threads).div_ceil(down).min(slab.count) };
         let width = slab.count.div_ceil(across);
         let start = Fixed(start);
-        each(down * across, self.threads, |task| {
+        each(down * across, self.threads > 1, |task| {
             let (row, panel) = (task % down * height, task / down * width);
             let block = Block {
                 rows: row..(row + height).min(self.m),
@@ -408,15 +407,6 @@ unsafe fn edge<T: Real>(
 /// Whether rows at this distance compete for the same few places of a cache.
 fn crowded<T>(row: usize) -> bool {
     (row * size_of::<T>()).is_multiple_of(4096)
-}
-
-/// Calls `f` for every index, on several threads when there are several.
-fn each(n: usize, threads: usize, f: impl Fn(usize) + Sync + Send) {
-    if threads > 1 && n > 1 {
-        (0..n).into_par_iter().with_max_len(1).for_each(f);
-    } else {
-        (0..n).for_each(f);
-    }
 }
 
 /// A start that may be read from several threads.

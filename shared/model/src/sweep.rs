@@ -15,7 +15,9 @@ use crate::{
 };
 use candle_core::Tensor;
 use kto_cli::{Error, Result};
-use kto_kernels::{DropoutKey, clear, random, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows};
+use kto_kernels::{
+    DropoutKey, clear, random, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows, with_team,
+};
 
 /// A pass over a batch with one set of weights.
 pub struct Sweep<'a> {
@@ -71,6 +73,10 @@ struct Place {
 impl Sweep<'_> {
     /// Runs `packs` forward. With `keep`, [`Sweep::backward`] can follow, before any other sweep in the same workspace.
     pub fn forward(&self, packs: &[Pack], keep: bool) -> Result<Forward> {
+        with_team(|| self.run_forward(packs, keep))
+    }
+
+    fn run_forward(&self, packs: &[Pack], keep: bool) -> Result<Forward> {
         let (w, layers) = (self.workspace, self.base.architecture.layers);
         w.reserve(packs, keep)?;
         w.sweeps.set(w.sweeps.get() + 1);
@@ -176,6 +182,16 @@ impl Sweep<'_> {
     /// Runs the batch backward: adds `coefficient · ∇Σlogp` of every trained branch to `gradients`.
     /// `coefficients[pack][branch]` is dLoss/dlogps. `packs` and `forward` as in the forward sweep.
     pub fn backward(
+        &self,
+        packs: &[Pack],
+        forward: Forward,
+        coefficients: &[Vec<f64>],
+        gradients: &Lora,
+    ) -> Result<()> {
+        with_team(|| self.run_backward(packs, forward, coefficients, gradients))
+    }
+
+    fn run_backward(
         &self,
         packs: &[Pack],
         forward: Forward,

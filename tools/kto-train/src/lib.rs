@@ -121,8 +121,7 @@ fn train(
         data::spool(args, &dir, tokens)?;
         let checkpoint_every = args.checkpoint_every;
         let run = train::Run { plan, memory, base: &base, tokens, order, dir: &dir, checkpoint_every, ui };
-        // On a worker thread: from outside, every operation of a step would wake the pool and be woken by it.
-        let summary = rayon::scope(|_| run.train(lora, args.resume))?;
+        let summary = run.train(lora, args.resume)?;
         ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
     }
     output::print_path(&args.out)?;

@@ -1,23 +1,37 @@
 //! Work split over rows. Which thread takes a row never changes what is computed for it.
 
+mod team;
+
+pub use team::with_team;
+
 use rayon::prelude::*;
 
 /// Below this many elements a call stays on one thread: waking others costs more.
 const SMALL: usize = 1 << 14;
+
+/// Calls `f` for every index, on several threads if `parallel`: by the team of this thread, else by rayon.
+pub(crate) fn each(n: usize, parallel: bool, f: impl Fn(usize) + Sync) {
+    if !parallel || n < 2 {
+        (0..n).for_each(f);
+    } else if !team::run(n, &f) {
+        (0..n).into_par_iter().with_max_len(1).for_each(&f);
+    }
+}
 
 /// Calls `f(row, out_row)` for every row of a row-major matrix with `columns` columns.
 pub(crate) fn for_rows<T: Send>(out: &mut [T], columns: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     if columns == 0 {
         return;
     }
-    if out.len() < SMALL {
-        out.chunks_mut(columns).enumerate().for_each(|(i, row)| f(i, row));
-    } else {
-        let rows = (SMALL / 4 / columns).max(1);
-        out.par_chunks_mut(columns * rows).enumerate().for_each(|(block, chunk)| {
-            chunk.chunks_mut(columns).enumerate().for_each(|(i, row)| f(block * rows + i, row));
-        });
-    }
+    let (total, rows) = (out.len(), (SMALL / 4 / columns).max(1));
+    let (blocks, at) = (total.div_ceil(columns * rows), Shared(out.as_mut_ptr()));
+    each(blocks, total >= SMALL, |block| {
+        let start = block * columns * rows;
+        // SAFETY: blocks are disjoint parts of `out`, which is borrowed meanwhile; each is taken once.
+        let chunk =
+            unsafe { std::slice::from_raw_parts_mut(at.at(start), (columns * rows).min(total - start)) };
+        chunk.chunks_mut(columns).enumerate().for_each(|(i, row)| f(block * rows + i, row));
+    });
 }
 
 /// A pointer that may cross threads; the tasks that share it write disjoint places.
