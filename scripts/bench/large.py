@@ -3,7 +3,7 @@
 
 usage: large.py [--steps N] [--sharing paired|unshared] [--layers N] [--threads 2] [--work DIR] CASE…
 
-cases: nf4-7b      Mistral-7B shape, 8 rows of 512 tokens a step
+cases: nf4-7b      Mistral-7B shape, 8 rows of 512 tokens a step, kto-train --memory 7.7GiB: at most 4 GiB beside the mapped weights
        nf4-14b     Qwen2.5-14B shape, 2 rows of 512 tokens a step, kto-train --memory 6GiB
 
 A row is 384 tokens of prompt and 128 of completion. --layers cuts the model, to try the script.
@@ -19,7 +19,7 @@ from shapes import SHAPES
 
 # shape, rows a step, our options.
 CASES = {
-    "nf4-7b": ("mistral-7b", 8, []),
+    "nf4-7b": ("mistral-7b", 8, ["--memory", "7.7GiB"]),
     "nf4-14b": ("qwen2.5-14b", 2, ["--memory", "6GiB"]),
 }
 PROMPT, COMPLETION = 384, 128

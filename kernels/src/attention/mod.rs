@@ -9,7 +9,7 @@ mod layout;
 pub use layout::{AttentionLayout, HeadShape, Segment};
 
 use crate::{
-    gemm::{Right, Start, Target, Term, product},
+    gemm::{Right, Start, Target, Term, product, with_scratch},
     parallel::{Shared, each, for_rows},
     real::{Operand, Real},
     simd::simd,
@@ -48,7 +48,7 @@ pub fn attention(
             // Each task writes the rows of its block in the columns of its heads: no two overlap.
             each(tasks.len(), true, |task| {
                 let (block, j) = &tasks[task];
-                with_buffers(|buffers| {
+                heads.with_buffers(block, |buffers| {
                     heads.probabilities(block, *j, buffers);
                     heads.outputs(block, *j, buffers, target);
                 });
@@ -106,14 +106,12 @@ pub fn attention_backward(
             // and inside it the order of the sums is fixed.
             each(tasks.len(), true, |task| {
                 let (group, j) = &tasks[task];
-                with_buffers(|buffers| {
-                    for segment in &layout.segments[group.clone()] {
-                        for block in blocks(segment, shape) {
-                            heads.probabilities(&block, *j, buffers);
-                            heads.backward(&block, *j, buffers, dout, sums);
-                        }
-                    }
-                });
+                for block in layout.segments[group.clone()].iter().flat_map(|s| blocks(s, shape)) {
+                    heads.with_buffers(&block, |buffers| {
+                        heads.probabilities(&block, *j, buffers);
+                        heads.backward(&block, *j, buffers, dout, sums);
+                    });
+                }
             });
             Ok(())
         })?;
@@ -155,25 +153,16 @@ struct Sums<T> {
     tk: usize,
 }
 
-/// A task's memory. Rows are the stacked (head, query) pairs of a block.
-struct Buffers<T> {
+/// The memory of a block at work, with arbitrary contents at first. Rows are its stacked (head, query) pairs.
+struct Buffers<'a, T> {
     /// (rows, D): queries times 1/√D.
-    q: Vec<T>,
+    q: &'a mut [T],
     /// (rows, D): gradient of the output, later of the queries; in the forward pass the output.
-    o: Vec<T>,
+    o: &'a mut [T],
     /// (rows, padded keys)
-    p: Vec<T>,
+    p: &'a mut [T],
     /// (rows, padded keys)
-    ds: Vec<T>,
-}
-
-/// Calls `f` with buffers of this thread: those of a new task would be fresh pages.
-fn with_buffers<T: Real>(f: impl FnOnce(&mut Buffers<T>)) {
-    let take = || T::scratch().with_borrow_mut(Vec::pop).unwrap_or_default();
-    let mut buffers = Buffers { q: take(), o: take(), p: take(), ds: take() };
-    f(&mut buffers);
-    let Buffers { q, o, p, ds } = buffers;
-    T::scratch().with_borrow_mut(|pool| pool.extend([ds, p, o, q]));
+    ds: &'a mut [T],
 }
 
 struct Heads<'a, T> {
@@ -193,6 +182,18 @@ impl<T: Real> Heads<'_, T> {
         T::of(1.0 / (self.shape.dim as f64).sqrt())
     }
 
+    /// Calls `f` with this thread's memory for a block: that of a new task would be fresh pages.
+    fn with_buffers(&self, b: &Segment, f: impl FnOnce(&mut Buffers<T>)) {
+        let rows = b.queries * self.group();
+        let (narrow, wide) = (rows * self.shape.dim, rows * padded(b.keys()));
+        with_scratch(2 * (narrow + wide), |memory: &mut [T]| {
+            let (q, memory) = memory.split_at_mut(narrow);
+            let (o, memory) = memory.split_at_mut(narrow);
+            let (p, ds) = memory.split_at_mut(wide);
+            f(&mut Buffers { q, o, p, ds });
+        });
+    }
+
     /// Returns head `j` of the rows from `first` of keys or values.
     fn kv(&self, data: &[T], first: usize, j: usize) -> Operand<T> {
         let row = self.shape.kv_heads * self.shape.dim;
@@ -206,26 +207,24 @@ impl<T: Real> Heads<'_, T> {
     }
 
     /// Copies the block's rows of a (Tq, H·D) matrix, times `factor`.
-    fn stack(&self, b: &Segment, j: usize, data: &[T], factor: T, out: &mut Vec<T>) {
-        out.clear();
-        for r in 0..b.queries * self.group() {
-            out.extend(data[self.place(b, j, r)..][..self.shape.dim].iter().map(|v| *v * factor));
+    fn stack(&self, b: &Segment, j: usize, data: &[T], factor: T, out: &mut [T]) {
+        for (r, row) in out.chunks_mut(self.shape.dim).enumerate() {
+            row.iter_mut().zip(&data[self.place(b, j, r)..]).for_each(|(to, v)| *to = *v * factor);
         }
     }
 
     /// Fills `q` and writes the softmax of the block's scores into `p`; masked places are zero.
     fn probabilities(&self, b: &Segment, j: usize, buffers: &mut Buffers<T>) {
-        self.stack(b, j, self.q, self.scale(), &mut buffers.q);
-        self.against(b, j, &buffers.q, self.k, &mut buffers.p);
+        self.stack(b, j, self.q, self.scale(), buffers.q);
+        self.against(b, j, buffers.q, self.k, buffers.p);
         for (r, row) in buffers.p.chunks_mut(padded(b.keys())).enumerate() {
             softmax(row, b.prefix_len + b.offset + r % b.queries + 1);
         }
     }
 
     /// `out = x · dataᵀ` over both runs of keys. Shapes: x (rows, D), out (rows, padded keys).
-    fn against(&self, b: &Segment, j: usize, x: &[T], data: &[T], out: &mut Vec<T>) {
+    fn against(&self, b: &Segment, j: usize, x: &[T], data: &[T], out: &mut [T]) {
         let (rows, row, dim) = (x.len() / self.shape.dim, padded(b.keys()), self.shape.dim);
-        out.resize(rows * row, T::ZERO);
         for (first, n, column) in b.runs() {
             if n > 0 {
                 let term = Term {
@@ -242,10 +241,9 @@ impl<T: Real> Heads<'_, T> {
     }
 
     /// `o = p · data` over both runs of keys. Shapes: p (rows, padded keys), o (rows, D).
-    fn weighted(&self, b: &Segment, j: usize, p: &[T], data: &[T], o: &mut Vec<T>) {
+    fn weighted(&self, b: &Segment, j: usize, p: &[T], data: &[T], o: &mut [T]) {
         let (row, dim) = (padded(b.keys()), self.shape.dim);
         let rows = p.len() / row;
-        o.resize(rows * dim, T::ZERO);
         let term = |(first, n, column): (usize, usize, usize)| Term {
             a: row_major(&p[column..], row),
             b: Right::Matrix(self.kv(data, first, j)),
@@ -261,8 +259,8 @@ impl<T: Real> Heads<'_, T> {
 
     /// Writes `p · v` to the block's rows and heads of `out`.
     fn outputs(&self, b: &Segment, j: usize, buffers: &mut Buffers<T>, out: Shared<T>) {
-        self.weighted(b, j, &buffers.p, self.v, &mut buffers.o);
-        self.unstack(b, j, &buffers.o, T::ONE, out);
+        self.weighted(b, j, buffers.p, self.v, buffers.o);
+        self.unstack(b, j, buffers.o, T::ONE, out);
     }
 
     /// Writes the block's rows, times `factor`, into a (Tq, H·D) matrix.

@@ -11,7 +11,7 @@ mod pack;
 mod tests;
 mod tile;
 
-pub(crate) use pack::{TransposeSquare, transpose_square, transpose_square_f32};
+pub(crate) use pack::{TransposeSquare, transpose_square, transpose_square_f32, with_scratch};
 pub use tile::Tiles;
 pub(crate) use tile::{fastest_f32, fastest_f64};
 

@@ -47,13 +47,37 @@ pub(super) unsafe fn panels<T: Real>(
                 unsafe { spread(scratch.as_ptr(), p, width, to) };
             }
         }),
-        _ => {
-            for (i, at) in (0..width).step_by(to.columns).enumerate() {
-                let few = to.columns.min(width - at);
+        // Columns of b lie apart: a panel at a time.
+        Right::Matrix(m) => {
+            let k = rows.len();
+            for_panels(width, to, |at, few, panel| {
                 // SAFETY: the caller's promise.
-                unsafe { turned_panel(b, rows.clone(), first + at, few, to.columns, to.at.add(i * to.step)) };
-            }
+                unsafe {
+                    let at = m.at.offset(rows.start as isize * m.row + (first + at) as isize * m.column);
+                    interleave(Operand { at, ..*m }, k, few, to.columns, panel);
+                }
+            });
         }
+        Right::Columns(w) => with_scratch(to.columns * RUN, |scratch: &mut [T]| {
+            for_panels(width, to, |at, few, panel| {
+                for start in rows.clone().step_by(RUN) {
+                    let run = RUN.min(rows.end - start);
+                    T::widen_rows(w, first + at, start, run, &mut scratch[..few * run]);
+                    let from = Operand { at: scratch.as_ptr(), row: 1, column: run as isize };
+                    let below = (start - rows.start) * to.columns;
+                    // SAFETY: the scratch holds `few` rows of `run` elements; the panel has rows for them.
+                    unsafe { interleave(from, run, few, to.columns, panel.wrapping_add(below)) };
+                }
+            });
+        }),
+    }
+}
+
+/// Calls `f(first column, number of columns, panel)` for every panel that `width` columns fill.
+#[inline(always)]
+fn for_panels<T: Copy>(width: usize, to: Panels<T>, mut f: impl FnMut(usize, usize, *mut T)) {
+    for (i, at) in (0..width).step_by(to.columns).enumerate() {
+        f(at, to.columns.min(width - at), to.at.wrapping_add(i * to.step));
     }
 }
 
@@ -63,11 +87,10 @@ pub(super) unsafe fn panels<T: Real>(
 /// `from` must be valid for `width` elements, the panels for row `p`.
 unsafe fn spread<T: Real>(from: *const T, p: usize, width: usize, to: Panels<T>) {
     let columns = to.columns;
-    for (i, at) in (0..width).step_by(columns).enumerate() {
-        let few = columns.min(width - at);
+    for_panels(width, to, |at, few, panel| {
         // SAFETY: the caller's promise.
         unsafe {
-            let (source, target) = (from.add(at), to.at.add(i * to.step + p * columns));
+            let (source, target) = (from.add(at), panel.add(p * columns));
             if few == columns && columns.is_multiple_of(SIDE) {
                 // Runs of known length become vector moves; a call for every short row would cost more than the copy.
                 for j in (0..columns).step_by(SIDE) {
@@ -78,41 +101,7 @@ unsafe fn spread<T: Real>(from: *const T, p: usize, width: usize, to: Panels<T>)
                 (few..columns).for_each(|j| *target.add(j) = T::ZERO);
             }
         }
-    }
-}
-
-/// Copies a panel of an operand whose columns lie apart.
-///
-/// # Safety
-/// As [`panels`], for one of them.
-unsafe fn turned_panel<T: Real>(
-    b: &Right<T>,
-    rows: Range<usize>,
-    first: usize,
-    width: usize,
-    columns: usize,
-    panel: *mut T,
-) {
-    let k = rows.len();
-    match b {
-        Right::Columns(w) => with_scratch(columns * RUN, |scratch: &mut [T]| {
-            for at in (0..k).step_by(RUN) {
-                let run = RUN.min(k - at);
-                T::widen_rows(w, first, rows.start + at, run, &mut scratch[..width * run]);
-                let from = Operand { at: scratch.as_ptr(), row: 1, column: run as isize };
-                // SAFETY: the scratch holds `width` rows of `run` elements; the panel has rows `at..at + run`.
-                unsafe { interleave(from, run, width, columns, panel.add(at * columns)) };
-            }
-        }),
-        Right::Matrix(m) => {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let at = m.at.offset(rows.start as isize * m.row + first as isize * m.column);
-                interleave(Operand { at, ..*m }, k, width, columns, panel);
-            }
-        }
-        Right::Rows(_) => {}
-    }
+    });
 }
 
 /// Side of the squares that are transposed in registers.
@@ -222,7 +211,7 @@ pub(super) unsafe fn rows<T: Real>(a: Operand<T>, m: usize, first: usize, k: usi
 }
 
 /// Calls `f` with `n` elements of this thread's scratch, aligned to a cache line. Contents are arbitrary numbers.
-pub(super) fn with_scratch<T: Real, R>(n: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
+pub(crate) fn with_scratch<T: Real, R>(n: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
     // Taken out while in use: a thread that waits for others may start another product.
     let mut buffer = T::scratch().with_borrow_mut(|buffers| {
         let fitting =

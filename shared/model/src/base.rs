@@ -187,24 +187,9 @@ impl BaseModel {
         self.layers[layer].weights.linears.iter().map(|l| bytes(&l.weight)).sum()
     }
 
-    /// Returns the bytes of the embedding, as [`BaseModel::bytes_stored`] counts.
-    pub fn bytes_embedding(&self) -> usize {
-        bytes(&self.embedding.weight)
-    }
-
     /// Returns the bytes of the head beside the embedding: 0 when tied.
     pub fn bytes_head(&self) -> usize {
         self.head.as_ref().map_or(0, |head| bytes(&head.weight))
-    }
-
-    /// Returns the bytes of norms and biases, which are always in memory.
-    pub fn bytes_vectors(&self) -> usize {
-        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
-        let layer = |w: &LayerWeights| {
-            let biases = w.linears.iter().filter_map(|l| l.bias.as_ref()).map(size).sum::<usize>();
-            size(&w.input_norm) + size(&w.post_norm) + biases
-        };
-        size(&self.final_norm) + self.layers.iter().map(|l| layer(&l.weights)).sum::<usize>()
     }
 
     /// Widens everything to an element type that stored weights are not read in. Error (65): a weight that is not finite.

@@ -57,16 +57,26 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// What a block reads and fills for some rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Pass<'a> {
+    /// The block's input (T, C).
+    pub h: &'a Tensor,
+    pub rows: &'a Rows<'a>,
+    /// Keys and values of the whole pack.
+    pub all: &'a KeyValues<Tensor>,
+    pub a: &'a Activations<Tensor>,
+}
+
 impl Block<'_> {
-    /// Writes the rows' keys and values. Leaves the normed rows in `scratch`. Shapes: h (T, C), new (T, Hkv·D).
+    /// Writes the rows' keys and values. Leaves the normed rows in `scratch`. Shapes: new (T, Hkv·D).
     pub fn keys_and_values(
         &self,
-        h: &Tensor,
-        rows: &Rows,
+        pass: Pass,
         new: &KeyValues<Tensor>,
-        a: &Activations<Tensor>,
         scratch: &ForwardScratch,
     ) -> Result<()> {
+        let Pass { h, rows, a, .. } = pass;
         rms_norm(&scratch.normed, h, &self.weights.input_norm, self.architecture.rms_eps)?;
         let project = |m: Module, y: &Tensor| {
             self.projection(m, rows.keys).forward(y, None, &scratch.normed, &a.inner[m as usize])
@@ -76,16 +86,9 @@ impl Block<'_> {
         project(Module::V, &new.v)
     }
 
-    /// Computes everything from the queries to gate and up, after [`Block::keys_and_values`].
-    /// `all` holds the keys and values of the whole pack.
-    fn attend(
-        &self,
-        h: &Tensor,
-        rows: &Rows,
-        all: &KeyValues<Tensor>,
-        a: &Activations<Tensor>,
-        scratch: &ForwardScratch,
-    ) -> Result<()> {
+    /// Computes everything from the queries to the gated product, after [`Block::keys_and_values`].
+    fn attend(&self, pass: Pass, scratch: &ForwardScratch) -> Result<()> {
+        let Pass { h, rows, all, a } = pass;
         let (keys, positions) = (rows.of_selected(rows.keys), rows.of_selected(rows.positions));
         let project = |m: Module, y: &Tensor, residual: Option<&Tensor>, x: &Tensor| {
             self.projection(m, &keys).forward(y, residual, x, &a.inner[m as usize])
@@ -97,57 +100,36 @@ impl Block<'_> {
         let normed = scratch.normed.narrow(0, 0, rows.results())?;
         rms_norm(&normed, &a.h2, &self.weights.post_norm, self.architecture.rms_eps)?;
         project(Module::Gate, &a.gate, None, &normed)?;
-        project(Module::Up, &a.up, None, &normed)
+        project(Module::Up, &a.up, None, &normed)?;
+        swiglu(&scratch.wide, &a.gate, &a.up)
     }
 
-    /// Writes the block's output, after [`Block::keys_and_values`]. Shapes: h (T, C), out (selected or T, C); they may be one.
-    pub fn output(
-        &self,
-        out: &Tensor,
-        h: &Tensor,
-        rows: &Rows,
-        all: &KeyValues<Tensor>,
-        a: &Activations<Tensor>,
-        scratch: &ForwardScratch,
-    ) -> Result<()> {
-        self.attend(h, rows, all, a, scratch)?;
-        swiglu(&scratch.wide, &a.gate, &a.up)?;
-        let keys = rows.of_selected(rows.keys);
-        let down = self.projection(Module::Down, &keys);
-        down.forward(out, Some(&a.h2), &scratch.wide, &a.inner[Module::Down as usize])
+    /// Writes the block's output, after [`Block::keys_and_values`]. Shape: out (selected or T, C); it may be the input.
+    pub fn output(&self, out: &Tensor, pass: Pass, scratch: &ForwardScratch) -> Result<()> {
+        self.attend(pass, scratch)?;
+        let (keys, inner) = (pass.rows.of_selected(pass.rows.keys), &pass.a.inner[Module::Down as usize]);
+        self.projection(Module::Down, &keys).forward(out, Some(&pass.a.h2), &scratch.wide, inner)
     }
 
     /// Computes again what [`Block::backward`] needs and was not kept.
-    pub fn recompute(
-        &self,
-        h: &Tensor,
-        rows: &Rows,
-        all: &KeyValues<Tensor>,
-        a: &Activations<Tensor>,
-        scratch: &ForwardScratch,
-    ) -> Result<()> {
-        self.keys_and_values(h, rows, all, a, scratch)?;
-        self.attend(h, rows, all, a, scratch)?;
-        let keys = rows.of_selected(rows.keys);
-        swiglu(&scratch.wide, &a.gate, &a.up)?;
-        self.projection(Module::Down, &keys).inner(&a.inner[Module::Down as usize], &scratch.wide)
+    pub fn recompute(&self, pass: Pass, scratch: &ForwardScratch) -> Result<()> {
+        self.keys_and_values(pass, pass.all, scratch)?;
+        self.attend(pass, scratch)?;
+        let (keys, inner) = (pass.rows.of_selected(pass.rows.keys), &pass.a.inner[Module::Down as usize]);
+        self.projection(Module::Down, &keys).inner(inner, &scratch.wide)
     }
 
     /// Adds to the factors' gradients. `d` is the gradient of the block's output (selected or T, C) and is used up; the gradient of
-    /// `h` goes to `dh` (T, C), which is `d` itself when nothing is selected, if `need_dh`. Uses up gate and up.
-    #[allow(clippy::too_many_arguments)]
+    /// the input goes to `dh` (T, C), which is `d` itself when nothing is selected, if `need_dh`. Uses up gate and up.
     pub fn backward(
         &self,
-        dh: &Tensor,
-        d: &Tensor,
-        h: &Tensor,
-        rows: &Rows,
-        all: &KeyValues<Tensor>,
-        a: &Activations<Tensor>,
+        (dh, d): (&Tensor, &Tensor),
+        pass: Pass,
         scratch: &Scratch<Tensor>,
         gradient: &BlockFactors,
         need_dh: bool,
     ) -> Result<()> {
+        let Pass { h, rows, all, a } = pass;
         let (keys, positions) = (rows.of_selected(rows.keys), rows.of_selected(rows.positions));
         let layer = |m: Module| match m {
             Module::K | Module::V => self.projection(m, rows.keys),

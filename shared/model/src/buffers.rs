@@ -73,7 +73,7 @@ pub(crate) struct KeyValues<B = Buffer> {
 pub(crate) struct Scratch<B = Buffer> {
     /// Normed rows (T, C).
     pub normed: B,
-    /// Gradients of normed rows or of attention's output (T, max(C, H·D)), used as either width.
+    /// Gradients of normed rows (T, C), and of attention's output (T, H·D).
     pub flow: (B, B),
     /// (T, I)
     pub wide: B,

@@ -4,7 +4,7 @@
 
 use crate::{
     base::BaseModel,
-    block::{Block, Rows},
+    block::{Block, Pass, Rows},
     buffers::{DecodeBuffers, KeyValues},
     lora::Lora,
     numeric::Numeric,
@@ -97,13 +97,14 @@ impl<'a> Generator<'a> {
             let cache = &self.cache[layer];
             let decode = || {
                 let DecodeBuffers { activations: a, new, scratch } = &buffers;
-                block.keys_and_values(&h, &rows, new, a, scratch)?;
+                let pass = Pass { h: &h, rows: &rows, all: cache, a };
+                block.keys_and_values(pass, new, scratch)?;
                 for s in layout.segments.iter() {
                     let new = new.rows(s.query, s.queries)?;
                     cache.k.slice_set(&new.k, 0, s.own + s.offset)?;
                     cache.v.slice_set(&new.v, 0, s.own + s.offset)?;
                 }
-                block.output(&h, &h, &rows, cache, a, scratch)
+                block.output(&h, pass, scratch)
             };
             decode().numeric()?;
         }

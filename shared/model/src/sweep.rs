@@ -6,7 +6,7 @@
 
 use crate::{
     base::{BaseModel, LayerWeights},
-    block::{Block, Rows},
+    block::{Block, Pass, Rows},
     buffers::{Activations, KeyValues, Workspace},
     head,
     lora::Lora,
@@ -144,7 +144,7 @@ impl Sweep<'_> {
         };
         let next = self.states(layer + 1, pack, place, keep)?;
         for ((part, h), (_, next)) in self.states(layer, pack, place, keep)?.iter().zip(&next) {
-            let trained = part.rows.start == 0 && !pack.trained.rows.is_empty();
+            let trained = std::ptr::eq(*part, &pack.trained);
             let rows = rows(pack, part, last);
             let (count, results) = (part.rows.len(), rows.results());
             let a = match kept.filter(|_| trained) {
@@ -153,13 +153,14 @@ impl Sweep<'_> {
             };
             let scratch = w.scratch.forward(count, results)?;
             let new = key_values.rows(part.rows.start, count).numeric()?;
-            block.keys_and_values(h, &rows, &new, &a, &scratch).numeric()?;
+            let pass = Pass { h, rows: &rows, all: &key_values, a: &a };
+            block.keys_and_values(pass, &new, &scratch).numeric()?;
             if !last {
-                block.output(next, h, &rows, &key_values, &a, &scratch).numeric()?;
+                block.output(next, pass, &scratch).numeric()?;
             } else if results > 0 {
                 let before = if trained { 0 } else { pack.trained.head_rows.len() };
                 let out = w.last.0.rows(place.heads + before, results)?;
-                block.output(&out, h, &rows, &key_values, &a, &scratch).numeric()?;
+                block.output(&out, pass, &scratch).numeric()?;
             }
         }
         Ok(())
@@ -256,20 +257,19 @@ impl Sweep<'_> {
         let h = w.inputs[layer - w.first].rows(place.trained, count)?;
         let dh = w.gradient.0.rows(place.trained, count)?;
         let d = if last { w.gradient.1.rows(place.trained_heads, results)? } else { dh.clone() };
-        let (a, key_values) = match self.kept(layer) {
+        let kept = self.kept(layer);
+        let (a, key_values) = match kept {
             Some((a, key_values)) => {
                 (a.rows(place.trained, count, results)?, key_values.rows(place.all, count)?)
             }
             None => (w.activations.rows(0, count, results)?, w.key_values.rows(0, count)?),
         };
-        if self.kept(layer).is_none() {
-            let scratch = w.scratch.forward(count, results)?;
-            block.recompute(&h, &rows, &key_values, &a, &scratch).numeric()?;
+        let pass = Pass { h: &h, rows: &rows, all: &key_values, a: &a };
+        if kept.is_none() {
+            block.recompute(pass, &w.scratch.forward(count, results)?).numeric()?;
         }
         let scratch = w.scratch.rows(count, results)?;
-        let own = &gradients.layers[layer];
-        let back = block.backward(&dh, &d, &h, &rows, &key_values, &a, &scratch, own, layer > w.first);
-        back.numeric()
+        block.backward((&dh, &d), pass, &scratch, &gradients.layers[layer], layer > w.first).numeric()
     }
 
     fn tell(&self, done: usize, of: usize) {
