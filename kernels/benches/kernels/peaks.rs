@@ -26,10 +26,19 @@ fn chains<const LANES: usize>(x: f32) -> f32 {
     sums.iter().flatten().sum()
 }
 
+/// The same with intrinsics: compilers leave arrays of this size in memory.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn chains_avx512(x: f32) -> f32 {
-    chains::<16>(x)
+    use std::arch::x86_64::*;
+    let mut sums = [_mm512_set1_ps(x); CHAINS];
+    let (a, b) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(1e-3)));
+    for _ in 0..LENGTH {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(*sum, a, b);
+        }
+    }
+    sums.iter().map(|s| _mm512_reduce_add_ps(*s)).sum()
 }
 
 #[cfg(target_arch = "x86_64")]
