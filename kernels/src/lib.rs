@@ -27,7 +27,10 @@ mod tensor;
 mod weight;
 
 pub use adamw::{AdamW, adamw_step};
-pub use attention::{AttentionGradients, AttentionLayout, HeadShape, Segment, attention, attention_backward};
+pub use attention::{
+    ATTENTION_PARTS, AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape,
+    Segment, attention, attention_backward, attention_scratch,
+};
 pub use dropout::{DropoutKey, dropout};
 pub use elementwise::{add, add_bias, first_non_finite, scale_in_place, sum_of_squares};
 pub use logprob::{LogprobStats, logprob_stats, logprob_unit_gradient};

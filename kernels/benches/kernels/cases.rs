@@ -2,11 +2,11 @@
 
 use candle_core::{Device, Tensor};
 use kto_kernels::{
-    AdamW, AttentionGradients, AttentionLayout, DropoutKey, Factor, HeadShape, Onto, Product, RopeTable,
-    Segment, adamw_step, add, add_bias, attention, attention_backward, dropout, first_non_finite,
-    gather_rows, logprob_stats, logprob_unit_gradient, matmul, multiply, quant::nf4, rms_norm,
-    rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows, sum_of_squares, swiglu,
-    swiglu_backward,
+    AdamW, AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, DropoutKey, Factor,
+    HeadShape, Onto, Product, RopeTable, Segment, adamw_step, add, add_bias, attention, attention_backward,
+    dropout, first_non_finite, gather_rows, logprob_stats, logprob_unit_gradient, matmul, multiply,
+    quant::nf4, rms_norm, rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows,
+    sum_of_squares, swiglu, swiglu_backward,
 };
 use std::hint::black_box;
 
@@ -106,46 +106,56 @@ fn products() -> Vec<Case> {
     cases
 }
 
-/// Two prompts of 256, each with two completions of 96 and, forward only, two KL completions of 96.
-fn layout(branches: usize) -> (AttentionLayout, usize, f64) {
-    const PROMPT: usize = 256;
-    const COMPLETION: usize = 96;
+/// A pack: its layout, its rows, and the scores that its queries need.
+struct Pack {
+    layout: AttentionLayout,
+    rows: usize,
+    seen: f64,
+}
+
+/// Prompts, each with as many branches.
+fn pack(prompts: usize, prompt_len: usize, branches: usize, branch_len: usize) -> Pack {
     let (mut segments, mut groups, mut at, mut seen) = (Vec::new(), Vec::new(), 0, 0);
-    for _ in 0..2 {
+    for _ in 0..prompts {
         let (prompt, first) = (at, segments.len());
         for branch in 0..=branches {
-            let (queries, prefix_len) = if branch == 0 { (PROMPT, 0) } else { (COMPLETION, PROMPT) };
+            let (queries, prefix_len) = if branch == 0 { (prompt_len, 0) } else { (branch_len, prompt_len) };
             segments.push(Segment { query: at, queries, prefix: prompt, prefix_len, own: at, offset: 0 });
             seen += queries * prefix_len + queries * (queries + 1) / 2;
             at += queries;
         }
         groups.push(first..segments.len());
     }
-    (AttentionLayout { segments, groups }, at, seen as f64)
+    Pack { layout: AttentionLayout { segments, groups }, rows: at, seen: seen as f64 }
 }
 
 fn attentions() -> Vec<Case> {
+    // Two prompts with two completions and, forward only, two KL completions each; then rows that share nothing.
+    let long = [1024, 4096, 8192].map(|n| [false, true].map(|back| attention_case(pack(1, n, 0, 0), back)));
+    let packs = [attention_case(pack(2, 256, 4, 96), false), attention_case(pack(2, 256, 2, 96), true)];
+    packs.into_iter().chain(long.into_iter().flatten()).collect()
+}
+
+fn attention_case(pack: Pack, back: bool) -> Case {
+    let Pack { layout, rows, seen } = pack;
     let width = HEADS.heads * HEADS.dim;
-    let operands = |rows| (tensor(rows, width), tensor(rows, HEADS.kv_heads * HEADS.dim));
-    let (forward, rows, seen) = layout(4);
-    let (q, k) = operands(rows);
-    let v = k.affine(0.5, 0.1).unwrap();
-    let work = Work::Flops(4.0 * seen * width as f64);
-    let out = tensor(rows, width);
-    let one = case("attention", format!("{rows} rows, 9/3 heads"), work, move || {
-        attention(&out, &q, &k, &v, &forward, HEADS).unwrap();
-    });
-    let (backward, rows, seen) = layout(2);
-    let (q, k) = operands(rows);
+    let (q, k) = (tensor(rows, width), tensor(rows, HEADS.kv_heads * HEADS.dim));
     let (v, d) = (k.affine(0.5, 0.1).unwrap(), tensor(rows, width));
-    // Scores once more, then four products of the same size.
-    let work = Work::Flops(10.0 * seen * width as f64);
+    let (out, stats) = (tensor(rows, width), tensor(rows, 2 * HEADS.heads));
     let (dq, dk, dv) = (tensor(rows, width), k.copy().unwrap(), v.copy().unwrap());
-    let two = case("attention_backward", format!("{rows} rows, 9/3 heads"), work, move || {
-        let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
-        attention_backward(&gradients, &d, &q, &k, &v, &backward, HEADS).unwrap();
-    });
-    vec![one, two]
+    // Scores and weighted values; on the way back scores once more, then four products of the same size.
+    let (name, products) = if back { ("attention_backward", 5.0) } else { ("attention", 2.0) };
+    let shape = format!("{rows} rows, {} prompts, 9/3 heads", layout.groups.len());
+    case(name, shape, Work::Flops(2.0 * products * seen * width as f64), move || {
+        let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout: &layout, shape: HEADS };
+        let outputs = AttentionOutputs { out: &out, stats: &stats };
+        if back {
+            let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
+            attention_backward(gradients, &d, outputs, inputs).unwrap();
+        } else {
+            attention(outputs, inputs).unwrap();
+        }
+    })
 }
 
 fn bytes(elements: usize) -> Work {

@@ -46,15 +46,11 @@ impl Segment {
     pub(super) fn own_len(&self) -> usize {
         self.offset + self.queries
     }
-    /// Keys of the block: prefix, then own.
-    pub(super) fn keys(&self) -> usize {
-        self.prefix_len + self.own_len()
-    }
-    /// The two runs of keys as (first key row, number, first column of the scores).
-    pub(super) fn runs(&self) -> [(usize, usize, usize); 2] {
+    /// The two runs of keys as (first key row, number).
+    fn runs(&self) -> [(usize, usize); 2] {
         // The place of a prefix that is not there means nothing and may be anywhere.
         let prefix = if self.prefix_len > 0 { self.prefix } else { self.own };
-        [(prefix, self.prefix_len, 0), (self.own, self.own_len(), self.prefix_len)]
+        [(prefix, self.prefix_len), (self.own, self.own_len())]
     }
 }
 
@@ -102,7 +98,7 @@ pub(super) fn check(
             bail!("attention: groups do not cover the segments");
         }
         next = group.end;
-        for (first, n, _) in layout.segments[group.clone()].iter().flat_map(Segment::runs) {
+        for (first, n) in layout.segments[group.clone()].iter().flat_map(Segment::runs) {
             for owner in &mut owner[first..first + n] {
                 if *owner != usize::MAX && *owner != g {
                     bail!("attention: two groups share a key row");

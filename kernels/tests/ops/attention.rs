@@ -131,6 +131,36 @@ fn a_packed_branch_is_its_sequence_alone() -> Outcome {
     Ok(())
 }
 
+/// Longer than a tile of keys and than a block of queries, prefix and own keys alike; few groups, so that sums are cut into parts.
+#[test]
+fn many_tiles_are_the_definition_and_autograd() -> Outcome {
+    for families in [
+        &[Family { prompt: 700, asked: 700, branches: &[] }][..],
+        &[Family { prompt: 515, asked: 9, branches: &[300, 1] }],
+        &[
+            Family { prompt: 256, asked: 0, branches: &[257] },
+            Family { prompt: 0, asked: 0, branches: &[513] },
+        ],
+    ] {
+        let pack = Pack::new(families);
+        for shape in
+            [HeadShape { heads: 1, kv_heads: 1, dim: 8 }, HeadShape { heads: 3, kv_heads: 1, dim: 5 }]
+        {
+            let [q, k, v, dout] = pack.tensors(shape, 31);
+            let y = attend(&q, &k, &v, &pack.layout, shape)?;
+            assert_close("f64", &values(&y), &reference(&pack, [&q, &k, &v], shape), SAME_IN_F64);
+            let expected = autograd(&[&q, &k, &v], &dout, |x| composed(&pack, x, shape));
+            let (dq, dk, dv) = attend_backward(&dout, &q, &k, &v, &pack.layout, shape)?;
+            for (what, found, expected) in
+                [("dq", dq, &expected[0]), ("dk", dk, &expected[1]), ("dv", dv, &expected[2])]
+            {
+                assert_tensors(what, &found, expected, SAME_IN_F64);
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn segments_may_lie_in_any_order_and_leave_rows_out() -> Outcome {
     // Queries 2..4 ask the keys 0..2, queries 0..2 the keys 3..5 behind the prefix 2..3; query 4 and key 5 are nobody's.
@@ -161,7 +191,7 @@ fn segments_may_lie_in_any_order_and_leave_rows_out() -> Outcome {
 
 #[test]
 fn large_scores_do_not_overflow() -> Outcome {
-    let pack = Pack::new(&[Family { prompt: 65, asked: 65, branches: &[7] }]);
+    let pack = Pack::new(&[Family { prompt: 65, asked: 65, branches: &[7, 600] }]);
     let shape = HeadShape { heads: 2, kv_heads: 1, dim: 8 };
     let [q, k, v, dout] = pack.tensors(shape, 21).map(|x| single(&x));
     let q = (q * 1e4)?;

@@ -2,7 +2,10 @@
 
 use crate::support::*;
 use candle_core::{Result, Tensor};
-use kto_kernels::{AttentionGradients, AttentionLayout, HeadShape, Segment, attention, attention_backward};
+use kto_kernels::{
+    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape, Segment, attention,
+    attention_backward,
+};
 use std::{collections::HashMap, ops::Range};
 
 /// A prompt and the completions that continue it.
@@ -135,6 +138,14 @@ impl Pack {
     }
 }
 
+/// Returns room for the statistics of the softmax.
+pub(crate) fn stats(q: &Tensor, shape: HeadShape) -> Tensor {
+    Tensor::full(f64::NAN, (q.dims()[0], 2 * shape.heads.min(1 << 20)), q.device())
+        .unwrap()
+        .to_dtype(q.dtype())
+        .unwrap()
+}
+
 /// Returns the output of attention.
 pub(crate) fn attend(
     q: &Tensor,
@@ -143,7 +154,8 @@ pub(crate) fn attend(
     layout: &AttentionLayout,
     shape: HeadShape,
 ) -> Result<Tensor> {
-    written(q, |out| attention(out, q, k, v, layout, shape))
+    let inputs = AttentionInputs { q, k, v, layout, shape };
+    written(q, |out| attention(AttentionOutputs { out, stats: &stats(q, shape) }, inputs))
 }
 
 /// Returns the gradients of q, k and v.
@@ -157,7 +169,11 @@ pub(crate) fn attend_backward(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let [dq, dk, dv] = [q, k, v].map(|x| written(x, |_| Ok(())).unwrap());
     let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
-    attention_backward(&gradients, dout, q, k, v, layout, shape)?;
+    let (out, stats) = (written(q, |_| Ok(()))?, stats(q, shape));
+    let (inputs, outputs) =
+        (AttentionInputs { q, k, v, layout, shape }, AttentionOutputs { out: &out, stats: &stats });
+    attention(outputs, inputs)?;
+    attention_backward(gradients, dout, outputs, inputs)?;
     Ok((dq, dk, dv))
 }
 

@@ -3,7 +3,10 @@
 use crate::attention_layout::*;
 use crate::support::*;
 use candle_core::{DType, Tensor};
-use kto_kernels::{AttentionGradients, AttentionLayout, HeadShape, attention, attention_backward};
+use kto_kernels::{
+    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape, attention,
+    attention_backward,
+};
 
 const SHAPE: HeadShape = HeadShape { heads: 4, kv_heads: 2, dim: 8 };
 
@@ -135,9 +138,13 @@ fn outputs_of_other_shapes_types_and_strides() -> Outcome {
     let pack = pack();
     let [q, k, v, d] = pack.tensors(SHAPE, 1);
     let layout = &pack.layout;
-    let out = |out: &Tensor| attention(out, &q, &k, &v, layout, SHAPE);
+    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout, shape: SHAPE };
+    let (o, s) = (normal(13, 32, 3), normal(13, 8, 4));
+    let outputs = AttentionOutputs { out: &o, stats: &s };
+    attention(outputs, inputs)?;
+    let out = |out: &Tensor| attention(AttentionOutputs { out, stats: &s }, inputs);
     let into = |dq: &Tensor, dk: &Tensor, dv: &Tensor| {
-        attention_backward(&AttentionGradients { dq, dk, dv }, &d, &q, &k, &v, layout, SHAPE)
+        attention_backward(AttentionGradients { dq, dk, dv }, &d, outputs, inputs)
     };
     let (dq, dk, dv) = (normal(13, 32, 7), normal(13, 16, 8), normal(13, 16, 9));
     assert!(into(&dq, &dk, &dv).is_ok());
@@ -145,7 +152,16 @@ fn outputs_of_other_shapes_types_and_strides() -> Outcome {
         [normal(12, 32, 1), normal(13, 31, 1), single(&dq), normal(32, 13, 1).t()?, normal_vector(32, 1)]
     {
         assert_refused("output", out(&bad));
+        let outputs = AttentionOutputs { out: &bad, stats: &s };
+        let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
+        assert_refused("known output", attention_backward(gradients, &d, outputs, inputs));
         assert_refused("dq", into(&bad, &dk, &dv));
+    }
+    for bad in [normal(12, 8, 1), normal(13, 7, 1), single(&s), normal(8, 13, 1).t()?, normal_vector(8, 1)] {
+        let outputs = AttentionOutputs { out: &o, stats: &bad };
+        let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
+        assert_refused("stats", attention(outputs, inputs));
+        assert_refused("known stats", attention_backward(gradients, &d, outputs, inputs));
     }
     for bad in
         [normal(12, 16, 1), normal(13, 15, 1), single(&dk), normal(16, 13, 1).t()?, normal_vector(16, 1)]
@@ -164,13 +180,17 @@ fn shared_memory() -> Outcome {
     let pack = pack();
     let layout = &pack.layout;
     let [q, k, v, d] = pack.tensors(shape, 1);
-    let operands = [&q, &k, &v, &d];
-    for x in &operands[..3] {
-        assert_refused("output", attention(x, &q, &k, &v, layout, shape));
+    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout, shape };
+    let (o, s) = (normal(13, 32, 3), normal(13, 8, 4));
+    let outputs = AttentionOutputs { out: &o, stats: &s };
+    attention(outputs, inputs)?;
+    let operands = [&q, &k, &v, &d, &o];
+    for out in &operands[..3] {
+        assert_refused("output", attention(AttentionOutputs { out, stats: &s }, inputs));
     }
     let own = [normal(13, 32, 7), normal(13, 32, 8), normal(13, 32, 9)];
     let backward = |[dq, dk, dv]: [&Tensor; 3]| {
-        attention_backward(&AttentionGradients { dq, dk, dv }, &d, &q, &k, &v, layout, shape)
+        attention_backward(AttentionGradients { dq, dk, dv }, &d, outputs, inputs)
     };
     for place in 0..3 {
         for x in operands.into_iter().chain(&own).filter(|x| !std::ptr::eq(*x, &own[place])) {
@@ -181,6 +201,9 @@ fn shared_memory() -> Outcome {
     }
     let large = normal(26, 32, 1);
     let (top, bottom) = (large.narrow(0, 0, 13)?, large.narrow(0, 13, 13)?);
-    assert_refused("another part of the same memory", attention(&top, &bottom, &k, &v, layout, shape));
+    assert_refused(
+        "another part of the same memory",
+        attention(AttentionOutputs { out: &top, stats: &s }, AttentionInputs { q: &bottom, ..inputs }),
+    );
     Ok(())
 }

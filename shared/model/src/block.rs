@@ -8,8 +8,9 @@ use crate::{
 };
 use candle_core::{Result, Tensor};
 use kto_kernels::{
-    AttentionGradients, AttentionLayout, DropoutKey, RopeTable, attention, attention_backward, clear,
-    gather_rows, random, rms_norm, rms_norm_backward, rope, scatter_add_rows, swiglu, swiglu_backward,
+    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, DropoutKey, HeadShape, RopeTable,
+    attention, attention_backward, clear, gather_rows, random, rms_norm, rms_norm_backward, rope,
+    scatter_add_rows, swiglu, swiglu_backward,
 };
 use std::borrow::Cow;
 
@@ -68,6 +69,17 @@ pub(crate) struct Pass<'a> {
     pub a: &'a Activations<Tensor>,
 }
 
+impl<'a> Pass<'a> {
+    fn attends(&self, shape: HeadShape) -> AttentionInputs<'a> {
+        let (k, v) = (&self.all.k, &self.all.v);
+        AttentionInputs { q: &self.a.q, k, v, layout: self.rows.layout, shape }
+    }
+
+    fn attended(&self) -> AttentionOutputs<'a> {
+        AttentionOutputs { out: &self.a.attended, stats: &self.a.stats }
+    }
+}
+
 impl Block<'_> {
     /// Writes the rows' keys and values. Leaves the normed rows in `scratch`. Shapes: new (T, Hkv·D).
     pub fn keys_and_values(
@@ -88,14 +100,14 @@ impl Block<'_> {
 
     /// Computes everything from the queries to the gated product, after [`Block::keys_and_values`].
     fn attend(&self, pass: Pass, scratch: &ForwardScratch) -> Result<()> {
-        let Pass { h, rows, all, a } = pass;
+        let Pass { h, rows, a, .. } = pass;
         let (keys, positions) = (rows.of_selected(rows.keys), rows.of_selected(rows.positions));
         let project = |m: Module, y: &Tensor, residual: Option<&Tensor>, x: &Tensor| {
             self.projection(m, &keys).forward(y, residual, x, &a.inner[m as usize])
         };
         project(Module::Q, &a.q, None, &rows.select(&scratch.normed)?)?;
         rope(&a.q, self.rope, &positions, false)?;
-        attention(&a.attended, &a.q, &all.k, &all.v, rows.layout, self.architecture.shape)?;
+        attention(pass.attended(), pass.attends(self.architecture.shape))?;
         project(Module::O, &a.h2, Some(&rows.select(h)?), &a.attended)?;
         let normed = scratch.normed.narrow(0, 0, rows.results())?;
         rms_norm(&normed, &a.h2, &self.weights.post_norm, self.architecture.rms_eps)?;
@@ -129,7 +141,7 @@ impl Block<'_> {
         gradient: &BlockFactors,
         need_dh: bool,
     ) -> Result<()> {
-        let Pass { h, rows, all, a } = pass;
+        let Pass { h, rows, a, .. } = pass;
         let (keys, positions) = (rows.of_selected(rows.keys), rows.of_selected(rows.positions));
         let layer = |m: Module| match m {
             Module::K | Module::V => self.projection(m, rows.keys),
@@ -160,16 +172,8 @@ impl Block<'_> {
         back.input(dattended, &[(Module::O, &o, d)])?;
         back.factors(Module::O, &o, d, &a.attended)?;
         let (dq, dk, dv) = (&scratch.dq, &scratch.dkv.k, &scratch.dkv.v);
-        let gradients = AttentionGradients { dq, dk, dv };
-        attention_backward(
-            &gradients,
-            dattended,
-            &a.q,
-            &all.k,
-            &all.v,
-            rows.layout,
-            self.architecture.shape,
-        )?;
+        let inputs = pass.attends(self.architecture.shape);
+        attention_backward(AttentionGradients { dq, dk, dv }, dattended, pass.attended(), inputs)?;
         rope(dq, self.rope, &positions, true)?;
         rope(dk, self.rope, rows.positions, true)?;
 

@@ -12,6 +12,7 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
+use kto_kernels::ATTENTION_PARTS;
 use std::cell::{Cell, RefCell};
 
 /// Rows of one width.
@@ -53,6 +54,8 @@ pub(crate) struct Activations<B = Buffer> {
     pub q: B,
     /// Attention's output (T, H·D).
     pub attended: B,
+    /// What attention's way back needs of its softmax (T, 2·H).
+    pub stats: B,
     /// Residual stream after attention (T, C).
     pub h2: B,
     /// (T, I)
@@ -92,6 +95,8 @@ pub struct Widths {
     pub hidden: usize,
     /// H·D
     pub queries: usize,
+    /// 2·H
+    pub stats: usize,
     /// Hkv·D
     pub keys: usize,
     /// I
@@ -116,6 +121,7 @@ impl Widths {
         Self {
             hidden: architecture.hidden,
             queries: shape.heads * shape.dim,
+            stats: 2 * shape.heads,
             keys: shape.kv_heads * shape.dim,
             intermediate: architecture.intermediate,
             ranks,
@@ -128,7 +134,7 @@ impl Widths {
 
     /// Returns the elements a row of what a block keeps for the way back (keys and values apart).
     pub fn activations(&self) -> usize {
-        2 * self.queries + self.hidden + 2 * self.intermediate + self.rank_sum()
+        2 * self.queries + self.stats + self.hidden + 2 * self.intermediate + self.rank_sum()
     }
 
     /// Returns the elements a row of keys and values.
@@ -141,10 +147,10 @@ impl Widths {
         self.hidden + self.intermediate
     }
 
-    /// Returns the elements a row that a backward pass needs beyond [`Widths::forward_scratch`]. The gradients of keys and values
-    /// exist twice while attention sums them.
+    /// Returns the elements a row that a backward pass needs beyond [`Widths::forward_scratch`]. Attention sums the gradients of keys
+    /// and values in parts.
     pub fn backward_scratch(&self) -> usize {
-        self.hidden + 2 * self.queries + 4 * self.keys + self.rank_sum()
+        self.hidden + 2 * self.queries + (2 + 2 * ATTENTION_PARTS) * self.keys + self.rank_sum()
     }
 }
 
@@ -187,13 +193,14 @@ pub struct WorkspaceSpec {
 impl Workspace {
     /// Describes the buffers of a decoder with an adapter; no memory is taken yet.
     pub fn new(architecture: &Architecture, lora: Option<&Lora>, spec: WorkspaceSpec, dtype: DType) -> Self {
-        let Widths { hidden, queries, keys, intermediate, ranks } = Widths::new(architecture, lora);
+        let Widths { hidden, queries, stats, keys, intermediate, ranks } = Widths::new(architecture, lora);
         let buffer = |width: usize| Buffer::new(width, dtype);
         let inner = || ranks.map(buffer);
         let key_values = || KeyValues { k: buffer(keys), v: buffer(keys) };
         let activations = || Activations {
             q: buffer(queries),
             attended: buffer(queries),
+            stats: buffer(stats),
             h2: buffer(hidden),
             gate: buffer(intermediate),
             up: buffer(intermediate),
@@ -260,7 +267,7 @@ impl Workspace {
 
 impl Activations {
     fn reserve(&self, rows: usize) -> Result<()> {
-        let all = [&self.q, &self.attended, &self.h2, &self.gate, &self.up];
+        let all = [&self.q, &self.attended, &self.stats, &self.h2, &self.gate, &self.up];
         all.into_iter().chain(&self.inner).try_for_each(|b| b.reserve(rows))
     }
 
@@ -273,6 +280,7 @@ impl Activations {
         Ok(Activations {
             q: self.q.rows(start, selected)?,
             attended: self.attended.rows(start, selected)?,
+            stats: self.stats.rows(start, selected)?,
             h2: self.h2.rows(start, selected)?,
             gate: self.gate.rows(start, selected)?,
             up: self.up.rows(start, selected)?,

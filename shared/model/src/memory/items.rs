@@ -2,6 +2,7 @@
 
 use super::{BatchShape, Demand, Item, MemoryPlan};
 use crate::buffers::Widths;
+use kto_kernels::attention_scratch;
 
 const F32: u64 = 4;
 const MIB: u64 = 1 << 20;
@@ -14,8 +15,6 @@ const SHARED_PANELS: u64 = 4 * MIB;
 const THREAD_PANELS: u64 = MIB / 2;
 /// A part of the buffers that is lost at the ends of their pages and by small vectors of a step: measured, on the safe side.
 const HOLES: u64 = 128;
-/// Stacked query rows of a block of attention (`kto_kernels::attention`), whose scores a thread holds twice in a backward pass.
-const ATTENTION_ROWS: u64 = 192;
 
 /// Returns a plan of nothing.
 pub(super) fn empty() -> MemoryPlan {
@@ -106,7 +105,7 @@ fn buffers(demand: &Demand, choice: &MemoryPlan, steps: BatchShape, reference: B
         + steps.all.gradient_entries
         + steps.all.gradient_head_rows
         + head_rows;
-    let scores = demand.threads as u64 * ATTENTION_ROWS * 2 * of(both.largest.keys, 1);
+    let scores = demand.threads as u64 * of(attention_scratch(a.shape), 1);
     vec![
         item(format!("layer inputs, {blocks} blocks"), blocks as u64 * of(trained, w.hidden)),
         item(format!("kept activations, {} of {blocks} blocks", choice.kept_layers), kept + key_values),

@@ -25,15 +25,13 @@ pub struct PackShape {
     pub entries: usize,
     /// Those of trained completions.
     pub gradient_entries: usize,
-    /// Keys that a query sees, at most.
-    pub keys: usize,
 }
 
 /// A batch: all packs of a step, or of a sweep of the reference pass. Or the largest of every count over many batches: a buffer
 /// is never given back, so each is as large as the batch that needs most of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BatchShape {
-    /// Sums over the packs of a batch; `keys` is the maximum.
+    /// Sums over the packs of a batch.
     pub all: PackShape,
     /// The maximum of every count over the packs.
     pub largest: PackShape,
@@ -51,7 +49,6 @@ impl PackShape {
             gradient_head_rows: pack.trained.head_rows.len(),
             entries: pack.entries.len(),
             gradient_entries: pack.gradient_entries,
-            keys: pack.positions.iter().max().map_or(0, |p| *p as usize + 1),
         }
     }
 
@@ -62,9 +59,7 @@ impl PackShape {
             this.add(group.prompt.len(), 1, 0, trained);
             for b in &group.branches {
                 this.add(b.ids.len(), b.ids.len().saturating_sub(1), b.ids.len(), b.gradient);
-                this.keys = this.keys.max(group.prompt.len() + b.ids.len());
             }
-            this.keys = this.keys.max(group.prompt.len());
         }
         this.rest_rows = this.rows - this.gradient_rows;
         this.part_rows = this.gradient_rows.max(this.rest_rows);
@@ -93,7 +88,6 @@ impl PackShape {
             gradient_head_rows: f(self.gradient_head_rows, other.gradient_head_rows),
             entries: f(self.entries, other.entries),
             gradient_entries: f(self.gradient_entries, other.gradient_entries),
-            keys: self.keys.max(other.keys),
         }
     }
 }
@@ -164,7 +158,6 @@ mod tests {
             };
             let shape = BatchShape::of(&groups, packing);
             assert_eq!(shape, BatchShape::of_packs(&packs), "{packing:?}");
-            assert_eq!(shape.all.keys, 50);
             assert_eq!(shape.all.entries, packs.iter().map(|p| p.entries.len()).sum::<usize>());
             assert_eq!(shape.largest.rows, packs.iter().map(|p| p.ids.len()).max().unwrap());
         }
