@@ -27,17 +27,19 @@ def noise(stream):
     return bits.astype(f32) / f32(1 << 24) - f32(0.5)
 
 
-def problem(optimizer_of):
-    """A quadratic with curvatures 2^0 .. 2^-7 and a noisy gradient; every operation is one float32 rounding."""
+def problem(optimizer_of, scales):
+    """A quadratic with curvatures 2^0 .. 2^-7 and a noisy gradient, element i scaled by scales[i % 4]; every operation is one float32
+    rounding. Returns the first four blocks: blocks are independent."""
+    scale = np.resize(np.array(scales, f32), N)
     start, target = noise(0) * f32(0.1), noise(1) * f32(0.1)
     curvature = np.exp2(-(mix(np.arange(N, dtype=u64) + u64(2 * N)) & u64(7)).astype(f32)).astype(f32)
     p = torch.nn.Parameter(torch.from_numpy(start))
     optimizer = optimizer_of([p])
     for step in range(STEPS):
-        gradient = curvature * (p.detach().numpy() - target) + noise(3 + step) * f32(0.02)
+        gradient = (curvature * (p.detach().numpy() - target) + noise(3 + step) * f32(0.02)) * scale
         p.grad = torch.from_numpy(gradient)
         optimizer.step()
-    return p.detach().clone()
+    return p.detach()[:1024].clone()
 
 
 keep = {}
@@ -61,6 +63,7 @@ with safe_open(sys.argv[1], "pt") as golden:
         keep[f"f32/{name}"] = get(f"bnbcpu/{source}/{name}")[:256]
 
 settings = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-keep["long/bits8"] = problem(lambda p: bnb.optim.AdamW8bit(p, **settings))
-keep["long/f32"] = problem(lambda p: torch.optim.AdamW(p, **settings))
+for name, scales in [("even", [1, 1, 1, 1]), ("wide", [1, 2**-6, 2**-12, 0])]:
+    keep[f"{name}/bits8"] = problem(lambda p: bnb.optim.AdamW8bit(p, **settings), scales)
+    keep[f"{name}/f32"] = problem(lambda p: torch.optim.AdamW(p, **settings), scales)
 save_file({k: v.contiguous().clone() for k, v in keep.items()}, sys.argv[2], metadata={"bitsandbytes": bnb.__version__})

@@ -1,7 +1,7 @@
 //! The 8-bit update against bitsandbytes: its maps and codes exactly, its parameters as near as its CPU back end is to itself.
 
 use crate::support::*;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use kto_kernels::{
     AdamW, adamw_step,
     adamw8::{BLOCK, Moments8, adamw8_step},
@@ -23,8 +23,9 @@ impl Golden {
     fn bytes(&self, name: &str) -> Vec<u8> {
         self.0[name].flatten_all().unwrap().to_vec1().unwrap()
     }
+    /// Steps are counted from 1.
     fn gradient(&self, case: &str, step: usize) -> Tensor {
-        self.0[&format!("{case}/grads")].get(step).unwrap().copy().unwrap()
+        self.0[&format!("{case}/grads")].get(step - 1).unwrap().copy().unwrap()
     }
 }
 
@@ -44,6 +45,16 @@ fn difference(a: &[f32], b: &[f32]) -> (f64, f64) {
     (d.iter().fold(0.0, |m, x| x.max(m)), mean.sqrt())
 }
 
+/// Compares groups of elements by their place modulo 4. Prints what the table of EXPERIMENTS.md says.
+fn compare(what: &str, a: &[f32], b: &[f32]) -> [(f64, f64); 4] {
+    [0, 1, 2, 3].map(|group| {
+        let of = |x: &[f32]| x.iter().skip(group).step_by(4).copied().collect::<Vec<_>>();
+        let (most, rms) = difference(&of(a), &of(b));
+        println!("{what}, group {group}: largest {most:.2e}, rms {rms:.2e}");
+        (most, rms)
+    })
+}
+
 #[test]
 fn the_unsigned_map_is_equal_bit_for_bit() {
     let bits = |map: &[f32]| map.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
@@ -59,4 +70,102 @@ fn codes_are_those_of_the_cuda_search() {
         Codec::unsigned().encode(values, codes);
     }
     assert_eq!(codes, golden.bytes("q8/cuda_codes"));
+}
+
+#[test]
+fn moments_in_f32_are_those_of_bitsandbytes() -> Outcome {
+    let golden = Golden::open();
+    let p = golden.0["f32/p0"].copy()?;
+    let (m, v) = (p.zeros_like()?, p.zeros_like()?);
+    for step in 1..=12 {
+        adamw_step(&p, &m, &v, &golden.gradient("f32", step), options(step as u64))?;
+    }
+    // Twelve steps of some eight roundings, each relative to the number at hand.
+    for (found, name) in [(&p, "p_step12"), (&m, "state1"), (&v, "state2")] {
+        let expected = golden.floats(&format!("f32/{name}"));
+        let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let (most, _) = difference(&floats(found), &expected);
+        assert!(most <= 12.0 * 8.0 * U32 * f64::from(largest), "{name}: {most:e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn twelve_steps_stay_beside_bitsandbytes() -> Outcome {
+    let golden = Golden::open();
+    let p = golden.0["bits8/p0"].copy()?;
+    let moments = Moments8::zeros(&p)?;
+    for step in 1..=12 {
+        adamw8_step(&p, &moments, &golden.gradient("bits8", step), options(step as u64))?;
+        let Some(expected) = golden.0.get(&format!("bits8/p_step{step}")) else { continue };
+        let (most, rms) = difference(&floats(&p), &floats(expected));
+        println!("step {step}: largest difference {most:.2e}, rms {rms:.2e}");
+    }
+    for (moment, codes, absmax, map) in
+        [(&moments.m, "state1", "absmax1", signed()), (&moments.v, "state2", "absmax2", unsigned())]
+    {
+        let ours: Vec<u8> = moment.codes.to_vec1()?;
+        let theirs = golden.bytes(&format!("bits8/{codes}"));
+        let (scale, their_scale) = (floats(&moment.absmax), golden.floats(&format!("bits8/{absmax}")));
+        let differ = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+        let apart = ours.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max();
+        let scales = difference(&scale, &their_scale).0 / f64::from(scale[0]);
+        let values = ours.iter().zip(&theirs).map(|(a, b)| (map[*a as usize] - map[*b as usize]).abs());
+        let most = values.fold(0.0f32, f32::max);
+        println!(
+            "{codes}: {differ} of {} codes, by {apart:?} at most, values by {most:.2e}, scales by {scales:.2e}",
+            ours.len()
+        );
+    }
+    Ok(())
+}
+
+/// Elements of the problem, and how far apart the streams of its numbers are (`testdata/bnb/adamw8.py`).
+const N: u64 = 1024;
+const STREAM: u64 = 4096;
+
+fn noise(stream: u64) -> impl Iterator<Item = f32> {
+    (0..N).map(move |i| (mix(stream * STREAM + i) >> 40) as f32 / (1u64 << 24) as f32 - 0.5)
+}
+
+/// Runs the problem of `adamw8.py` and returns the parameters after 200 steps.
+fn problem(scales: [f32; 4], update: impl Fn(&Tensor, &Tensor, AdamW) -> Outcome) -> Vec<f32> {
+    let start: Vec<f32> = noise(0).map(|x| x * 0.1).collect();
+    let target: Vec<f32> = noise(1).map(|x| x * 0.1).collect();
+    let curvature: Vec<f32> = (0..N).map(|i| 0.5f32.powi((mix(2 * STREAM + i) & 7) as i32)).collect();
+    let p = Tensor::from_vec(start, N as usize, &Device::Cpu).unwrap();
+    for step in 0..200 {
+        let at = floats(&p);
+        let gradient: Vec<f32> = noise(3 + step)
+            .enumerate()
+            .map(|(i, noise)| (curvature[i] * (at[i] - target[i]) + noise * 0.02) * scales[i % 4])
+            .collect();
+        let g = Tensor::from_vec(gradient, N as usize, &Device::Cpu).unwrap();
+        update(&p, &g, options(step + 1)).unwrap();
+    }
+    floats(&p)
+}
+
+fn in_f32(scales: [f32; 4]) -> Vec<f32> {
+    let zeros = || Tensor::zeros(N as usize, DType::F32, &Device::Cpu).unwrap();
+    let (m, v) = (zeros(), zeros());
+    problem(scales, |p, g, o| adamw_step(p, &m, &v, g, o))
+}
+
+fn in_8_bits(scales: [f32; 4]) -> Vec<f32> {
+    let moments = Moments8::zeros(&Tensor::zeros(N as usize, DType::F32, &Device::Cpu).unwrap()).unwrap();
+    problem(scales, |p, g, o| adamw8_step(p, &moments, g, o))
+}
+
+#[test]
+fn two_hundred_steps_are_as_near_to_f32_as_those_of_bitsandbytes() {
+    let golden = Golden::open();
+    for (case, scales) in [("even", [1.0; 4]), ("wide", [1.0, 0.5f32.powi(6), 0.5f32.powi(12), 0.0])] {
+        let (f32, bits8) = (in_f32(scales), in_8_bits(scales));
+        let (torch, bnb) = (golden.floats(&format!("{case}/f32")), golden.floats(&format!("{case}/bits8")));
+        compare(&format!("{case}: f32, torch"), &f32, &torch);
+        compare(&format!("{case}: 8 bits, f32"), &bits8, &torch);
+        compare(&format!("{case}: bitsandbytes, f32"), &bnb, &torch);
+        compare(&format!("{case}: 8 bits, bitsandbytes"), &bits8, &bnb);
+    }
 }
