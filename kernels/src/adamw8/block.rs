@@ -1,4 +1,7 @@
 //! One block of an update: decode the moments, advance them, move the parameters, encode the moments again.
+//!
+//! A second moment is not the nearest value in one case: a positive one never becomes zero. Rounded to zero, an element
+//! whose gradients are below 1/2500 of its block's largest would be divided by its last gradient alone (EXPERIMENTS.md).
 
 use super::BLOCK;
 use crate::{adamw::Coefficients, quant::dynamic_map::Codec, real::Real, simd::simd};
@@ -29,6 +32,8 @@ impl Block<'_> {
         advance(self.p, m, v, self.g, *c);
         *self.m.absmax = Codec::signed().encode(m, self.m.codes);
         *self.v.absmax = Codec::unsigned().encode(v, self.v.codes);
+        // The next step divides by the root: of zero only where there never was a gradient.
+        self.v.codes.iter_mut().zip(&*v).for_each(|(code, v)| *code = (*code).max(u8::from(*v > 0.0)));
     }
 
     /// Returns the first place where an update would write a number that is not finite.

@@ -3,7 +3,7 @@
 //! Called by kto-train. Blocks, maps and the size from which a tensor is quantized are those of bitsandbytes' `AdamW8bit`; the
 //! arithmetic between decoding and encoding is that of [`crate::adamw_step`], decay first as torch has it; the search is exact.
 //! Invariants: an update that would leave the range of f32 is refused before anything is written; a moment of zero has the code of
-//! zero and is zero again; blocks are independent, so the bits do not depend on the threads.
+//! zero and is zero again; a positive second moment stays positive; blocks are independent, so the bits do not depend on the threads.
 //! Deliberately absent: f64 (a moment in 8 bits has no f64 form), and bitsandbytes' correction of codes whose sign was lost, which
 //! takes a small negative first moment for the least negative value rather than for zero.
 
@@ -69,7 +69,7 @@ impl Moments8 {
 
 /// Updates `p` and its moments in place from the gradient `g`. Shapes: `p`, `g` and codes alike, contiguous; f32.
 /// Formula: that of [`crate::adamw_step`] on the decoded moments; then `absmax` of a block is its new largest magnitude, and a code the
-/// index of the value nearest to `moment · (1 / absmax)`.
+/// index of the value nearest to `moment · (1 / absmax)`; 1 at least for a positive second moment.
 /// Source: arXiv 2110.02861; bitsandbytes 0.50.2 for blocks and maps.
 pub fn adamw8_step(p: &Tensor, moments: &Moments8, g: &Tensor, o: AdamW) -> Result<()> {
     check(p, moments, g, o)?;

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use kto_kernels::{
     AdamW, adamw_step,
     adamw8::{BLOCK, Moments8, adamw8_step},
-    quant::dynamic_map::{Codec, signed, unsigned},
+    quant::dynamic_map::{Codec, unsigned},
     random::mix,
 };
 use std::{collections::HashMap, path::Path};
@@ -45,14 +45,12 @@ fn difference(a: &[f32], b: &[f32]) -> (f64, f64) {
     (d.iter().fold(0.0, |m, x| x.max(m)), mean.sqrt())
 }
 
-/// Compares groups of elements by their place modulo 4. Prints what the table of EXPERIMENTS.md says.
-fn compare(what: &str, a: &[f32], b: &[f32]) -> [(f64, f64); 4] {
-    [0, 1, 2, 3].map(|group| {
-        let of = |x: &[f32]| x.iter().skip(group).step_by(4).copied().collect::<Vec<_>>();
-        let (most, rms) = difference(&of(a), &of(b));
-        println!("{what}, group {group}: largest {most:.2e}, rms {rms:.2e}");
-        (most, rms)
-    })
+/// Returns the differences of the elements whose place is `group` modulo 4, and prints what EXPERIMENTS.md has in its table.
+fn of_group(what: &str, group: usize, a: &[f32], b: &[f32]) -> (f64, f64) {
+    let of = |x: &[f32]| x.iter().skip(group).step_by(4).copied().collect::<Vec<_>>();
+    let (most, rms) = difference(&of(a), &of(b));
+    println!("{what}, group {group}: largest {most:.2e}, rms {rms:.2e}");
+    (most, rms)
 }
 
 #[test]
@@ -90,6 +88,8 @@ fn moments_in_f32_are_those_of_bitsandbytes() -> Outcome {
     Ok(())
 }
 
+/// After the first step only roundings differ; decay behind the step would be off by 1e-8. From the second on the table look-up of
+/// bitsandbytes' CPU back end tells: it takes small moments for others. A tenth of a step of 1e-3 is the most.
 #[test]
 fn twelve_steps_stay_beside_bitsandbytes() -> Outcome {
     let golden = Golden::open();
@@ -97,25 +97,25 @@ fn twelve_steps_stay_beside_bitsandbytes() -> Outcome {
     let moments = Moments8::zeros(&p)?;
     for step in 1..=12 {
         adamw8_step(&p, &moments, &golden.gradient("bits8", step), options(step as u64))?;
-        let Some(expected) = golden.0.get(&format!("bits8/p_step{step}")) else { continue };
-        let (most, rms) = difference(&floats(&p), &floats(expected));
-        println!("step {step}: largest difference {most:.2e}, rms {rms:.2e}");
+        let (largest, mean) = match step {
+            1 => (4e-9, 1e-9),
+            2 => (1e-6, 1e-7),
+            12 => (1e-4, 1e-5),
+            _ => continue,
+        };
+        let (most, rms) = difference(&floats(&p), &golden.floats(&format!("bits8/p_step{step}")));
+        println!("step {step}: largest {most:.2e}, rms {rms:.2e}");
+        assert!(most <= largest && rms <= mean, "step {step}: {most:e} {rms:e}");
     }
-    for (moment, codes, absmax, map) in
-        [(&moments.m, "state1", "absmax1", signed()), (&moments.v, "state2", "absmax2", unsigned())]
-    {
+    for (moment, codes, absmax) in [(&moments.m, "state1", "absmax1"), (&moments.v, "state2", "absmax2")] {
         let ours: Vec<u8> = moment.codes.to_vec1()?;
         let theirs = golden.bytes(&format!("bits8/{codes}"));
-        let (scale, their_scale) = (floats(&moment.absmax), golden.floats(&format!("bits8/{absmax}")));
         let differ = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
-        let apart = ours.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max();
-        let scales = difference(&scale, &their_scale).0 / f64::from(scale[0]);
-        let values = ours.iter().zip(&theirs).map(|(a, b)| (map[*a as usize] - map[*b as usize]).abs());
-        let most = values.fold(0.0f32, f32::max);
-        println!(
-            "{codes}: {differ} of {} codes, by {apart:?} at most, values by {most:.2e}, scales by {scales:.2e}",
-            ours.len()
-        );
+        let most = ours.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max();
+        let scales = golden.floats(&format!("bits8/{absmax}"));
+        let apart = difference(&floats(&moment.absmax), &scales).0 / f64::from(scales[0]);
+        println!("{codes}: {differ} of {} codes, by {most:?} at most; scales by {apart:.1e}", ours.len());
+        assert!(differ <= 4 && most <= Some(3) && apart <= 12.0 * 4.0 * U32, "{codes}");
     }
     Ok(())
 }
@@ -157,15 +157,33 @@ fn in_8_bits(scales: [f32; 4]) -> Vec<f32> {
     problem(scales, |p, g, o| adamw8_step(p, &moments, g, o))
 }
 
+/// Gradients of one size: as near to f32 as bitsandbytes is, and nearer to bitsandbytes than either to f32.
 #[test]
 fn two_hundred_steps_are_as_near_to_f32_as_those_of_bitsandbytes() {
     let golden = Golden::open();
-    for (case, scales) in [("even", [1.0; 4]), ("wide", [1.0, 0.5f32.powi(6), 0.5f32.powi(12), 0.0])] {
-        let (f32, bits8) = (in_f32(scales), in_8_bits(scales));
-        let (torch, bnb) = (golden.floats(&format!("{case}/f32")), golden.floats(&format!("{case}/bits8")));
-        compare(&format!("{case}: f32, torch"), &f32, &torch);
-        compare(&format!("{case}: 8 bits, f32"), &bits8, &torch);
-        compare(&format!("{case}: bitsandbytes, f32"), &bnb, &torch);
-        compare(&format!("{case}: 8 bits, bitsandbytes"), &bits8, &bnb);
+    let (torch, bnb) = (golden.floats("even/f32"), golden.floats("even/bits8"));
+    let bits8 = in_8_bits([1.0; 4]);
+    assert!(difference(&in_f32([1.0; 4]), &torch).0 < 2e-8);
+    let (ours, theirs) = (difference(&bits8, &torch), difference(&bnb, &torch));
+    let apart = difference(&bits8, &bnb);
+    for (what, (most, rms)) in [("ours", ours), ("bitsandbytes", theirs), ("to each other", apart)] {
+        println!("{what}: largest {most:.2e}, rms {rms:.2e}");
     }
+    assert!(ours.1 <= theirs.1 && ours.0 <= 1.1 * theirs.0 && apart.1 <= 0.1 * ours.1);
+}
+
+/// Gradients of sizes 1, 1/64, 1/4096 and 0 in every block.
+#[test]
+fn wide_blocks_neither_drift_nor_jump() {
+    let scales = [1.0, 0.5f32.powi(6), 0.5f32.powi(12), 0.0];
+    let golden = Golden::open();
+    let (torch, bnb) = (golden.floats("wide/f32"), golden.floats("wide/bits8"));
+    let bits8 = in_8_bits(scales);
+    let ours = [0, 1, 2, 3].map(|group| of_group("ours", group, &bits8, &torch));
+    let theirs = [0, 1, 2, 3].map(|group| of_group("bitsandbytes", group, &bnb, &torch));
+    // Where nothing pulls, decay alone moves; with zero taken for 2e-5 of the largest it is more.
+    assert_eq!(ours[3].0, 0.0);
+    assert!(theirs[3].1 > 3e-4);
+    // 200 steps of 1e-3: with the nearest code the third group was 1.5 away.
+    assert!(ours[2].0 < 0.1 && ours[2].1 < theirs[2].1 && ours[0].1 <= theirs[0].1);
 }
