@@ -63,6 +63,7 @@ impl Optimizer {
     }
 
     /// Updates the adapter. `step` counts from 1. `grad_norm` is [`norm`] of the gradients.
+    /// Errors: an 8-bit update that would leave the range of f32 (65).
     pub fn step(&self, lora: &Lora, gradients: &Lora, grad_norm: f64, lr: f64, step: u64) -> Result<()> {
         let spec = self.spec;
         // torch.nn.utils.clip_grad_norm_ adds 1e-6 to the norm.
@@ -77,12 +78,14 @@ impl Optimizer {
             step,
             gradient_scale: clip,
         };
-        for ((p, g), moments) in lora.tensors().zip(gradients.tensors()).zip(&self.moments) {
+        for (((name, p), g), moments) in lora.named_tensors().zip(gradients.tensors()).zip(&self.moments) {
             match moments {
-                Moments::F32 { m, v } => adamw_step(p, m, v, g, options),
-                Moments::Bits8(moments) => adamw8_step(p, moments, g, options),
+                Moments::F32 { m, v } => adamw_step(p, m, v, g, options).map_err(internal)?,
+                // Types and shapes are this module's, so what it refuses is the numbers.
+                Moments::Bits8(moments) => adamw8_step(p, moments, g, options).map_err(|e| {
+                    Error::data(format!("step {step}: {name}: {e}")).with_hint("a lower --lr")
+                })?,
             }
-            .map_err(internal)?;
         }
         Ok(())
     }

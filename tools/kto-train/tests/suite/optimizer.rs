@@ -179,6 +179,20 @@ fn names_of_transformers_are_known_and_bad_values_refused() {
 }
 
 #[test]
+fn an_update_out_of_range_ends_the_run_before_it_is_written() {
+    let b = Bench::new();
+    let output = b.train(&[&FLAGS[..5], &["--lr", "1e308", "--checkpoint-every", "1"]].concat());
+    let err = stderr(&output);
+    assert_eq!(output.status.code(), Some(65), "{err}");
+    assert!(
+        err.contains("step 1: ") && err.contains(".lora_A: adamw8_step: element 0 would not be finite"),
+        "{err}"
+    );
+    assert!(err.contains("hint: a lower --lr"), "{err}");
+    assert!(!b.out().join("checkpoints").exists());
+}
+
+#[test]
 fn the_optimizer_is_a_part_of_the_plan() {
     let b = Bench::new();
     let flags = ["-q", "--max-steps", "2", "--checkpoint-every", "1"];
