@@ -1,7 +1,8 @@
 //! A dynamic map with its search: a table look-up and one comparison a value, with the results of [`nearest`].
 //!
 //! Called once per value and step by [`crate::adamw8`], where the search through 256 values would be most of the time.
-//! Invariant: equal to [`nearest`] for every f32. The index grows with the magnitude, and the bits of a magnitude grow with it; their upper half
+//! Called within [`crate::simd`], it becomes gathers: so both tables are of 32 bits.
+//! Invariant: equal to [`nearest`] for every f32 but NaN. The index grows with the magnitude, and the bits of a magnitude grow with it; their upper half
 //! cuts the magnitudes into buckets of 1/128 of a binade, which are narrower than the map's gaps: a bucket meets one end of a gap at most.
 
 use super::{ZERO, nearest, signed, unsigned};
@@ -20,9 +21,9 @@ pub struct Codec {
     map: &'static [f32; 256],
     zero: u8,
     /// Place of the least magnitude of each bucket.
-    starts: [u8; BUCKETS],
-    /// The least magnitude whose place is above this one; NaN for the last.
-    ends: [f32; 256],
+    starts: [u32; BUCKETS],
+    /// Bits of the least magnitude whose place is above this one; for the last none has such bits.
+    ends: [u32; 256],
 }
 
 impl Codec {
@@ -37,15 +38,15 @@ impl Codec {
     }
 
     fn new(map: &'static [f32; 256], zero: u8) -> Self {
-        let mut ends = [f32::NAN; 256];
+        let mut ends = [u32::MAX; 256];
         for (end, pair) in ends.iter_mut().zip(map[zero as usize..].windows(2)) {
             let middle = (pair[0] + pair[1]) * 0.5;
             let up = map[nearest(map, middle) as usize] == pair[1];
-            *end = if up { middle } else { middle.next_up() };
+            *end = if up { middle.to_bits() } else { middle.next_up().to_bits() };
         }
         let mut starts = [0; BUCKETS];
         for (upper, start) in (FIRST..).zip(&mut starts) {
-            *start = nearest(map, f32::from_bits(upper << 16)) - zero;
+            *start = u32::from(nearest(map, f32::from_bits(upper << 16)) - zero);
         }
         Self { map, zero, starts, ends }
     }
@@ -55,28 +56,28 @@ impl Codec {
         self.zero
     }
 
-    /// Returns what [`nearest`] returns.
+    /// Returns what [`nearest`] returns for a number. Without a branch: signs and gaps are as good as random.
     #[inline(always)]
     pub fn nearest(&self, x: f32) -> u8 {
-        let magnitude = x.abs();
-        let bucket = (magnitude.to_bits() >> 16).clamp(FIRST, LAST) - FIRST;
+        let (magnitude, sign) = (x.to_bits() & (u32::MAX >> 1), (x.to_bits() >> 31) as i32);
+        let bucket = (magnitude >> 16).clamp(FIRST, LAST) - FIRST;
         let start = self.starts[bucket as usize];
-        let place = start + u8::from(magnitude >= self.ends[start as usize]);
-        // The signed map has no −1, the unsigned one nothing below 0; NaN takes the lower way.
-        if x >= 0.0 { self.zero + place } else { self.zero.saturating_sub(place) }
+        let place = start as i32 + i32::from(magnitude >= self.ends[start as usize & 255]);
+        // The two's complement of a negative number's place. The signed map has no −1, the unsigned one nothing below 0.
+        (i32::from(self.zero) + ((place ^ -sign) + sign)).max(0) as u8
     }
 
     /// Writes the codes of finite values, a block, and returns the block's largest magnitude.
+    #[inline(always)]
     pub fn encode(&self, values: &[f32], codes: &mut [u8]) -> f32 {
         // As integers, whose maximum compilers make SIMD of.
         let bits = values.iter().fold(0, |most, v| v.abs().to_bits().max(most));
         let largest = f32::from_bits(bits);
         let inverse = 1.0 / largest;
-        let pairs = codes.iter_mut().zip(values);
         if inverse.is_finite() {
-            pairs.for_each(|(c, v)| *c = self.nearest(v * inverse));
+            codes.iter_mut().zip(values).for_each(|(c, v)| *c = self.nearest(v * inverse));
         } else if largest > 0.0 {
-            pairs.for_each(|(c, v)| *c = self.nearest(v / largest));
+            codes.iter_mut().zip(values).for_each(|(c, v)| *c = self.nearest(v / largest));
         } else {
             codes.fill(self.zero);
         }
@@ -99,7 +100,8 @@ mod tests {
     #[test]
     fn the_search_is_equal_to_nearest_everywhere() {
         for codec in [Codec::signed(), Codec::unsigned()] {
-            let buckets = (0..=0x7f80u32).flat_map(|upper| [upper << 16, (upper << 16) | 0xffff]);
+            let buckets = (0..0x7f80u32).flat_map(|upper| [upper << 16, (upper << 16) | 0xffff]);
+            let buckets = buckets.chain([f32::INFINITY.to_bits()]);
             let steps = codec.map.windows(2).flat_map(|w| {
                 let middle = (w[0].abs() + w[1].abs()) * 0.5;
                 [middle.next_down(), middle, middle.next_up(), w[0].abs(), w[1].abs()].map(f32::to_bits)
@@ -113,8 +115,7 @@ mod tests {
             }
             assert!(checked > 130_000);
             // One step at most: no two ends lie in one bucket.
-            let ends: Vec<u32> =
-                codec.ends.iter().filter(|e| !e.is_nan()).map(|e| e.to_bits() >> 16).collect();
+            let ends: Vec<u32> = codec.ends.iter().filter(|e| **e != u32::MAX).map(|e| e >> 16).collect();
             assert_eq!(ends.len(), 255 - codec.zero as usize);
             assert!(ends.windows(2).all(|w| w[0] < w[1]) && ends[0] > FIRST && ends.last() < Some(&LAST));
         }
