@@ -6,6 +6,7 @@
 //! Deliberately absent: autograd. Backward passes are explicit functions beside their forward.
 
 mod adamw;
+pub mod adamw8;
 mod attention;
 mod dropout;
 mod elementwise;

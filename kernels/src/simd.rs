@@ -6,20 +6,20 @@
 /// Defines a function whose body is also compiled with AVX2 and AVX-512 and chosen at run time. Everything it calls must be inlined.
 /// The body may use `FUSED`: whether fused multiply-adds are instructions.
 macro_rules! simd {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident<T: Real>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident$(<$t:ident: Real>)?($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        $vis fn $name<T: Real>($($arg: $type),*) $(-> $ret)? {
+        $vis fn $name$(<$t: Real>)?($($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
-            fn body<T: Real, const FUSED: bool>($($arg: $type),*) $(-> $ret)? $body
+            fn body<$($t: Real,)? const FUSED: bool>($($arg: $type),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,fma")]
-                fn avx512<T: Real>($($arg: $type),*) $(-> $ret)? {
-                    body::<T, true>($($arg),*)
+                fn avx512$(<$t: Real>)?($($arg: $type),*) $(-> $ret)? {
+                    body::<$($t,)? true>($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2<T: Real>($($arg: $type),*) $(-> $ret)? {
-                    body::<T, true>($($arg),*)
+                fn avx2$(<$t: Real>)?($($arg: $type),*) $(-> $ret)? {
+                    body::<$($t,)? true>($($arg),*)
                 }
                 if is_x86_feature_detected!("fma") {
                     if is_x86_feature_detected!("avx512f") {
@@ -32,7 +32,7 @@ macro_rules! simd {
                     }
                 }
             }
-            body::<T, { cfg!(target_arch = "aarch64") }>($($arg),*)
+            body::<$($t,)? { cfg!(target_arch = "aarch64") }>($($arg),*)
         }
     };
 }

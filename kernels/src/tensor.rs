@@ -2,7 +2,10 @@
 
 use crate::real::{Operand, Real};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
-use std::ops::{Deref, Range};
+use std::{
+    cell::Cell,
+    ops::{Deref, Range},
+};
 
 /// Runs `$body` with `$T` bound to the Rust type of a tensor's elements.
 macro_rules! with_type {
@@ -81,19 +84,43 @@ fn extent(layout: &Layout, stored: usize) -> Result<Range<usize>> {
 }
 
 /// Runs `f` on the elements of a contiguous tensor, in place. `f` must not read `target` through another tensor: the lock is held.
-pub(crate) fn write<T: Real>(target: &Tensor, f: impl Fn(&mut [T]) -> Result<()>) -> Result<()> {
-    struct Write<F, T>(F, std::marker::PhantomData<T>);
-    impl<T: Real, F: Fn(&mut [T]) -> Result<()>> InplaceOp1 for Write<F, T> {
+pub(crate) fn write<T: Real>(target: &Tensor, f: impl FnOnce(&mut [T]) -> Result<()>) -> Result<()> {
+    write_as(target, T::slice_mut, f)
+}
+
+/// As [`write`], on the bytes of a U8 tensor.
+pub(crate) fn write_bytes(target: &Tensor, f: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+    fn bytes(storage: &mut CpuStorage) -> Option<&mut [u8]> {
+        match storage {
+            CpuStorage::U8(v) => Some(v),
+            _ => None,
+        }
+    }
+    write_as(target, bytes, f)
+}
+
+fn write_as<E>(
+    target: &Tensor,
+    elements: impl for<'a> Fn(&'a mut CpuStorage) -> Option<&'a mut [E]>,
+    f: impl FnOnce(&mut [E]) -> Result<()>,
+) -> Result<()> {
+    /// The operation as candle wants it; it is asked once.
+    struct Write<S, F, E>(S, Cell<Option<F>>, std::marker::PhantomData<E>);
+    impl<E, S, F> InplaceOp1 for Write<S, F, E>
+    where
+        S: for<'a> Fn(&'a mut CpuStorage) -> Option<&'a mut [E]>,
+        F: FnOnce(&mut [E]) -> Result<()>,
+    {
         fn name(&self) -> &'static str {
             "write"
         }
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-            match T::slice_mut(storage) {
-                Some(all) => {
+            match (self.0(storage), self.1.take()) {
+                (Some(all), Some(f)) => {
                     let range = extent(layout, all.len())?;
-                    self.0(&mut all[range])
+                    f(&mut all[range])
                 }
-                None => bail!("the tensor holds another element type"),
+                _ => bail!("the tensor holds another element type"),
             }
         }
     }
@@ -101,7 +128,7 @@ pub(crate) fn write<T: Real>(target: &Tensor, f: impl Fn(&mut [T]) -> Result<()>
     if target.dims().contains(&0) {
         return f(&mut []);
     }
-    target.inplace_op1(&Write(f, std::marker::PhantomData))
+    target.inplace_op1(&Write(elements, Cell::new(Some(f)), std::marker::PhantomData))
 }
 
 /// Fails when two tensors share memory: the lock to write one would wait for ever for the lock held to read the other.

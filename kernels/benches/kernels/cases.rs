@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use kto_kernels::{
     AdamW, AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, DropoutKey, Factor,
-    HeadShape, Onto, Product, RopeTable, Segment, adamw_step, add, add_bias, attention, attention_backward,
+    HeadShape, Onto, Product, RopeTable, Segment, adamw_step, adamw8::{self, Moments8, adamw8_step}, add, add_bias, attention, attention_backward,
     dropout, first_non_finite, gather_rows, logprob_stats, logprob_unit_gradient, matmul, multiply,
     quant::nf4, rms_norm, rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows,
     sum_of_squares, swiglu, swiglu_backward,
@@ -223,6 +223,7 @@ fn head() -> Vec<Case> {
 fn updates() -> Vec<Case> {
     let (n, rows, columns) = (5 << 20, 4096, 4096);
     let (p, m, v, g) = (vector(n), vector(n), vector(n).abs().unwrap(), vector(n));
+    let (p8, g8, moments) = (vector(n), g.clone(), Moments8::zeros(&p).unwrap());
     let update = |step| AdamW {
         lr: 1e-6,
         beta1: 0.9,
@@ -239,6 +240,9 @@ fn updates() -> Vec<Case> {
     vec![
         case("adamw_step", format!("{n}"), bytes(7 * n), move || {
             adamw_step(&p, &m, &v, &g, update(3)).unwrap()
+        }),
+        case("adamw8_step", format!("{n}"), Work::Bytes(16 * n + 16 * n / adamw8::BLOCK), move || {
+            adamw8_step(&p8, &moments, &g8, update(3)).unwrap()
         }),
         case("nf4 dequantize", format!("{rows}×{columns}"), Work::Bytes(moved), move || {
             nf4::dequantize(&packed, &absmax, &mut out);

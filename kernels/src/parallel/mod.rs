@@ -5,6 +5,7 @@ mod team;
 pub use team::with_team;
 
 use rayon::prelude::*;
+use std::marker::PhantomData;
 
 /// Below this many elements a call stays on one thread: waking others costs more.
 const SMALL: usize = 1 << 14;
@@ -32,6 +33,32 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], columns: usize, f: impl Fn(usize,
             unsafe { std::slice::from_raw_parts_mut(at.at(start), (columns * rows).min(total - start)) };
         chunk.chunks_mut(columns).enumerate().for_each(|(i, row)| f(block * rows + i, row));
     });
+}
+
+/// A slice in pieces that several tasks change at the same time.
+pub(crate) struct Pieces<'a, T> {
+    at: Shared<T>,
+    len: usize,
+    piece: usize,
+    _borrowed: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> Pieces<'a, T> {
+    /// Cuts `slice` into pieces of `piece` elements; the last may be shorter.
+    pub fn new(slice: &'a mut [T], piece: usize) -> Self {
+        Self { at: Shared(slice.as_mut_ptr()), len: slice.len(), piece: piece.max(1), _borrowed: PhantomData }
+    }
+
+    /// Returns piece `i`; nothing behind the end.
+    ///
+    /// # Safety
+    /// No piece may be asked for again while the slice that it was before is alive.
+    #[allow(clippy::mut_from_ref)] // what the contract above is about
+    pub unsafe fn take(&self, i: usize) -> &'a mut [T] {
+        let start = i.saturating_mul(self.piece).min(self.len);
+        // SAFETY: within the borrowed slice, and apart from all other pieces.
+        unsafe { std::slice::from_raw_parts_mut(self.at.at(start), self.piece.min(self.len - start)) }
+    }
 }
 
 /// A pointer that may cross threads; the tasks that share it write disjoint places.

@@ -2,10 +2,12 @@
 //!
 //! Forward passes are held against short f64 loops written here, backward passes against candle's autograd on composed operations
 //! and against central differences, f32 against f64, and any number of threads against one, bit for bit.
-//! Deliberately absent: timings, and goldens of other programs except the rotation angles.
-#![allow(clippy::unwrap_used)] // clippy knows test functions, not their helpers
+//! Deliberately absent: timings, and goldens of other programs except the rotation angles and 8-bit AdamW.
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // clippy knows test functions, not their helpers
 
 mod adamw;
+mod adamw8;
+mod adamw8_golden;
 mod attention;
 mod attention_layout;
 mod attention_refusals;

@@ -2,7 +2,10 @@
 
 use crate::attention_layout::*;
 use crate::support::*;
-use kto_kernels::*;
+use kto_kernels::{
+    adamw8::{Moments8, adamw8_step},
+    *,
+};
 
 #[test]
 fn matrix_products() {
@@ -92,7 +95,8 @@ fn rotation_and_optimizer() {
         (RopeTable::new(16, 10000.0, 257), single(&normal(257, 96, 1)), single(&normal(257, 96, 2)));
     let positions: Vec<u32> = (0..257).rev().collect();
     assert_same_on_any_pool("rope and adamw", || {
-        let (p, m, v) = (x.copy()?, x.zeros_like()?, x.zeros_like()?);
+        let (p, m, v, p8) = (x.copy()?, x.zeros_like()?, x.zeros_like()?, x.copy()?);
+        let Moments8 { m: m8, v: v8 } = Moments8::zeros(&x)?;
         let o = AdamW {
             lr: 0.01,
             beta1: 0.9,
@@ -103,7 +107,10 @@ fn rotation_and_optimizer() {
             gradient_scale: 0.5,
         };
         adamw_step(&p, &m, &v, &g, o)?;
+        let moments = Moments8 { m: m8.clone(), v: v8.clone() };
+        with_team(|| adamw8_step(&p8, &moments, &g, o))?;
         let turned = |inverse| changed(&x, |x| rope(x, &table, &positions, inverse));
-        Ok(vec![turned(false)?, turned(true)?, p, m, v])
+        let state8 = [p8, m8.codes, m8.absmax, v8.codes, v8.absmax];
+        Ok([turned(false)?, turned(true)?, p, m, v].into_iter().chain(state8).collect())
     });
 }

@@ -104,6 +104,12 @@ impl Lora {
         })
     }
 
+    /// Returns every trained tensor with its name, in the order of [`Lora::tensors`].
+    pub fn named_tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        self.named()
+            .flat_map(|(name, f)| [(format!("{name}.lora_A"), &f.a), (format!("{name}.lora_B"), &f.b)])
+    }
+
     /// Returns every trained tensor in a fixed order: A then B, module by module, block by block.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.layers.iter().flatten().flatten().flat_map(|f| [&f.a, &f.b])

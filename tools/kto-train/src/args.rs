@@ -104,6 +104,22 @@ pub struct Args {
     #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = probability, help_heading = "Optimizer")]
     pub warmup_ratio: f64,
 
+    /// Optimizer
+    #[arg(long, value_name = "NAME", default_value = "adamw", alias = "optim", help_heading = "Optimizer")]
+    pub optimizer: OptimizerKind,
+
+    /// Decay of AdamW's first moment
+    #[arg(long, value_name = "X", default_value_t = 0.9, value_parser = probability, alias = "adam_beta1", help_heading = "Optimizer")]
+    pub adam_beta1: f64,
+
+    /// Decay of AdamW's second moment
+    #[arg(long, value_name = "X", default_value_t = 0.999, value_parser = probability, alias = "adam_beta2", help_heading = "Optimizer")]
+    pub adam_beta2: f64,
+
+    /// Added to AdamW's denominator
+    #[arg(long, value_name = "X", default_value_t = 1e-8, value_parser = epsilon, alias = "adam_epsilon", help_heading = "Optimizer")]
+    pub adam_epsilon: f64,
+
     /// Decoupled weight decay of AdamW
     #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative, help_heading = "Optimizer")]
     pub weight_decay: f64,
@@ -185,6 +201,17 @@ pub enum LossKind {
     Sft,
 }
 
+/// Names of the optimizers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OptimizerKind {
+    /// AdamW with f32 moments: 8 bytes a parameter
+    #[value(alias = "adamw_torch", alias = "adamw_torch_fused")]
+    Adamw,
+    /// AdamW with block-wise 8-bit moments: 2.03 bytes a parameter; tensors below 4096 elements keep f32
+    #[value(name = "adamw-8bit", alias = "adamw_8bit", alias = "adamw_bnb_8bit", alias = "paged_adamw_8bit")]
+    Adamw8bit,
+}
+
 /// Names of the schedules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ScheduleKind {
@@ -202,6 +229,12 @@ pub enum ScheduleKind {
 pub enum Preset {
     /// TRL 1.16
     Trl,
+}
+
+/// An f32 of full precision: with less, a gradient of zero would become 0 / 0.
+fn epsilon(text: &str) -> Result<f64, String> {
+    let least = f64::from(f32::MIN_POSITIVE);
+    finite(text).and_then(|x| if x >= least { Ok(x) } else { Err("must be at least 1.2e-38".into()) })
 }
 
 fn probability(text: &str) -> Result<f64, String> {

@@ -1,14 +1,14 @@
 //! Checkpoints: everything that the next step depends on beside the plan, in a directory that appears whole.
 //!
-//! Order, KL partners, dropout and learning rate are functions of the step, so the state is the adapter in f32, the moments,
-//! the step, and how long metrics.jsonl was.
+//! Order, KL partners, dropout and learning rate are functions of the step, so the state is the adapter in f32, the optimizer's parts
+//! as they are (f32, or 8-bit codes with their scales), the step, and how long metrics.jsonl was.
 
 use crate::{optimizer::Optimizer, run_dir::RunDir};
-use candle_core::Tensor;
-use kto_cli::{Error, Result, atomic, hash::Sha256Hex, input};
+use candle_core::{DType, Tensor};
+use kto_cli::{Error, Result, atomic, escape, hash::Sha256Hex, input};
 use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
-    tensors::TensorStore,
+    tensors::{TensorStore, TensorView},
 };
 use kto_model::lora::Lora;
 use safetensors::Dtype;
@@ -40,14 +40,10 @@ pub fn save(run: &RunDir, position: Position, lora: &Lora, optimizer: &Optimizer
     let directory = atomic::AtomicDir::create(&parent.join(format!("step-{:08}", position.step)), true)?;
     let state = directory.path().join("state.safetensors");
     let parts = named(lora, optimizer);
-    let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), Dtype::F32, t.dims())).collect();
+    let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), stored(t), t.dims())).collect();
     let mut writer = SafetensorsWriter::new(&state, specs, &BTreeMap::new())?;
     for (name, tensor) in &parts {
-        let values = tensor
-            .flatten_all()
-            .and_then(|t| t.to_vec1::<f32>())
-            .map_err(|e| Error::internal(format!("checkpoint: {e}")))?;
-        writer.write(name, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;
+        writer.write(name, &bytes(tensor).map_err(internal)?)?;
     }
     writer.finish()?;
     let manifest = json!({
@@ -102,15 +98,10 @@ fn read(path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
     for (name, tensor) in &parts {
         let view = store.require(name)?;
         view.expect_shape(tensor.dims())?;
-        values.push(view.to_f32()?);
+        values.push(loaded(&view, tensor)?);
     }
-    for ((_, target), values) in parts.iter().zip(values) {
-        let set = || {
-            let loaded =
-                Tensor::from_vec(values, target.shape(), target.device())?.to_dtype(target.dtype())?;
-            target.slice_set(&loaded, 0, 0)
-        };
-        set().map_err(|e| Error::internal(format!("checkpoint: {e}")))?;
+    for ((_, target), values) in parts.iter().zip(&values) {
+        target.slice_set(values, 0, 0).map_err(internal)?;
     }
     Ok(Position {
         step: number("step")?,
@@ -140,11 +131,38 @@ fn list(parent: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Returns everything that is stored, by name.
 fn named<'a>(lora: &'a Lora, optimizer: &'a Optimizer) -> Vec<(String, &'a Tensor)> {
-    let part = |prefix: &'static str, lora: &'a Lora| {
-        lora.named().flat_map(move |(name, f)| {
-            [(format!("{prefix}/{name}.lora_A"), &f.a), (format!("{prefix}/{name}.lora_B"), &f.b)]
-        })
+    let adapter = lora.named_tensors().map(|(name, t)| (format!("adapter/{name}"), t));
+    adapter.chain(optimizer.parts(lora)).collect()
+}
+
+/// Returns how a tensor is stored: codes as they are, numbers in f32.
+fn stored(tensor: &Tensor) -> Dtype {
+    if tensor.dtype() == DType::U8 { Dtype::U8 } else { Dtype::F32 }
+}
+
+fn bytes(tensor: &Tensor) -> candle_core::Result<Vec<u8>> {
+    let flat = tensor.flatten_all()?;
+    match stored(tensor) {
+        Dtype::U8 => flat.to_vec1(),
+        _ => Ok(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect()),
+    }
+}
+
+/// Returns a stored tensor in the type and shape of `like`.
+fn loaded(view: &TensorView, like: &Tensor) -> Result<Tensor> {
+    if view.dtype != stored(like) {
+        let (name, found, needed) = (escape(view.name), view.dtype, stored(like));
+        return Err(Error::data(format!("tensor \"{name}\" is {found} where {needed} is needed")));
+    }
+    let tensor = match view.dtype {
+        Dtype::U8 => Tensor::from_slice(view.data, like.shape(), like.device()),
+        _ => Tensor::from_vec(view.to_f32()?, like.shape(), like.device()),
     };
-    part("adapter", lora).chain(part("m", &optimizer.m)).chain(part("v", &optimizer.v)).collect()
+    tensor.and_then(|t| t.to_dtype(like.dtype())).map_err(internal)
+}
+
+fn internal(e: candle_core::Error) -> Error {
+    Error::internal(format!("checkpoint: {e}"))
 }

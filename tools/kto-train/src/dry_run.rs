@@ -49,6 +49,18 @@ pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
         ),
     )?;
     line("learning rate", format!("{} {}, warm-up {} steps", plan.lr, plan.schedule, plan.warmup_steps))?;
+    line(
+        "optimizer",
+        format!(
+            "{}, betas {} and {}, epsilon {}, weight decay {}, gradient norm {}",
+            plan.optimizer,
+            plan.adam_beta1,
+            plan.adam_beta2,
+            plan.adam_epsilon,
+            plan.weight_decay,
+            plan.max_grad_norm
+        ),
+    )?;
     for item in &fit.plan.items {
         line(&format!("memory: {}", item.name), units::size(item.bytes))?;
     }

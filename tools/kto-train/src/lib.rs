@@ -21,7 +21,7 @@ pub mod schedule;
 pub mod step;
 mod train;
 
-pub use args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind};
+pub use args::{Args, LossKind, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
 
 use candle_core::DType;
 use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, output, signal};

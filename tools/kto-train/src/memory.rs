@@ -1,7 +1,7 @@
 //! From `--memory` to the memory plan: the limit, the batches of the run by size, the table, and the refusal.
 
 use crate::{
-    args::Args,
+    args::{Args, OptimizerKind},
     order::{Order, jobs},
     plan::{Inputs, Plan},
     run_dir,
@@ -9,7 +9,9 @@ use crate::{
 use kto_cli::{Error, Kind, Result, Ui, memory, number::Size, units};
 use kto_formats::{bnb, model_dir::ModelDir, tokens::TokenRow};
 use kto_model::{
-    memory::{self as planned, AdapterSize, BatchShape, Batches, Demand, Item, MemoryPlan, WeightSize},
+    memory::{
+        self as planned, AdapterSize, BatchShape, Batches, Demand, Item, MemoryPlan, Moments, WeightSize,
+    },
     reference::{self, Pair},
     rows::{Packing, groups},
 };
@@ -88,6 +90,10 @@ impl Fit {
             architecture: a,
             weights: WeightSize::of(a, inputs.model, ids),
             adapter,
+            moments: match plan.typed.optimizer.kind {
+                OptimizerKind::Adamw => Moments::F32,
+                OptimizerKind::Adamw8bit => Moments::Bits8,
+            },
             adapter_copy: plan.typed.reference_is_adapter,
             positions: crate::data::positions(tokens),
             threads: rayon::current_num_threads(),

@@ -1,6 +1,9 @@
 //! From what the user asked for to what will be done, with every value explicit. The plan is the run's manifest.
 
-use crate::args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind};
+use crate::{
+    args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind},
+    optimizer::OptimizerSpec,
+};
 use kto_cli::{Error, Result, escape};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_model::{
@@ -10,6 +13,7 @@ use kto_model::{
     rows::Packing,
 };
 use serde::Serialize;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 /// Everything that decides the result, and nothing that does not.
@@ -51,6 +55,14 @@ pub struct Plan {
     pub schedule: String,
     /// Steps of rising learning rate.
     pub warmup_steps: u64,
+    /// adamw or adamw-8bit.
+    pub optimizer: String,
+    /// Decay of the first moment.
+    pub adam_beta1: f64,
+    /// Decay of the second moment.
+    pub adam_beta2: f64,
+    /// Added to AdamW's denominator.
+    pub adam_epsilon: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// Largest gradient norm; 0 is no limit.
@@ -82,6 +94,8 @@ pub struct Typed {
     pub loss: LossSpec,
     /// The schedule.
     pub schedule: ScheduleKind,
+    /// The optimizer.
+    pub optimizer: OptimizerSpec,
     /// The adapted modules of a fresh adapter.
     pub modules: Vec<Module>,
     /// Whether TRL's order is asked for.
@@ -144,6 +158,10 @@ impl Plan {
             lr: args.lr,
             schedule: value_name(args.schedule),
             warmup_steps: if args.warmup_steps > 0 { args.warmup_steps } else { ratio },
+            optimizer: value_name(args.optimizer),
+            adam_beta1: args.adam_beta1,
+            adam_beta2: args.adam_beta2,
+            adam_epsilon: args.adam_epsilon,
             weight_decay: args.weight_decay,
             max_grad_norm: args.max_grad_norm,
             batch,
@@ -160,6 +178,7 @@ impl Plan {
                     undesirable_weight: args.undesirable_weight,
                 },
                 schedule: args.schedule,
+                optimizer: optimizer(args),
                 modules,
                 trl: args.preset == Some(Preset::Trl),
                 reference_is_adapter: args.reference == ReferenceKind::InitAdapter,
@@ -173,6 +192,28 @@ impl Plan {
     /// Returns how rows become packs of about `rows` rows.
     pub fn packing(&self, rows: usize) -> Packing {
         if self.lora_dropout > 0.0 { Packing::Single } else { Packing::Shared(rows) }
+    }
+}
+
+/// Returns what a plan that does not name `field` did: the field is newer than the run. Null for a field that all plans have.
+pub fn before(field: &str) -> Value {
+    match field {
+        "optimizer" => json!("adamw"),
+        "adam_beta1" => json!(0.9),
+        "adam_beta2" => json!(0.999),
+        "adam_epsilon" => json!(1e-8),
+        _ => Value::Null,
+    }
+}
+
+fn optimizer(args: &Args) -> OptimizerSpec {
+    OptimizerSpec {
+        kind: args.optimizer,
+        beta1: args.adam_beta1,
+        beta2: args.adam_beta2,
+        epsilon: args.adam_epsilon,
+        weight_decay: args.weight_decay,
+        max_grad_norm: args.max_grad_norm,
     }
 }
 

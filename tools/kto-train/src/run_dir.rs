@@ -3,7 +3,10 @@
 //! `run.json` plan and state, `metrics.jsonl` and `timing.jsonl` a line a step, `adapter/` the result, `checkpoints/step-N/`,
 //! `reference.safetensors` cached reference log-probabilities, `data.kto.arrow` when the data came through a pipe.
 
-use crate::{args::Args, plan::Plan};
+use crate::{
+    args::Args,
+    plan::{self, Plan},
+};
 use kto_cli::{Error, Kind, Result, atomic, escape, lock::RunLock};
 use kto_model::memory::MemoryPlan;
 use serde_json::{Value, json};
@@ -172,7 +175,7 @@ pub fn differences(old: &Value, new: &Plan) -> Vec<(String, String, String)> {
     let new = serde_json::to_value(new).unwrap_or_default();
     let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else { return Vec::new() };
     let differs = |(field, value): (&String, &Value)| {
-        let before = old.get(field).cloned().unwrap_or_default();
+        let before = old.get(field).cloned().unwrap_or_else(|| plan::before(field));
         (before != *value).then(|| (field.clone(), before.to_string(), value.to_string()))
     };
     new.iter().filter_map(differs).collect()

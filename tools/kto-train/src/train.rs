@@ -3,7 +3,7 @@
 use crate::{
     checkpoint::{self, Position},
     metrics::{self, StepFacts},
-    optimizer::{Optimizer, OptimizerSpec, norm},
+    optimizer::{Optimizer, norm},
     order::{Block, Order},
     pace::{self, Lap, Pace, Work},
     plan::Plan,
@@ -53,9 +53,7 @@ impl Run<'_> {
     /// Trains `lora` in place, writes the run's results and returns a line about them.
     pub fn train(&self, lora: &Lora, resume: bool) -> Result<String> {
         let initial = if self.plan.typed.reference_is_adapter { Some(lora.deep_copy()?) } else { None };
-        let spec =
-            OptimizerSpec { weight_decay: self.plan.weight_decay, max_grad_norm: self.plan.max_grad_norm };
-        let optimizer = Optimizer::new(spec, lora)?;
+        let optimizer = Optimizer::new(self.plan.typed.optimizer, lora)?;
         let warn = |line| self.ui.warn(line);
         let start = if resume {
             checkpoint::load(self.dir, lora, &optimizer, warn)?.unwrap_or_default()

@@ -1,6 +1,6 @@
 //! The arithmetic of the plan: what each part of a run holds when a batch is at its largest.
 
-use super::{BatchShape, Demand, Item, MemoryPlan};
+use super::{BatchShape, Demand, Item, MemoryPlan, Moments};
 use crate::buffers::Widths;
 use kto_kernels::attention_scratch;
 
@@ -72,7 +72,10 @@ fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
         item(weights, demand.weights.resident(stream)),
         item("adapter", parameters.saturating_mul(if demand.adapter_copy { 2 } else { 1 })),
         item("gradients", parameters),
-        item("AdamW moments", parameters.saturating_mul(2)),
+        match demand.moments {
+            Moments::F32 => item("AdamW moments", parameters.saturating_mul(2)),
+            Moments::Bits8 => item("AdamW moments in 8 bits", demand.adapter.moments8),
+        },
         item("norms and rotary tables", norms + rope),
         item("tokens", demand.token_bytes),
         item(

@@ -58,6 +58,8 @@ pub struct Demand<'a> {
     pub weights: WeightSize,
     /// The trained part.
     pub adapter: AdapterSize,
+    /// How the optimizer's moments are held.
+    pub moments: Moments,
     /// Whether a copy of the initial adapter is the reference.
     pub adapter_copy: bool,
     /// Length of the rotary tables.
@@ -70,6 +72,15 @@ pub struct Demand<'a> {
     pub pack_rows: Option<usize>,
     /// The batches of the run.
     pub batches: &'a dyn Batches,
+}
+
+/// How AdamW's moments are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moments {
+    /// In f32.
+    F32,
+    /// In 8 bits, those of small tensors in f32 ([`kto_kernels::adamw8`]).
+    Bits8,
 }
 
 /// The batches of a run under a choice.

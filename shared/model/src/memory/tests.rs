@@ -53,6 +53,7 @@ fn demand<'a>(architecture: &'a Architecture, batches: &'a Plain) -> Demand<'a> 
         architecture,
         weights,
         adapter: AdapterSize::fresh(architecture, 16, &crate::architecture::Module::ALL),
+        moments: Moments::F32,
         adapter_copy: false,
         positions: 100,
         threads: 2,
@@ -87,6 +88,26 @@ fn a_roomy_plan_keeps_everything_and_adds_up() {
     assert_eq!(get(&plan, "one block at work"), work * 4);
     assert_eq!(get(&plan, "rows of the head"), (1024 + 1024 + 512 + 512 + 1024) * 512 * 4);
     assert_eq!(get(&plan, "logits of 1024 rows"), 1024 * 1024 * 4);
+}
+
+#[test]
+fn moments_in_8_bits_are_counted_tensor_by_tensor() {
+    let (a, batches) = (architecture(), Plain { rows: 4096 });
+    let plan_of = |moments, rank| {
+        let adapter = AdapterSize::fresh(&a, rank, &crate::architecture::Module::ALL);
+        plan(&Demand { moments, adapter, ..demand(&a, &batches) }, u64::MAX).unwrap()
+    };
+    // Rank 16: sides of 512, 256 and 1024; 4096 elements are the smallest in 8 bits. Two bytes an element, two scales a block.
+    let (f32, bits8) = (plan_of(Moments::F32, 16), plan_of(Moments::Bits8, 16));
+    let parameters = (2 * 1024 + 2 * 768 + 3 * 1536) * 16 * 8;
+    assert_eq!(get(&bits8, "AdamW moments in 8 bits"), 2 * parameters + 8 * parameters / 256);
+    assert_eq!(f32.peak - bits8.peak, 6 * parameters - 8 * parameters / 256);
+    // Rank 15: B of k and v (256 · 15) stays in f32; 512 · 15 and 1024 · 15 elements are 30 and 60 blocks.
+    let small = 2 * 256 * 15 * 8;
+    let large = (2 * 1024 + 2 * 512 + 3 * 1536) * 15 * 8;
+    assert_eq!(get(&plan_of(Moments::Bits8, 15), "AdamW"), 8 * small + 2 * large + 8 * large / 256);
+    // Rank 3 with sides of 512 and 1024: nothing is large.
+    assert_eq!(get(&plan_of(Moments::Bits8, 3), "AdamW"), get(&plan_of(Moments::F32, 3), "AdamW"));
 }
 
 #[test]

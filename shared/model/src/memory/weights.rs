@@ -2,6 +2,7 @@
 
 use crate::architecture::{Architecture, Module};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir};
+use kto_kernels::adamw8::moment_bytes;
 use std::collections::BTreeSet;
 
 /// The linear layers and ends of a model as stored, in bytes of mapped file.
@@ -75,6 +76,8 @@ fn touched(bytes: usize, rows: usize, ids: &BTreeSet<u32>) -> u64 {
 pub struct AdapterSize {
     /// Trained numbers.
     pub parameters: u64,
+    /// Bytes of AdamW's moments when those of large tensors are in 8 bits.
+    pub moments8: u64,
     /// Largest rank by [`Module`]; 0 where there is none.
     pub ranks: [usize; 7],
     /// The lowest adapted block.
@@ -86,20 +89,25 @@ impl AdapterSize {
     pub fn fresh(architecture: &Architecture, rank: usize, modules: &[Module]) -> Self {
         let sides = |m: &Module| {
             let (out, input) = architecture.weight_shape(*m);
-            (out + input) as u64
+            [out, input].map(|side| side as u64 * rank as u64)
         };
-        let sum: u64 = modules.iter().map(sides).sum();
-        let parameters = (sum * rank as u64).saturating_mul(architecture.layers as u64);
+        let of_all = |f: fn(u64) -> u64| -> u64 {
+            let block: u64 = modules.iter().flat_map(sides).map(f).sum();
+            block.saturating_mul(architecture.layers as u64)
+        };
         let ranks = Module::ALL.map(|m| if modules.contains(&m) { rank } else { 0 });
-        Self { parameters, ranks, first: 0 }
+        Self { parameters: of_all(|n| n), moments8: of_all(moment_bytes), ranks, first: 0 }
     }
 
     /// Returns the size of a given adapter.
     pub fn given(architecture: &Architecture, adapter: &Adapter) -> Self {
-        let mut this = Self { parameters: 0, ranks: [0; 7], first: architecture.layers };
+        let mut this = Self { ranks: [0; 7], first: architecture.layers, ..Self::default() };
         for (layer, module) in (0..architecture.layers).flat_map(|l| Module::ALL.map(|m| (l, m))) {
             let Some(pair) = adapter.tensors.get(&module.path(layer)) else { continue };
-            this.parameters += (pair.a.len() + pair.b.len()) as u64;
+            for factor in [&pair.a, &pair.b] {
+                this.parameters += factor.len() as u64;
+                this.moments8 += moment_bytes(factor.len() as u64);
+            }
             this.first = this.first.min(layer);
             let rank = &mut this.ranks[module as usize];
             *rank = pair.r.max(*rank);

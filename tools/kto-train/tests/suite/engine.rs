@@ -62,7 +62,11 @@ fn replay(case: &Case, dtype: DType, packing: Packing) -> Replay {
         packing,
         workspace: &workspace,
     };
-    let spec = OptimizerSpec { weight_decay: case.number("wd"), max_grad_norm: case.number("clip") };
+    let spec = OptimizerSpec {
+        weight_decay: case.number("wd"),
+        max_grad_norm: case.number("clip"),
+        ..OptimizerSpec::default()
+    };
     let optimizer = Optimizer::new(spec, &lora).unwrap();
     let schedule = Schedule {
         kind: case.schedule(),

@@ -6,6 +6,7 @@ mod engine;
 mod forms;
 mod golden;
 mod memory;
+mod optimizer;
 mod pace;
 mod pipeline;
 mod resume;
