@@ -49,6 +49,9 @@ pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
         ),
     )?;
     line("learning rate", format!("{} {}, warm-up {} steps", plan.lr, plan.schedule, plan.warmup_steps))?;
+    if let (Some(held_out), Some(every)) = (inputs.held_out, plan.eval_every) {
+        line("evaluation", format!("{} rows every {every} steps", held_out.tokens.len()))?;
+    }
     for item in &fit.plan.items {
         line(&format!("memory: {}", item.name), units::size(item.bytes))?;
     }

@@ -43,6 +43,11 @@ impl RunLog {
         Ok(Self { path, file, bytes })
     }
 
+    /// Returns the length.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Appends a line and returns the new length.
     pub fn append(&mut self, line: &Value) -> Result<u64> {
         let text = format!("{line}\n");

@@ -60,7 +60,7 @@ fn train(case: &Case, data: &Path, out: &Path) {
 }
 
 /// Tolerance of a key of steps.jsonl: absolute, with its reason.
-fn tolerance(key: &str, truth: f64) -> Option<f64> {
+pub fn tolerance(key: &str, truth: f64) -> Option<f64> {
     Some(match key {
         // TRL's float32 loss and its printing.
         "loss" => 1e-6,

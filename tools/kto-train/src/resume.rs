@@ -1,0 +1,189 @@
+//! From which checkpoint a run goes on: the newest whole one, strictly the newest, or one that the user names.
+//!
+//! A checkpoint of another run is copied into the new run directory first, with the logs up to it, so that from then on there is
+//! one kind of checkpoint only. Nothing is loaded before all of it has been verified.
+
+use crate::{
+    checkpoint::{self, BEST, MANIFEST, Manifest, Position, copy_dir},
+    optimizer::Optimizer,
+    plan::Plan,
+    run_dir::{self, LOGS, RunDir},
+};
+use kto_cli::{
+    Context, Error, Kind, Result, Ui,
+    atomic::{self, AtomicDir},
+    escape, input,
+};
+use kto_model::lora::Lora;
+use std::{
+    ffi::OsString,
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+/// What `--resume` asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// The newest checkpoint that is whole, or the start.
+    Auto,
+    /// The newest checkpoint, or nothing.
+    Strict,
+    /// This checkpoint directory.
+    From(PathBuf),
+}
+
+impl From<OsString> for Resume {
+    fn from(text: OsString) -> Self {
+        match text.to_str() {
+            Some("auto") => Self::Auto,
+            Some("strict") => Self::Strict,
+            _ => Self::From(text.into()),
+        }
+    }
+}
+
+/// Returns the checkpoint directory that is named and is not one of `out`'s own.
+pub fn foreign<'a>(out: &Path, how: Option<&'a Resume>) -> Option<&'a Path> {
+    let Some(Resume::From(path)) = how else { return None };
+    let (own, parent) = (fs::canonicalize(run_dir::checkpoints(out)), fs::canonicalize(path));
+    let is_own = own.is_ok_and(|own| parent.is_ok_and(|p| p.parent() == Some(own.as_path())));
+    (!is_own).then_some(path)
+}
+
+/// What is needed to find a checkpoint.
+pub struct Search<'a> {
+    /// Where it is looked for, and brought to.
+    pub dir: &'a RunDir,
+    /// What it must be of.
+    pub plan: &'a Plan,
+    /// Hears what was passed over.
+    pub ui: &'a Ui,
+}
+
+impl Search<'_> {
+    /// Loads what `how` asks for into `lora` and `optimizer`, brings `best/` to its state, and returns where the run stands.
+    pub fn load(&self, how: &Resume, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
+        let position = match how {
+            Resume::Auto => self.newest_whole(lora, optimizer)?,
+            Resume::Strict => Some(self.newest(lora, optimizer)?),
+            Resume::From(path) => Some(self.named(path, lora, optimizer)?),
+        };
+        self.restore_best(position)?;
+        Ok(position.unwrap_or_default())
+    }
+
+    fn newest_whole(&self, lora: &Lora, optimizer: &Optimizer) -> Result<Option<Position>> {
+        for (_, path) in checkpoint::list(&self.dir.checkpoints()).into_iter().rev() {
+            match self.read(&path, lora, optimizer) {
+                Ok(position) => return Ok(Some(position)),
+                Err(e) => self.ui.warn(format_args!("checkpoint passed over: {}: {e}", shown(&path))),
+            }
+        }
+        Ok(None)
+    }
+
+    fn newest(&self, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
+        let parent = self.dir.checkpoints();
+        let Some((_, path)) = checkpoint::list(&parent).pop() else {
+            return Err(Error::config(format!("{}: no checkpoint to resume from", shown(&parent)))
+                .with_hint("--resume=auto starts anew when there is none"));
+        };
+        self.read(&path, lora, optimizer).map_err(|e| {
+            Error::config(format!("{}: {e}", shown(&path))).with_hint("--resume=auto takes an older one")
+        })
+    }
+
+    fn named(&self, path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
+        let refused = |e: Error| e.with_kind(Kind::Config);
+        let manifest = Manifest::read(path).at(shown(path)).map_err(refused)?;
+        let step = manifest.position.step;
+        let own = checkpoint::path_of(self.dir, step);
+        if foreign(self.dir.path(), Some(&Resume::From(path.into()))).is_some() {
+            self.bring(path, &own, manifest.position)?;
+        }
+        let position = self.read(&own, lora, optimizer).at(shown(&own)).map_err(refused)?;
+        for (later, path) in checkpoint::list(&self.dir.checkpoints()) {
+            if later > step {
+                fs::remove_dir_all(&path).map_err(|e| Error::writing(&path, &e))?;
+            }
+        }
+        Ok(position)
+    }
+
+    /// Verifies a checkpoint of this directory, then loads it.
+    fn read(&self, path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
+        let manifest = Manifest::read(path)?;
+        run_dir::refuse_differences(&manifest.plan, self.plan)?;
+        manifest.verify(path)?;
+        checkpoint::load(path, &manifest, lora, optimizer)?;
+        Ok(manifest.position)
+    }
+
+    /// Copies a checkpoint of another run, its logs up to there, and its reference log-probabilities.
+    fn bring(&self, from: &Path, to: &Path, position: Position) -> Result<()> {
+        let run = fs::canonicalize(from).map_err(|e| Error::reading(from, &e))?;
+        let run = run.ancestors().nth(2).unwrap_or(Path::new("."));
+        for (name, bytes) in LOGS.into_iter().zip(position.log_bytes()) {
+            if bytes > 0 && !copy_start(&run.join(name), &self.dir.file(name), bytes)? {
+                self.ui.warn(format_args!("{}: no {name} to go on with; it begins here", shown(run)));
+            }
+        }
+        for name in run_dir::REFERENCES {
+            // Made anew when they are missing, or of something else.
+            let _ = fs::copy(run.join(name), self.dir.file(name));
+        }
+        let parent = self.dir.checkpoints();
+        fs::create_dir_all(&parent).map_err(|e| Error::writing(&parent, &e))?;
+        let directory = AtomicDir::create(to, true)?;
+        let copy = |from: &Path, to: &Path| match from.is_dir() {
+            true => Ok(()),
+            false => fs::copy(from, to).map(drop),
+        };
+        copy_dir(from, directory.path(), copy)?;
+        if position.evaluated.best_step > 0 {
+            copy_dir(&from.join(BEST), &directory.path().join(BEST), copy)?;
+        }
+        directory.commit()
+    }
+
+    /// Makes `best/` what it was at the checkpoint: a run that was killed may have got further before.
+    fn restore_best(&self, position: Option<Position>) -> Result<()> {
+        let best = self.dir.file(BEST);
+        let Some(position) = position.filter(|p| p.evaluated.best_step > 0) else {
+            return match fs::remove_dir_all(&best) {
+                Err(e) if best.exists() => Err(Error::writing(&best, &e)),
+                _ => Ok(()),
+            };
+        };
+        let directory = AtomicDir::create(&best, true)?;
+        let saved = checkpoint::path_of(self.dir, position.step).join(BEST);
+        copy_dir(&saved, directory.path(), |from, to| fs::copy(from, to).map(drop))?;
+        directory.commit()
+    }
+}
+
+/// Returns the plan and the rows of a pack of a checkpoint directory. Error (78) when it is none.
+pub fn peek(path: &Path) -> Result<Manifest> {
+    if !path.join(MANIFEST).exists() {
+        return Err(Error::config(format!("{}: not a checkpoint directory", shown(path)))
+            .with_hint("--resume=RUN/checkpoints/step-N"));
+    }
+    Manifest::read(path).at(shown(path)).map_err(|e| e.with_kind(Kind::Config))
+}
+
+/// Copies the first `bytes` bytes of a file; whether there are so many.
+fn copy_start(from: &Path, to: &Path, bytes: u64) -> Result<bool> {
+    let Ok(file) = input::open_file(from) else { return Ok(false) };
+    let mut start = Vec::new();
+    file.take(bytes).read_to_end(&mut start).map_err(|e| Error::reading(from, &e))?;
+    if (start.len() as u64) < bytes {
+        return Ok(false);
+    }
+    atomic::write(to, &start)?;
+    Ok(true)
+}
+
+fn shown(path: &Path) -> String {
+    escape(&path.display().to_string())
+}

@@ -1,0 +1,145 @@
+//! SIGKILL at many moments of a run with every flag that keeps state: the end is that of a run that was left alone, byte for byte.
+
+use crate::{
+    cli::{Bench, stderr},
+    evaluation::{held_out, part},
+    nonfinite::poison,
+};
+use kto_cli::hash::sha256_hex;
+use std::{
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+/// Everything that must be equal, and the rest of the run's own results.
+const RESULTS: [&str; 5] = [
+    "adapter/adapter_model.safetensors",
+    "best/adapter_model.safetensors",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "nonfinite.jsonl",
+];
+
+fn hashes(b: &Bench) -> Vec<String> {
+    RESULTS.iter().map(|name| sha256_hex(&std::fs::read(b.out().join(name)).expect(name))).collect()
+}
+
+struct Killed {
+    bench: Bench,
+    eval: String,
+}
+
+impl Killed {
+    fn new() -> Self {
+        let mut bench = Bench::new();
+        poison(&mut bench);
+        let tokens = crate::golden::Case::open("llama").tokens();
+        let eval = held_out(&bench, &part(&tokens, 2..13, true));
+        Self { bench, eval }
+    }
+
+    fn command(&self, more: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kto-train"));
+        command
+            .args(["-q", "--batch", "4", "--epochs", "6.4", "--lr", "1e-3", "--lora-dropout", "0.1"])
+            .args(["--schedule", "cosine", "--on-nonfinite", "skip", "--eval-every", "3", "--load-best"])
+            .args(["--early-stop-patience", "7", "--eval-data", &self.eval])
+            .arg("--model")
+            .arg(&self.bench.model)
+            .arg("--data")
+            .arg(&self.bench.data)
+            .arg("--out")
+            .arg(self.bench.out())
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn finish(&self, more: &[&str]) {
+        let output = self.command(more).spawn().unwrap().wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+}
+
+/// Kills `child` after `time`, unless it has ended. Returns whether it was killed.
+fn kill_after(mut child: Child, time: Duration) -> bool {
+    sleep(time);
+    if child.try_wait().unwrap().is_some() {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        return false;
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    true
+}
+
+#[test]
+fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
+    let whole = Killed::new();
+    let began = Instant::now();
+    whole.finish(&[]);
+    let (truth, time) = (hashes(&whole.bench), began.elapsed());
+    for (round, saving) in [
+        ["--checkpoint-every", "1", "--keep-last", "1"],
+        ["--checkpoint-every", "4", "--keep-every", "8"],
+        ["--checkpoint-every", "0.02s", "--keep-last", "3"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let b = Killed::new();
+        let (mut kills, began) = (0u32, Instant::now());
+        // Moments all over a run; it is left alone after a while, so that the test ends on any machine.
+        while kills < 7 && began.elapsed() < Duration::from_secs(40) {
+            let share = [0.55, 0.3, 0.8, 0.4, 0.65, 0.25, 0.9][(kills as usize + round) % 7];
+            let mut flags = saving.to_vec();
+            flags.extend(["--resume", "--threads", if kills.is_multiple_of(2) { "1" } else { "2" }]);
+            if !kill_after(b.command(&flags).spawn().unwrap(), time.mul_f64(share)) {
+                break;
+            }
+            kills += 1;
+        }
+        b.finish(&[&saving[..], &["--resume"]].concat());
+        println!("{} {}: {kills} kills", saving[0], saving[1]);
+        assert_eq!(hashes(&b.bench), truth, "{saving:?} after {kills} kills");
+    }
+}
+
+/// A kill at every step boundary, in effect: a run that is paused after every step loads every checkpoint once.
+#[test]
+fn a_run_that_pauses_after_every_step_ends_with_the_same_bytes() {
+    let (whole, b) = (Killed::new(), Killed::new());
+    whole.finish(&[]);
+    let adapter = b.bench.out().join("adapter");
+    let mut shifts = 0;
+    while !adapter.exists() {
+        b.finish(&["--resume=auto", "--max-time", "0.0001s"]);
+        shifts += 1;
+        assert!(shifts <= 40);
+    }
+    assert!(shifts >= 20, "{shifts}");
+    assert_eq!(hashes(&b.bench), hashes(&whole.bench));
+}
+
+/// Another run goes on from every checkpoint of the first, with its logs and its best adapter.
+#[test]
+fn every_checkpoint_leads_another_run_to_the_same_bytes() {
+    let whole = Killed::new();
+    whole.finish(&["--checkpoint-every", "5", "--keep-last", "99"]);
+    let truth = hashes(&whole.bench);
+    let checkpoints: Vec<_> = std::fs::read_dir(whole.bench.out().join("checkpoints"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
+    assert!(checkpoints.len() >= 4, "{checkpoints:?}");
+    let b = Killed::new();
+    for from in checkpoints {
+        b.finish(&["--force", "--resume", &from.display().to_string()]);
+        assert_eq!(hashes(&b.bench), truth, "{}", from.display());
+        assert!(!b.bench.out().join("checkpoints").join("step-00000099").exists());
+    }
+}
