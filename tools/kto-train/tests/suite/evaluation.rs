@@ -89,62 +89,7 @@ fn an_evaluation_has_trls_numbers() {
         write(&case.tokens(), &b.data);
         let batch = case.batch();
         let eval = held_out(&b, &part(&case.tokens(), batch..2 * batch, false));
-        let init = case.file("adapter_init").display().to_string();
-        let text = |key: &str| case.meta[key].to_string().replace('"', "");
-        let (model, data, out) = (
-            case.file("model").display().to_string(),
-            b.data.display().to_string(),
-            b.out().display().to_string(),
-        );
-        let reference = if case.reference_is_adapter() { "init-adapter" } else { "base" };
-        let total = (case.tokens().len().div_ceil(batch) * case.number("epochs") as usize).to_string();
-        let flags = [
-            ["--model", &model, "--data", &data, "--out", &out, "--eval-data", &eval],
-            ["--preset", "trl", "--init-adapter", &init, "--reference", reference, "--eval-every", "1"],
-            [
-                "--batch",
-                &batch.to_string(),
-                "--loss",
-                &text("loss"),
-                "--beta",
-                &text("beta"),
-                "--max-steps",
-                &total,
-            ],
-            [
-                "--lr",
-                &text("lr"),
-                "--schedule",
-                &text("sched"),
-                "--warmup-steps",
-                &text("warmup"),
-                "--seed",
-                "1",
-            ],
-            [
-                "--weight-decay",
-                &text("wd"),
-                "--max-grad-norm",
-                &text("clip"),
-                "--epochs",
-                "1",
-                "--threads",
-                "2",
-            ],
-            [
-                "--desirable-weight",
-                &text("dw"),
-                "--undesirable-weight",
-                &text("uw"),
-                "--progress",
-                "never",
-                "--color",
-                "never",
-            ],
-        ]
-        .concat();
-        let output = crate::cli::kto_train(&[&flags[..], &["-q"]].concat());
-        assert!(output.status.success(), "{name}: {}", stderr(&output));
+        crate::pipeline::train(&case, &b.data, &b.out(), &["--eval-data", &eval, "--eval-every", "1"]);
         let (ours, trl) = (&lines(&b, "eval.jsonl")[0], &steps[1]);
         for key in
             ["loss", "kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "entropy"]
