@@ -109,6 +109,29 @@ pub fn write(target: &Path, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
+/// Makes a directory and its missing ancestors, and waits until their names are on the disk: what is written into it later
+/// could be lost with it otherwise.
+pub fn create_dir(path: &Path) -> Result<()> {
+    let fail = |e: io::Error| creating(path, &e);
+    if path.is_dir() {
+        return Ok(());
+    }
+    let folder = stale::folder_of(path);
+    if folder != path {
+        create_dir(&folder)?;
+    }
+    match fs::create_dir(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(e) => Err(fail(e)),
+        Ok(()) => sync_dir(&folder).map_err(fail),
+    }
+}
+
+/// Waits until the names in a directory are on the disk.
+pub fn sync_names(folder: &Path) -> Result<()> {
+    sync_dir(folder).map_err(|e| Error::writing(folder, &e))
+}
+
 /// Returns the error of starting an output: 73, unless the disk itself failed.
 fn creating(target: &Path, error: &io::Error) -> Error {
     let made = Error::writing(target, error);
@@ -175,6 +198,19 @@ mod tests {
         write(&target, b"whole").unwrap();
         assert_eq!(names(dir.path()), ["out.jsonl"]);
         assert_eq!(fs::read(&target).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn directories_are_made_with_their_ancestors() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/c");
+        create_dir(&path).unwrap();
+        create_dir(&path).unwrap();
+        assert!(path.is_dir());
+        write(&dir.path().join("file"), b"").unwrap();
+        assert_eq!(create_dir(&dir.path().join("file")).unwrap_err().kind(), Kind::CantCreate);
+        assert_eq!(create_dir(&dir.path().join("file/x")).unwrap_err().kind(), Kind::CantCreate);
+        sync_names(&path).unwrap();
     }
 
     #[test]

@@ -10,7 +10,10 @@ pub use manifest::{MANIFEST, Manifest};
 
 use crate::{cadence::Keep, optimizer::Optimizer, run_dir::RunDir};
 use candle_core::{DType, Tensor};
-use kto_cli::{Error, Result, atomic::AtomicDir};
+use kto_cli::{
+    Error, Result,
+    atomic::{self, AtomicDir},
+};
 use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tensors::TensorStore,
@@ -105,13 +108,13 @@ pub struct State<'a> {
 /// Writes a checkpoint and removes old ones.
 pub fn save(run: &RunDir, state: State, keep: Keep) -> Result<()> {
     let parent = run.checkpoints();
-    fs::create_dir_all(&parent).map_err(|e| Error::writing(&parent, &e))?;
+    atomic::create_dir(&parent)?;
     let step = state.position.step;
     let directory = AtomicDir::create(&path_of(run, step), true)?;
     write_tensors(&directory.path().join(STATE), &parts(state.lora, state.optimizer))?;
     if state.position.evaluated.best_step > 0 {
-        let link = |from: &Path, to: &Path| fs::hard_link(from, to).or_else(|_| fs::copy(from, to).map(drop));
-        copy_dir(&run.file(BEST), &directory.path().join(BEST), link)?;
+        // No hard links: whoever edits a file of best/ would edit the checkpoints.
+        copy_dir(&run.file(BEST), &directory.path().join(BEST))?;
     }
     Manifest::new(directory.path(), state.position, state.pack_rows, state.plan)?.write(directory.path())?;
     directory.commit()?;
@@ -166,13 +169,15 @@ pub fn list(parent: &Path) -> Vec<(u64, PathBuf)> {
     found
 }
 
-/// Copies the files of a directory without folders into a new one with `copy`.
-pub fn copy_dir(from: &Path, to: &Path, copy: impl Fn(&Path, &Path) -> std::io::Result<()>) -> Result<()> {
+/// Copies the files of a directory, not its folders, into another one.
+pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).map_err(|e| Error::writing(to, &e))?;
     for entry in fs::read_dir(from).map_err(|e| Error::reading(from, &e))? {
-        let entry = entry.map_err(|e| Error::reading(from, &e))?;
-        let target = to.join(entry.file_name());
-        copy(&entry.path(), &target).map_err(|e| Error::writing(&target, &e))?;
+        let (path, name) = entry.map(|e| (e.path(), e.file_name())).map_err(|e| Error::reading(from, &e))?;
+        if path.is_file() {
+            let target = to.join(name);
+            fs::copy(&path, &target).map_err(|e| Error::writing(&target, &e))?;
+        }
     }
     Ok(())
 }

@@ -55,9 +55,15 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let began = Instant::now();
     signal::install();
     let (_, micro) = plan::batches(&args)?;
+    if let Some(Resume::From(path)) = &args.resume {
+        resume::peek(path)?;
+    }
     let mut lock = None;
     if !args.dry_run {
-        lock = run_dir::lock_early(&args.out, args.wait.unwrap_or_default(), ui)?;
+        // Before the model is loaded, when the directory is there already.
+        if args.out.is_dir() {
+            lock = Some(run_dir::lock(&args.out, args.wait.unwrap_or_default(), ui)?);
+        }
         run_dir::check(&args.out, existing(&args))?;
         run_dir::check_inputs(&args, existing(&args))?;
     }
@@ -141,7 +147,18 @@ impl Planned<'_> {
         let positions = data::positions(tokens).max(held_out.map_or(0, |h| data::positions(&h.tokens)));
         let mut base = BaseModel::load(model, DType::F32, positions).at(shown(&args.model))?;
         base.set_streaming(memory.stream);
+        let lock = |path: &Path| match lock {
+            Some(lock) => Ok(lock),
+            None => run_dir::lock(path, args.wait.unwrap_or_default(), ui),
+        };
         let dir = open_run(args, plan, lock)?;
+        if args.resume.is_some()
+            && run_dir::settled_pack_rows(&args.out).is_some_and(|r| r != memory.pack_rows)
+        {
+            // Another process has begun the run since the memory was planned.
+            let text = format!("{}: the run has only just begun elsewhere", shown(&args.out));
+            return Err(Error::new(Kind::TryAgain, text).with_hint("the same command again"));
+        }
         let goes_back = matches!(args.resume, Some(Resume::From(_)));
         if args.resume.is_some() && !goes_back && dir.is_finished() {
             ui.note(format_args!("{}: the run is finished", shown(&args.out)));
@@ -179,7 +196,7 @@ fn existing(args: &Args) -> Existing {
 }
 
 /// Locks the run directory; with --resume proves that the plan of what is gone on with is this one.
-fn open_run(args: &Args, plan: &Plan, lock: Option<RunLock>) -> Result<RunDir> {
+fn open_run(args: &Args, plan: &Plan, lock: impl FnOnce(&Path) -> Result<RunLock>) -> Result<RunDir> {
     if let Some(Resume::From(path)) = &args.resume {
         // All of it is looked at before --force removes anything.
         let manifest = resume::peek(path)?;

@@ -125,24 +125,19 @@ impl Search<'_> {
         let run = fs::canonicalize(from).map_err(|e| Error::reading(from, &e))?;
         let run = run.ancestors().nth(2).unwrap_or(Path::new("."));
         for (name, bytes) in LOGS.into_iter().zip(position.log_bytes()) {
-            if bytes > 0 && !copy_start(&run.join(name), &self.dir.file(name), bytes)? {
-                self.ui.warn(format_args!("{}: no {name} to go on with; it begins here", shown(run)));
+            if bytes > 0 {
+                copy_start(&run.join(name), &self.dir.file(name), bytes)?;
             }
         }
         for name in run_dir::REFERENCES {
             // Made anew when they are missing, or of something else.
             let _ = fs::copy(run.join(name), self.dir.file(name));
         }
-        let parent = self.dir.checkpoints();
-        fs::create_dir_all(&parent).map_err(|e| Error::writing(&parent, &e))?;
+        atomic::create_dir(&self.dir.checkpoints())?;
         let directory = AtomicDir::create(to, true)?;
-        let copy = |from: &Path, to: &Path| match from.is_dir() {
-            true => Ok(()),
-            false => fs::copy(from, to).map(drop),
-        };
-        copy_dir(from, directory.path(), copy)?;
+        copy_dir(from, directory.path())?;
         if position.evaluated.best_step > 0 {
-            copy_dir(&from.join(BEST), &directory.path().join(BEST), copy)?;
+            copy_dir(&from.join(BEST), &directory.path().join(BEST))?;
         }
         directory.commit()
     }
@@ -158,7 +153,7 @@ impl Search<'_> {
         };
         let directory = AtomicDir::create(&best, true)?;
         let saved = checkpoint::path_of(self.dir, position.step).join(BEST);
-        copy_dir(&saved, directory.path(), |from, to| fs::copy(from, to).map(drop))?;
+        copy_dir(&saved, directory.path())?;
         directory.commit()
     }
 }
@@ -172,16 +167,12 @@ pub fn peek(path: &Path) -> Result<Manifest> {
     Manifest::read(path).at(shown(path)).map_err(|e| e.with_kind(Kind::Config))
 }
 
-/// Copies the first `bytes` bytes of a file; whether there are so many.
-fn copy_start(from: &Path, to: &Path, bytes: u64) -> Result<bool> {
-    let Ok(file) = input::open_file(from) else { return Ok(false) };
+/// Copies the first `bytes` bytes of a file, or what there is of them.
+fn copy_start(from: &Path, to: &Path, bytes: u64) -> Result<()> {
+    let Ok(file) = input::open_file(from) else { return Ok(()) };
     let mut start = Vec::new();
     file.take(bytes).read_to_end(&mut start).map_err(|e| Error::reading(from, &e))?;
-    if (start.len() as u64) < bytes {
-        return Ok(false);
-    }
-    atomic::write(to, &start)?;
-    Ok(true)
+    atomic::write(to, &start)
 }
 
 fn shown(path: &Path) -> String {

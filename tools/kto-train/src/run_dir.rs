@@ -58,14 +58,14 @@ pub const REFERENCES: [&str; 2] = ["reference.safetensors", "eval_reference.safe
 const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];
 
 impl RunDir {
-    /// Creates `path` and locks it, unless `lock` is its lock. Errors: 73 when it holds a run or cannot be created, 75 when another process
-    /// uses it.
-    pub fn open(path: &Path, existing: Existing, lock: Option<RunLock>) -> Result<Self> {
-        fs::create_dir_all(path).map_err(|e| Error::writing(path, &e))?;
-        let lock = match lock {
-            Some(lock) => lock,
-            None => RunLock::acquire(path)?,
-        };
+    /// Creates `path` and locks it with `lock`. Errors: 73 when it holds a run or cannot be created, 75 when another process uses it.
+    pub fn open(
+        path: &Path,
+        existing: Existing,
+        lock: impl FnOnce(&Path) -> Result<RunLock>,
+    ) -> Result<Self> {
+        atomic::create_dir(path)?;
+        let lock = lock(path)?;
         let this = Self { path: path.to_path_buf(), _lock: lock };
         check(path, existing)?;
         if existing == Existing::Replace {
@@ -174,14 +174,9 @@ pub fn check(path: &Path, existing: Existing) -> Result<()> {
         .with_hint("--resume to go on with it, --force to replace it"))
 }
 
-/// Locks a directory that is there already, before the model is loaded. Errors: 75 when another process is using it for longer than
-/// `wait`.
-pub fn lock_early(path: &Path, wait: Wait, ui: &Ui) -> Result<Option<RunLock>> {
-    let waiting = |holder: &str| ui.note(format_args!("waiting: {holder}"));
-    match path.is_dir() {
-        true => RunLock::acquire_within(path, wait, waiting).map(Some),
-        false => Ok(None),
-    }
+/// Locks a run directory. Error: 75 when another process uses it for longer than `wait`.
+pub fn lock(path: &Path, wait: Wait, ui: &Ui) -> Result<RunLock> {
+    RunLock::acquire_within(path, wait, |holder| ui.note(format_args!("waiting: {holder}")))
 }
 
 /// Returns a file that no run has written. Token files may lie beside a run.

@@ -1,11 +1,11 @@
 //! Files of the run directory that grow by a line at a time: metrics.jsonl and timing.jsonl.
 
-use kto_cli::{Error, Result};
+use kto_cli::{Error, Result, atomic};
 use serde_json::Value;
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 /// No line is longer.
@@ -39,7 +39,12 @@ impl RunLog {
             file.seek(SeekFrom::End(0))?;
             Ok((file, bytes))
         };
+        let is_new = !path.exists();
         let (file, bytes) = open().map_err(|e| Error::writing(&path, &e))?;
+        if is_new {
+            // A checkpoint counts on the name, too.
+            atomic::sync_names(path.parent().unwrap_or(Path::new(".")))?;
+        }
         Ok(Self { path, file, bytes })
     }
 

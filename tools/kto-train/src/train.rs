@@ -12,7 +12,7 @@ use crate::{
     plan::Plan,
     reference::{RefPass, Scored},
     resume::{Resume, Search},
-    run_dir::{REFERENCES, RunDir},
+    run_dir::{LOGS, REFERENCES, RunDir},
     step::Trainer,
     steps::{Steps, Why},
 };
@@ -31,7 +31,6 @@ use kto_model::{
     rows::Packing,
 };
 use serde_json::{Value, json};
-use std::fs;
 
 /// The parts of a run.
 pub struct Run<'a> {
@@ -79,7 +78,7 @@ impl Run<'_> {
         let mut start = resume.map_or(Ok(Position::default()), |how| search.load(how, lora, &optimizer))?;
         self.cadence.saved(start.step);
         self.write_state("running", Value::Null)?;
-        let mut logs = Logs::open(self.dir, &mut start, self.held_out.is_some())?;
+        let mut logs = self.open_logs(&mut start)?;
         let spec = WorkspaceSpec { kept_layers: self.memory.kept_layers, head_rows: self.memory.head_rows };
         let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, DType::F32);
         workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
@@ -105,6 +104,20 @@ impl Run<'_> {
         let (why, lap) = steps.run()?;
         let Steps { logs, position, .. } = steps;
         self.end(why, position, &logs, lora, pace::summary(position.step - start.step, lap, scored))
+    }
+
+    /// Opens the logs at `start`, and says when lines of them are missing.
+    fn open_logs(&self, start: &mut Position) -> Result<Logs> {
+        let expected = start.log_bytes();
+        let logs = Logs::open(self.dir, start, self.held_out.is_some())?;
+        for ((name, expected), found) in LOGS.iter().zip(expected).zip(start.log_bytes()) {
+            if found < expected {
+                self.ui.warn(format_args!(
+                    "{name} has {found} bytes, at the checkpoint it had {expected}: lines are missing"
+                ));
+            }
+        }
+        Ok(logs)
     }
 
     /// Returns the references of both kinds of rows and the work of this process on them; nothing when the run has had its time before.
@@ -234,8 +247,7 @@ impl Run<'_> {
 
     fn copy_best(&self) -> Result<()> {
         let directory = AtomicDir::create(&self.dir.file("adapter"), true)?;
-        let copy = |from: &std::path::Path, to: &std::path::Path| fs::copy(from, to).map(drop);
-        copy_dir(&self.dir.file(BEST), directory.path(), copy)?;
+        copy_dir(&self.dir.file(BEST), directory.path())?;
         directory.commit()
     }
 }

@@ -148,21 +148,6 @@ fn a_skipped_step_is_counted_and_has_no_effect() {
 }
 
 #[test]
-fn rows_that_make_no_gradient_are_as_if_they_were_not_there() {
-    // The same rows with a harmless token in the place of the other: only steps with the row differ.
-    let (b, plain) = (poisoned(), poisoned());
-    write(&Case::open("llama").tokens(), &plain.data);
-    let flags = [&FLAGS[..], &["-q", "--on-nonfinite", "skip"]].concat();
-    assert!(b.train(&flags).status.success() && plain.train(&flags).status.success());
-    let (ours, theirs) = (lines(&b, "metrics.jsonl"), lines(&plain, "metrics.jsonl"));
-    let first = ours.iter().position(|l| l["loss"].is_null()).unwrap();
-    assert_eq!(ours[..first].len(), theirs[..first].len());
-    for (a, b) in ours[..first].iter().zip(&theirs[..first]) {
-        assert_eq!(a["grad_norm"], b["grad_norm"]);
-    }
-}
-
-#[test]
 fn an_evaluation_that_is_not_finite_is_never_the_best() {
     let b = poisoned();
     let eval = crate::evaluation::held_out(&b, &poisoned_rows());
