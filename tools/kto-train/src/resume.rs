@@ -51,6 +51,9 @@ pub fn foreign<'a>(out: &Path, how: Option<&'a Resume>) -> Option<&'a Path> {
     (!is_own).then_some(path)
 }
 
+/// A checkpoint directory, and where it stands.
+type Found = (PathBuf, Position);
+
 /// What is needed to find a checkpoint.
 pub struct Search<'a> {
     /// Where it is looked for, and brought to.
@@ -64,42 +67,47 @@ pub struct Search<'a> {
 impl Search<'_> {
     /// Loads what `how` asks for into `lora` and `optimizer`, brings `best/` to its state, and returns where the run stands.
     pub fn load(&self, how: &Resume, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
-        let position = match how {
+        let found = match how {
             Resume::Auto => self.newest_whole(lora, optimizer)?,
             Resume::Strict => Some(self.newest(lora, optimizer)?),
             Resume::From(path) => Some(self.named(path, lora, optimizer)?),
         };
-        self.restore_best(position)?;
-        Ok(position.unwrap_or_default())
+        self.restore_best(found.as_ref())?;
+        Ok(found.map_or_else(Position::default, |(_, position)| position))
     }
 
-    fn newest_whole(&self, lora: &Lora, optimizer: &Optimizer) -> Result<Option<Position>> {
+    fn newest_whole(&self, lora: &Lora, optimizer: &Optimizer) -> Result<Option<Found>> {
         for (_, path) in checkpoint::list(&self.dir.checkpoints()).into_iter().rev() {
             match self.read(&path, lora, optimizer) {
-                Ok(position) => return Ok(Some(position)),
+                Ok(position) => return Ok(Some((path, position))),
                 Err(e) => self.ui.warn(format_args!("checkpoint passed over: {}: {e}", shown(&path))),
             }
         }
         Ok(None)
     }
 
-    fn newest(&self, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
+    fn newest(&self, lora: &Lora, optimizer: &Optimizer) -> Result<Found> {
         let parent = self.dir.checkpoints();
         let Some((_, path)) = checkpoint::list(&parent).pop() else {
             return Err(Error::config(format!("{}: no checkpoint to resume from", shown(&parent)))
                 .with_hint("--resume=auto starts anew when there is none"));
         };
-        self.read(&path, lora, optimizer).map_err(|e| {
-            Error::config(format!("{}: {e}", shown(&path))).with_hint("--resume=auto takes an older one")
-        })
+        match self.read(&path, lora, optimizer) {
+            Ok(position) => Ok((path, position)),
+            Err(e) => {
+                Err(Error::config(format!("{}: {e}", shown(&path)))
+                    .with_hint("--resume=auto takes an older one"))
+            }
+        }
     }
 
-    fn named(&self, path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
+    fn named(&self, path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Found> {
         let refused = |e: Error| e.with_kind(Kind::Config);
         let manifest = Manifest::read(path).at(shown(path)).map_err(refused)?;
         let step = manifest.position.step;
-        let own = checkpoint::path_of(self.dir, step);
+        let mut own = path.to_path_buf();
         if foreign(self.dir.path(), Some(&Resume::From(path.into()))).is_some() {
+            own = checkpoint::path_of(self.dir, step);
             self.bring(path, &own, manifest.position)?;
         }
         let position = self.read(&own, lora, optimizer).at(shown(&own)).map_err(refused)?;
@@ -108,7 +116,7 @@ impl Search<'_> {
                 fs::remove_dir_all(&path).map_err(|e| Error::writing(&path, &e))?;
             }
         }
-        Ok(position)
+        Ok((own, position))
     }
 
     /// Verifies a checkpoint of this directory, then loads it.
@@ -143,17 +151,16 @@ impl Search<'_> {
     }
 
     /// Makes `best/` what it was at the checkpoint: a run that was killed may have got further before.
-    fn restore_best(&self, position: Option<Position>) -> Result<()> {
+    fn restore_best(&self, found: Option<&Found>) -> Result<()> {
         let best = self.dir.file(BEST);
-        let Some(position) = position.filter(|p| p.evaluated.best_step > 0) else {
+        let Some((path, _)) = found.filter(|(_, position)| position.evaluated.best_step > 0) else {
             return match fs::remove_dir_all(&best) {
                 Err(e) if best.exists() => Err(Error::writing(&best, &e)),
                 _ => Ok(()),
             };
         };
         let directory = AtomicDir::create(&best, true)?;
-        let saved = checkpoint::path_of(self.dir, position.step).join(BEST);
-        copy_dir(&saved, directory.path())?;
+        copy_dir(&path.join(BEST), directory.path())?;
         directory.commit()
     }
 }

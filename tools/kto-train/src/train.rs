@@ -201,21 +201,21 @@ impl Run<'_> {
             true => self.copy_best()?,
             false => self.write_adapter("adapter", lora)?,
         }
-        let mut result = counts(end);
-        let mut summary = summary;
+        let (mut result, mut summary) = (counts(end), summary);
         if self.held_out.is_some() {
-            result["best_step"] = json!(end.evaluated.best_step);
-            result["best_eval_loss"] = json!(end.evaluated.best_loss);
+            let e = end.evaluated;
+            let (step, loss) =
+                if e.best_step > 0 { (json!(e.best_step), json!(e.best_loss)) } else { Default::default() };
+            result["best_step"] = step;
+            result["best_eval_loss"] = loss;
             result["adapter"] = json!(if best { "best" } else { "last" });
             result["early_stop"] = json!(why == Why::EarlyStop);
             if why == Why::EarlyStop {
-                summary +=
-                    &format!(", stopped early: no better eval_loss in {} evaluations", end.evaluated.waited);
+                summary += &format!(", stopped early: no better eval_loss in {} evaluations", e.waited);
             }
-            summary += &format!(
-                ", best eval_loss {:.4} after step {}",
-                end.evaluated.best_loss, end.evaluated.best_step
-            );
+            if e.best_step > 0 {
+                summary += &format!(", best eval_loss {:.4} after step {}", e.best_loss, e.best_step);
+            }
         }
         if end.skipped > 0 {
             summary += &format!(", {} steps skipped (nonfinite.jsonl)", end.skipped);
