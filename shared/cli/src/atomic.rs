@@ -109,27 +109,23 @@ pub fn write(target: &Path, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
-/// Makes a directory and its missing ancestors, and waits until their names are on the disk: what is written into it later
-/// could be lost with it otherwise.
-pub fn create_dir(path: &Path) -> Result<()> {
-    let fail = |e: io::Error| creating(path, &e);
-    if path.is_dir() {
-        return Ok(());
-    }
-    let folder = stale::folder_of(path);
-    if folder != path {
-        create_dir(&folder)?;
-    }
-    match fs::create_dir(path) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        Err(e) => Err(fail(e)),
-        Ok(()) => sync_dir(&folder).map_err(fail),
-    }
+/// Creates a directory, and those above it that are missing. Their names are safe from a power loss when it returns.
+pub fn create_dir_all(target: &Path) -> Result<()> {
+    let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let missing: Vec<&Path> = target.ancestors().take_while(is_missing).collect();
+    fs::create_dir_all(target).map_err(|e| Error::writing(target, &e))?;
+    missing.into_iter().rev().try_for_each(sync_name)
 }
 
-/// Waits until the names in a directory are on the disk.
-pub fn sync_names(folder: &Path) -> Result<()> {
-    sync_dir(folder).map_err(|e| Error::writing(folder, &e))
+/// Removes what killed writers have left in a directory under temporary names. The first output into a directory does that by
+/// itself; this is for one into which nothing may be written any more.
+pub fn sweep(folder: &Path) {
+    stale::sweep(folder);
+}
+
+/// Waits until the name of a new file or directory is on the disk. To force a file's bytes there does not do that.
+pub fn sync_name(path: &Path) -> Result<()> {
+    sync_dir(&stale::folder_of(path)).map_err(|e| Error::writing(path, &e))
 }
 
 /// Returns the error of starting an output: 73, unless the disk itself failed.
@@ -186,6 +182,20 @@ mod tests {
         names
     }
 
+    /// That the names are synced is seen by scripts/power-test.
+    #[test]
+    fn directories_are_created_with_those_above_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("a/b/c");
+        create_dir_all(&deep).unwrap();
+        create_dir_all(&deep).unwrap();
+        assert!(deep.is_dir());
+        fs::write(dir.path().join("file"), "").unwrap();
+        let error = create_dir_all(&dir.path().join("file/x")).unwrap_err();
+        assert_eq!(error.kind(), Kind::CantCreate);
+        assert_eq!(sync_name(&dir.path().join("none/x")).unwrap_err().kind(), Kind::CantCreate);
+    }
+
     #[test]
     fn nothing_appears_before_commit_and_nothing_stays_without_it() {
         let dir = tempfile::tempdir().unwrap();
@@ -198,19 +208,6 @@ mod tests {
         write(&target, b"whole").unwrap();
         assert_eq!(names(dir.path()), ["out.jsonl"]);
         assert_eq!(fs::read(&target).unwrap(), b"whole");
-    }
-
-    #[test]
-    fn directories_are_made_with_their_ancestors() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a/b/c");
-        create_dir(&path).unwrap();
-        create_dir(&path).unwrap();
-        assert!(path.is_dir());
-        write(&dir.path().join("file"), b"").unwrap();
-        assert_eq!(create_dir(&dir.path().join("file")).unwrap_err().kind(), Kind::CantCreate);
-        assert_eq!(create_dir(&dir.path().join("file/x")).unwrap_err().kind(), Kind::CantCreate);
-        sync_names(&path).unwrap();
     }
 
     #[test]

@@ -13,10 +13,11 @@ use candle_core::{DType, Tensor};
 use kto_cli::{
     Error, Result,
     atomic::{self, AtomicDir},
+    escape,
 };
 use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
-    tensors::TensorStore,
+    tensors::{TensorStore, TensorView},
 };
 use kto_model::lora::Lora;
 use safetensors::Dtype;
@@ -108,10 +109,10 @@ pub struct State<'a> {
 /// Writes a checkpoint and removes old ones.
 pub fn save(run: &RunDir, state: State, keep: Keep) -> Result<()> {
     let parent = run.checkpoints();
-    atomic::create_dir(&parent)?;
+    atomic::create_dir_all(&parent)?;
     let step = state.position.step;
     let directory = AtomicDir::create(&path_of(run, step), true)?;
-    write_tensors(&directory.path().join(STATE), &parts(state.lora, state.optimizer))?;
+    write_tensors(&directory.path().join(STATE), &named(state.lora, state.optimizer))?;
     if state.position.evaluated.best_step > 0 {
         // No hard links: whoever edits a file of best/ would edit the checkpoints.
         copy_dir(&run.file(BEST), &directory.path().join(BEST))?;
@@ -137,21 +138,16 @@ pub fn load(path: &Path, manifest: &Manifest, lora: &Lora, optimizer: &Optimizer
         return Err(Error::data(format!("no {STATE}")));
     }
     let store = TensorStore::open_file(&path.join(STATE))?;
-    let parts = parts(lora, optimizer);
+    let parts = named(lora, optimizer);
     // All is checked before anything is overwritten.
     let mut values = Vec::with_capacity(parts.len());
     for (name, tensor) in &parts {
         let view = store.require(name)?;
         view.expect_shape(tensor.dims())?;
-        values.push(view.to_f32()?);
+        values.push(loaded(&view, tensor)?);
     }
-    for ((_, target), values) in parts.iter().zip(values) {
-        let set = || {
-            let loaded =
-                Tensor::from_vec(values, target.shape(), target.device())?.to_dtype(target.dtype())?;
-            target.slice_set(&loaded, 0, 0)
-        };
-        set().map_err(|e| Error::internal(format!("checkpoint: {e}")))?;
+    for ((_, target), values) in parts.iter().zip(&values) {
+        target.slice_set(values, 0, 0).map_err(internal)?;
     }
     Ok(())
 }
@@ -182,8 +178,8 @@ pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Returns every tensor of the state under its name in the file.
-fn parts<'a>(lora: &'a Lora, optimizer: &'a Optimizer) -> Vec<(String, &'a Tensor)> {
+/// Returns everything that is stored, by name.
+fn named<'a>(lora: &'a Lora, optimizer: &'a Optimizer) -> Vec<(String, &'a Tensor)> {
     let part = |prefix: &'static str, lora: &'a Lora| {
         lora.named().flat_map(move |(name, f)| {
             [(format!("{prefix}/{name}.lora_A"), &f.a), (format!("{prefix}/{name}.lora_B"), &f.b)]
@@ -193,16 +189,42 @@ fn parts<'a>(lora: &'a Lora, optimizer: &'a Optimizer) -> Vec<(String, &'a Tenso
 }
 
 fn write_tensors(path: &Path, parts: &[(String, &Tensor)]) -> Result<()> {
-    let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), Dtype::F32, t.dims())).collect();
+    let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), stored(t), t.dims())).collect();
     let mut writer = SafetensorsWriter::new(path, specs, &BTreeMap::new())?;
     for (name, tensor) in parts {
-        let values = tensor
-            .to_dtype(DType::F32)
-            .and_then(|t| t.flatten_all()?.to_vec1::<f32>())
-            .map_err(|e| Error::internal(format!("checkpoint: {e}")))?;
-        writer.write(name, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;
+        writer.write(name, &bytes(tensor).map_err(internal)?)?;
     }
     writer.finish()
+}
+
+/// Returns how a tensor is stored: codes as they are, numbers in f32.
+fn stored(tensor: &Tensor) -> Dtype {
+    if tensor.dtype() == DType::U8 { Dtype::U8 } else { Dtype::F32 }
+}
+
+fn bytes(tensor: &Tensor) -> candle_core::Result<Vec<u8>> {
+    let flat = tensor.flatten_all()?;
+    match stored(tensor) {
+        Dtype::U8 => flat.to_vec1(),
+        _ => Ok(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect()),
+    }
+}
+
+/// Returns a stored tensor in the type and shape of `like`.
+fn loaded(view: &TensorView, like: &Tensor) -> Result<Tensor> {
+    if view.dtype != stored(like) {
+        let (name, found, needed) = (escape(view.name), view.dtype, stored(like));
+        return Err(Error::data(format!("tensor \"{name}\" is {found} where {needed} is needed")));
+    }
+    let tensor = match view.dtype {
+        Dtype::U8 => Tensor::from_slice(view.data, like.shape(), like.device()),
+        _ => Tensor::from_vec(view.to_f32()?, like.shape(), like.device()),
+    };
+    tensor.and_then(|t| t.to_dtype(like.dtype())).map_err(internal)
+}
+
+fn internal(e: candle_core::Error) -> Error {
+    Error::internal(format!("checkpoint: {e}"))
 }
 
 #[cfg(test)]

@@ -141,7 +141,7 @@ impl Search<'_> {
             // Made anew when they are missing, or of something else.
             let _ = fs::copy(run.join(name), self.dir.file(name));
         }
-        atomic::create_dir(&self.dir.checkpoints())?;
+        atomic::create_dir_all(&self.dir.checkpoints())?;
         let directory = AtomicDir::create(to, true)?;
         copy_dir(from, directory.path())?;
         if position.evaluated.best_step > 0 {

@@ -64,10 +64,12 @@ impl RunDir {
         existing: Existing,
         lock: impl FnOnce(&Path) -> Result<RunLock>,
     ) -> Result<Self> {
-        atomic::create_dir(path)?;
+        atomic::create_dir_all(path)?;
         let lock = lock(path)?;
         let this = Self { path: path.to_path_buf(), _lock: lock };
         check(path, existing)?;
+        // A run that was killed at its last checkpoint writes no further one.
+        atomic::sweep(&this.checkpoints());
         if existing == Existing::Replace {
             this.clear()?;
         }
@@ -204,7 +206,7 @@ pub fn check_inputs(args: &Args, existing: Existing) -> Result<()> {
 }
 
 /// Lists the fields in which two plans differ, as (field, old, new).
-fn differences(old: &Value, new: &Plan) -> Vec<(String, String, String)> {
+pub fn differences(old: &Value, new: &Plan) -> Vec<(String, String, String)> {
     let new = serde_json::to_value(new).unwrap_or_default();
     let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else { return Vec::new() };
     let gone = old.keys().filter(|field| !new.contains_key(*field));

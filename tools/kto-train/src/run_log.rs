@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 /// No line is longer.
@@ -31,6 +31,7 @@ impl RunLog {
     }
 
     fn open(path: PathBuf, length: impl FnOnce(&mut File) -> io::Result<u64>) -> Result<Self> {
+        let is_new = !path.exists();
         let open = || {
             let mut file =
                 OpenOptions::new().create(true).read(true).write(true).truncate(false).open(&path)?;
@@ -39,11 +40,10 @@ impl RunLog {
             file.seek(SeekFrom::End(0))?;
             Ok((file, bytes))
         };
-        let is_new = !path.exists();
         let (file, bytes) = open().map_err(|e| Error::writing(&path, &e))?;
         if is_new {
-            // A checkpoint counts on the name, too.
-            atomic::sync_names(path.parent().unwrap_or(Path::new(".")))?;
+            // A checkpoint that outlives its log would be resumed with a log that lacks its beginning.
+            atomic::sync_name(&path)?;
         }
         Ok(Self { path, file, bytes })
     }
