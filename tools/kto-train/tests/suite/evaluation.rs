@@ -129,7 +129,7 @@ fn an_evaluation_agrees_with_kto_eval() {
     let line = lines(&b, "eval.jsonl").pop().unwrap();
     for (label, class) in [(true, "chosen"), (false, "rejected")] {
         let own: Vec<&Value> = scores.iter().filter(|s| s["label"] == label).collect();
-        for (theirs, ours) in [("policy_logps", "logps"), ("rewards", "rewards")] {
+        for (theirs, ours) in [("logps", "logps"), ("reward", "rewards")] {
             let mean = own.iter().map(|s| s[theirs].as_f64().unwrap()).sum::<f64>() / own.len() as f64;
             let value = line[format!("eval_{ours}/{class}")].as_f64().unwrap();
             assert!((value - mean).abs() < 1e-9, "{class} {ours}: {value}, kto-eval has {mean}");
