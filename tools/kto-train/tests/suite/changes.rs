@@ -33,7 +33,7 @@ fn every_changed_field_of_the_plan_is_refused_by_name() {
     let other = other.display().to_string();
     let before = std::fs::read_to_string(b.out().join("run.json")).unwrap();
     for (change, field) in [
-        (&["--lr", "1e-4"][..], "lr was 0.000005, is 0.0001"),
+        (&["--lr", "1e-4"][..], "lr was 5e-6, is 0.0001"),
         (&["--beta", "0.2"], "beta was 0.1, is 0.2"),
         (&["--desirable-weight", "2"], "desirable_weight"),
         (&["--undesirable-weight", "2"], "undesirable_weight"),

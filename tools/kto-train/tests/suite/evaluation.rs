@@ -45,14 +45,14 @@ fn done(b: &Bench, flags: &[&str]) {
 
 #[test]
 fn evaluations_come_every_n_steps_once_an_epoch_and_at_the_end() {
-    for (flags, expected) in [
-        (&["--max-steps", "10", "--eval-every", "3"][..], &[3, 6, 9, 10][..]),
-        (&["--max-steps", "12"], &[5, 10, 12]),
-        (&["--max-steps", "2", "--eval-every", "9"], &[2]),
+    for (steps_of_run, every, expected) in [
+        ("10", &["--eval-every", "3"][..], &[3, 6, 9, 10][..]),
+        ("12", &[], &[5, 10, 12]),
+        ("2", &["--eval-every", "9"], &[2]),
     ] {
         let b = Bench::new();
         let eval = held_out(&b, &part(&Case::open("llama").tokens(), 0..7, false));
-        done(&b, &[flags, &["--eval-data", &eval]].concat());
+        done(&b, &[&["--max-steps", steps_of_run, "--eval-data", &eval], every].concat());
         assert_eq!(steps(&b), expected);
         let line = &lines(&b, "eval.jsonl")[0];
         for key in ["eval_loss", "eval_kl", "eval_entropy", "eval_rewards/chosen", "eval_rewards/rejected"] {
@@ -66,7 +66,7 @@ fn evaluations_come_every_n_steps_once_an_epoch_and_at_the_end() {
         let count = |key: &str| line[key].as_u64().unwrap();
         assert_eq!(count("eval_count/chosen") + count("eval_count/rejected"), 7);
         let plain = Bench::new();
-        done(&plain, flags);
+        done(&plain, &["--max-steps", steps_of_run]);
         let read = |b: &Bench| std::fs::read(b.out().join("metrics.jsonl")).unwrap();
         assert!(read(&b) == read(&plain), "an evaluation changes nothing of the training");
         assert!(adapter(&b, "adapter") == adapter(&plain, "adapter"));
@@ -226,7 +226,9 @@ fn the_memory_plan_covers_the_evaluation() {
     }
     let eval = held_out(&b, &long);
     let peak = |flags: &[&str]| {
-        let output = b.train(&[&["--dry-run", "--max-steps", "1", "--memory", "2GiB"], flags].concat());
+        let output = b.train(
+            &[&["--dry-run", "--max-steps", "1", "--memory", "2GiB", "--threads", "1"], flags].concat(),
+        );
         assert!(output.status.success(), "{}", stderr(&output));
         let text = String::from_utf8(output.stdout).unwrap();
         let line = text.lines().find(|l| l.contains("predicted peak")).unwrap();
@@ -236,7 +238,7 @@ fn the_memory_plan_covers_the_evaluation() {
     };
     let (without, with) = (peak(&[]), peak(&["--eval-data", &eval]));
     assert!(with > 2.0 * without, "{without} {with}");
-    let output = b.train(&["--max-steps", "1", "--memory", "2GiB", "--eval-data", &eval]);
+    let output = b.train(&["--max-steps", "1", "--memory", "2GiB", "--threads", "1", "--eval-data", &eval]);
     assert!(output.status.success(), "{}", stderr(&output));
     if cfg!(target_os = "linux") {
         let text = std::fs::read_to_string(b.out().join("timing.jsonl")).unwrap();

@@ -32,8 +32,8 @@ fn wait_for_map(child: &Child, file: &Path) {
     }
 }
 
-/// Cuts the model when the tool has mapped it and waits for its data; returns the end of the tool.
-fn cut_while_mapped(b: &Bench, tool: &Path, args: &[&str]) -> std::process::Output {
+/// Cuts the model when the tool has mapped it and waits for its `input`; returns the end of the tool.
+fn cut_while_mapped(b: &Bench, tool: &Path, args: &[&str], input: &[u8]) -> std::process::Output {
     let model = copy(b);
     let weights = model.join("model.safetensors");
     let mut child = Command::new(tool)
@@ -48,7 +48,7 @@ fn cut_while_mapped(b: &Bench, tool: &Path, args: &[&str]) -> std::process::Outp
     wait_for_map(&child, &weights);
     OpenOptions::new().write(true).open(&weights).unwrap().set_len(4096).unwrap();
     // The tool may be gone before it has read all.
-    let _ = child.stdin.take().unwrap().write_all(&fs::read(&b.data).unwrap());
+    let _ = child.stdin.take().unwrap().write_all(input);
     child.wait_with_output().unwrap()
 }
 
@@ -69,7 +69,8 @@ fn training_names_the_file_that_was_cut() {
     let b = Bench::new();
     let out = b.out().display().to_string();
     let tool = Path::new(env!("CARGO_BIN_EXE_kto-train"));
-    check(&cut_while_mapped(&b, tool, &["--batch", "4", "--data", "-", "--out", &out]), "kto-train");
+    let args = ["--batch", "4", "--data", "-", "--out", &out];
+    check(&cut_while_mapped(&b, tool, &args, &fs::read(&b.data).unwrap()), "kto-train");
     assert!(!b.out().join("adapter").exists());
 }
 
@@ -78,7 +79,7 @@ fn kto_eval_names_the_file_that_was_cut() {
     let b = Bench::new();
     let tool = Path::new(env!("CARGO_BIN_EXE_kto-train")).with_file_name("kto-eval");
     assert!(tool.exists(), "{} is missing: build the workspace first (make build)", tool.display());
-    check(&cut_while_mapped(&b, &tool, &["score"]), "kto-eval");
+    check(&cut_while_mapped(&b, &tool, &["generate"], b"{\"prompt\": \"once\"}\n"), "kto-eval");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use kto_formats::{
 use serde_json::Value;
 
 /// A token that no golden row has. In the model below queries after it overflow.
-pub const POISON: u32 = 383;
+pub const POISON: u32 = 22;
 /// The row whose prompt ends with it, counted from 0.
 pub const ROW: usize = 6;
 
