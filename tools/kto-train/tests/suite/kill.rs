@@ -1,11 +1,12 @@
 //! SIGKILL at many moments of a run with every flag that keeps state: the end is that of a run that was left alone, byte for byte.
 
 use crate::{
-    cli::{Bench, stderr},
+    cli::{Bench, rows, stderr},
     evaluation::{held_out, part},
-    nonfinite::poison,
+    nonfinite::{POISON, poison},
 };
 use kto_cli::hash::sha256_hex;
+use kto_formats::tokens::{TokenRow, prompt_hash};
 use std::{
     path::Path,
     process::{Child, Command, Stdio},
@@ -147,4 +148,41 @@ fn every_checkpoint_leads_another_run_to_the_same_bytes() {
         assert_eq!(hashes(&b.bench), truth, "{}", from.display());
         assert!(!b.bench.out().join("checkpoints").join("step-00000099").exists());
     }
+}
+
+/// A signal in the middle of an evaluation: the step is saved without it, and it is made anew.
+#[test]
+fn an_evaluation_that_a_signal_ends_is_made_anew() {
+    let mut long = rows(&[], 384);
+    long.meta.max_length = 1024;
+    for i in 0..8u32 {
+        let prompt: Vec<u32> = (0..500).map(|t| POISON + 1 + (t * 7 + i) % 350).collect();
+        let row =
+            TokenRow { prompt_ids: &prompt, completion_ids: &[7; 300], label: i % 2 == 0, prompt_hash: 0 };
+        long.push(TokenRow { prompt_hash: prompt_hash(&prompt), ..row });
+    }
+    let (whole, mut b) = (Killed::new(false), Killed::new(false));
+    let flags = ["--checkpoint-every", "1d", "--resume"];
+    for killed in [&whole, &b] {
+        held_out(&killed.bench, &long);
+    }
+    b.eval.clone_from(&whole.eval);
+    whole.finish(&[]);
+    let child = b.command(&flags).spawn().unwrap();
+    // The evaluation after step 3 has begun when the step's line is there.
+    let metrics = b.bench.out().join("metrics.jsonl");
+    let lines = || std::fs::read(&metrics).map_or(0, |text| text.iter().filter(|b| **b == b'\n').count());
+    for _ in 0..200_000 {
+        if lines() >= 3 {
+            break;
+        }
+        sleep(Duration::from_micros(300));
+    }
+    let sent = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(sent.success() && output.status.code() == Some(143), "{}", stderr(&output));
+    assert!(stderr(&output).contains("which is saved"), "{}", stderr(&output));
+    assert!(!b.bench.out().join("adapter").exists());
+    b.finish(&flags);
+    assert_eq!(hashes(&b.bench), hashes(&whole.bench));
 }
