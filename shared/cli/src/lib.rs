@@ -21,6 +21,7 @@ mod progress;
 mod run;
 pub mod signal;
 mod stale;
+pub mod tool;
 mod ui;
 pub mod units;
 pub mod version;

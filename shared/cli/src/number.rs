@@ -1,5 +1,7 @@
 //! Value parsers for flags that take a number, so that all tools refuse the same with the same words.
 
+use std::time::Duration;
+
 /// Parses a finite number.
 pub fn finite(text: &str) -> Result<f64, String> {
     text.parse::<f64>().ok().filter(|x| x.is_finite()).ok_or_else(|| "not a number".to_string())
@@ -50,6 +52,36 @@ pub fn size(text: &str) -> Result<Size, String> {
     }
 }
 
+/// Parses `90s`, `10m`, `2h`, `1d`, `1h30m`, `1.5h`. A unit is needed.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    const WRONG: &str = "not a duration such as 90s, 10m, 2h or 1h30m";
+    let (mut rest, mut seconds) = (text.trim(), 0.0);
+    if rest.is_empty() {
+        return Err(WRONG.into());
+    }
+    while !rest.is_empty() {
+        let split = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let number: f64 = rest[..split].parse().map_err(|_| WRONG.to_string())?;
+        let mut after = rest[split..].chars();
+        let scale = match after.next() {
+            Some('s') => 1.0,
+            Some('m') => 60.0,
+            Some('h') => 3600.0,
+            Some('d') => 86_400.0,
+            None => return Err("has no unit: s, m, h or d".into()),
+            Some(_) => return Err(WRONG.into()),
+        };
+        seconds += number * scale;
+        rest = after.as_str();
+    }
+    // A century: nobody waits longer, and a deadline stays within what a clock can hold.
+    match seconds {
+        s if s <= 0.0 => Err("must be above 0".into()),
+        s if s > 3.2e9 => Err("is longer than a century".into()),
+        s => Ok(Duration::from_secs_f64(s)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,6 +94,25 @@ mod tests {
         assert!(not_negative("-1e-300").is_err());
         for text in ["nan", "inf", "1e999", "x", ""] {
             assert_eq!(finite(text), Err("not a number".to_string()), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations_have_units() {
+        for (text, seconds) in [
+            ("90s", 90.0),
+            ("10m", 600.0),
+            ("2h", 7200.0),
+            ("1d", 86_400.0),
+            ("1h30m", 5400.0),
+            ("0.5s", 0.5),
+        ] {
+            assert_eq!(duration(text), Ok(Duration::from_secs_f64(seconds)), "{text}");
+        }
+        for text in
+            ["", "10", "m", "10x", "-1s", "0s", "1h30", "1..2s", "1e3s", "inf", "99999999999d", "10 m"]
+        {
+            assert!(duration(text).is_err(), "{text}");
         }
     }
 

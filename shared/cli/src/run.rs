@@ -3,7 +3,7 @@
 use crate::{
     Common, EXIT_STATUS, Error, Exit, Kind, Result, Ui, generate, guard,
     output::Output,
-    signal,
+    signal, tool as running,
     ui::{self, report},
     version,
 };
@@ -31,6 +31,7 @@ pub fn run<A: Parser>(
     common: impl Fn(&A) -> &Common,
     body: impl FnOnce(A, &Ui) -> Result<Exit>,
 ) -> ExitCode {
+    running::set_name(tool);
     signal::soften_file_size_limit();
     set_panic_hook(tool, signal::out_of_memory_is_71());
     let argv: Vec<OsString> = env::args_os().collect();

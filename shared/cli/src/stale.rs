@@ -71,7 +71,7 @@ fn name(target: &Path, tag: &[u8]) -> OsString {
 }
 
 /// Removes what dead writers left in `folder`; failures are not ours to report.
-fn sweep(folder: &Path) {
+pub(crate) fn sweep(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let file_name = entry.file_name();
         let Some(left) = parse(&file_name) else { continue };

@@ -1,9 +1,11 @@
 //! Read-only memory maps of input files: the only module of this crate with `unsafe`.
 //!
 //! Called by [`crate::tensors`]. A map never outlives its file's name check: only regular files are mapped.
-//! Deliberately absent: writable maps, and any protection against somebody cutting the file while it is mapped
-//! (our own tools replace files by rename, which keeps old maps valid).
+//! Our own tools replace files by rename, which keeps old maps valid; when somebody else cuts a mapped file, the tool
+//! ends with one line and 74 ([`bus`]). Deliberately absent: writable maps.
 #![allow(unsafe_code)]
+
+mod bus;
 
 use kto_cli::{Error, Kind, Result, escape};
 use std::{
@@ -17,6 +19,8 @@ const READ_AHEAD: usize = 128 << 10;
 /// A regular file mapped into memory for reading.
 pub struct Map {
     path: PathBuf,
+    /// Before the map: fields are dropped in this order.
+    _entry: bus::Entry,
     map: memmap2::Mmap,
 }
 
@@ -29,10 +33,10 @@ impl Map {
             return Err(Error::new(Kind::Data, format!("{}: not a regular file", shown(path))));
         }
         let file = kto_cli::input::open_file(path)?;
-        // SAFETY: the map is private and read-only and is only handed out as `&[u8]`. Another process that
-        // shortens the file could still raise SIGBUS; inputs are promised not to change while a tool runs.
+        // SAFETY: the map is private and read-only and is only handed out as `&[u8]`. Inputs are promised not to change
+        // while a tool runs; when another process shortens one all the same, SIGBUS ends the process.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::reading(path, &e))?;
-        Ok(Self { path: path.into(), map })
+        Ok(Self { path: path.into(), _entry: bus::Entry::new(path, &map), map })
     }
 
     /// Returns the path as it was given.

@@ -1,18 +1,23 @@
 //! The command line of kto-train. Flag names are stable.
 
-use clap::{Parser, ValueEnum};
+use crate::{cadence::Every, resume::Resume};
+use clap::{
+    Parser, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use kto_cli::{
     Common,
-    number::{Size, finite, not_negative, positive, size},
+    lock::Wait,
+    number::{Size, duration, finite, not_negative, positive, size},
 };
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 /// Train a LoRA adapter on a language model with KTO
 ///
 /// Reads a model directory (safetensors, dense or bitsandbytes NF4) and a token file from kto-tokenize, and writes a run
 /// directory: adapter/ (PEFT), metrics.jsonl and timing.jsonl (one line a step), run.json (the resolved plan), checkpoints/, and the cached reference
-/// log-probabilities. Prints the directory's path. All numbers are f32; results are
-/// the same bits at any --threads.
+/// log-probabilities; with --eval-data also eval.jsonl and best/. Prints the directory's path, unless the run is not finished.
+/// All numbers are f32; results are the same bits at any --threads and after any interruption.
 #[derive(Parser, Clone, Debug)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
@@ -163,13 +168,59 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Run")]
     pub memory: Option<Size>,
 
-    /// Save a checkpoint every N steps (one is always saved on SIGINT and SIGTERM)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
-    pub checkpoint_every: Option<u64>,
+    /// Save a checkpoint every N steps, or so often: 90s, 10m, 2h (one is always saved on SIGINT and SIGTERM)
+    #[arg(long, value_name = "N|TIME", value_parser = Every::parse, alias = "save-steps", help_heading = "Run")]
+    pub checkpoint_every: Option<Every>,
 
-    /// Go on from the newest checkpoint in --out; from the start when there is none
-    #[arg(long, help_heading = "Run")]
-    pub resume: bool,
+    /// Keep the newest K checkpoints
+    #[arg(long, value_name = "K", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..), alias = "save-total-limit", help_heading = "Run")]
+    pub keep_last: u32,
+
+    /// Keep for ever the checkpoints of steps that are multiples of N
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Run")]
+    pub keep_every: Option<u64>,
+
+    /// Go on from a checkpoint: auto (the newest whole one; from the start when there is none), strict, or a directory
+    ///
+    /// auto passes over damaged checkpoints with a note. strict refuses (78) when there is none or the newest is damaged. A checkpoint
+    /// directory, of this run or of another one with the same plan: the metrics are cut to it and later checkpoints are removed;
+    /// another run's is copied into a new --out.
+    #[arg(long, value_name = "auto|strict|DIR", num_args = 0..=1, default_missing_value = "auto", value_parser = OsStringValueParser::new().map(Resume::from), help_heading = "Run")]
+    pub resume: Option<Resume>,
+
+    /// Stop at the first step boundary after this time (90s, 10m, 2h), save, and exit 0: --resume goes on
+    ///
+    /// The exit code is 0 because a run that is paused as asked is a success, for cron as for Make; the path is printed on standard
+    /// output only when the run is finished, and run.json says "paused".
+    #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Run")]
+    pub max_time: Option<Duration>,
+
+    /// Queue when another process uses --out, for this time or without end, instead of exit 75
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "forever", value_parser = Wait::parse, help_heading = "Run")]
+    pub wait: Option<Wait>,
+
+    /// When loss or gradient is not finite: stop (65), or skip the step. The rows are listed in nonfinite.jsonl
+    ///
+    /// Either way nothing of the step gets into the adapter or the moments. stop saves a checkpoint of the step before; a run that
+    /// stopped can be resumed with skip.
+    #[arg(long, value_name = "WHAT", default_value = "stop", help_heading = "Run")]
+    pub on_nonfinite: OnNonfinite,
+
+    /// Held-out token file: its loss and rewards go to eval.jsonl, the adapter of the lowest loss to best/
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    pub eval_data: Option<PathBuf>,
+
+    /// Evaluate every N steps, and after the last one [default: once an epoch]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "eval_data", alias = "eval-steps", help_heading = "Evaluation")]
+    pub eval_every: Option<u64>,
+
+    /// Stop after N evaluations in a row that did not lower eval_loss
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "eval_data", alias = "early-stopping-patience", help_heading = "Evaluation")]
+    pub early_stop_patience: Option<u64>,
+
+    /// Write the adapter of the best evaluation to adapter/, not the last one
+    #[arg(long, requires = "eval_data", alias = "load-best-model-at-end", help_heading = "Evaluation")]
+    pub load_best: bool,
 
     /// Check everything, print the plan with its memory, train nothing
     #[arg(long, help_heading = "Run")]
@@ -224,6 +275,15 @@ pub enum ScheduleKind {
     Constant,
 }
 
+/// What a step with a loss or gradient that is not finite leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnNonfinite {
+    /// The run ends
+    Stop,
+    /// The step is counted and has no effect
+    Skip,
+}
+
 /// Bundles of settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
@@ -252,4 +312,8 @@ Examples:
   The numbers of TRL's KTOTrainer:
     kto-train --model MODEL --data prefs.kto.arrow --out run --preset trl --batch 8 --lr 1e-6 --epochs 3
   Go on after an interruption:
-    kto-train --model MODEL --data prefs.kto.arrow --out run --resume";
+    kto-train --model MODEL --data prefs.kto.arrow --out run --resume
+  Watch a held-out file, stop when it gets no better, keep the best:
+    kto-train --model MODEL --data train.kto.arrow --eval-data heldout.kto.arrow --out run --epochs 5 --early-stop-patience 2 --load-best
+  An hour each night until it is finished:
+    kto-train -q --model MODEL --data prefs.kto.arrow --out run --checkpoint-every 10m --max-time 1h --resume";

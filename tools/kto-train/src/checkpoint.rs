@@ -1,97 +1,143 @@
 //! Checkpoints: everything that the next step depends on beside the plan, in a directory that appears whole.
 //!
-//! Order, KL partners, dropout and learning rate are functions of the step, so the state is the adapter in f32, the optimizer's parts
-//! as they are (f32, or 8-bit codes with their scales), the step, and how long metrics.jsonl was.
+//! Order, KL partners, dropout and learning rate are functions of the step, so the state is the adapter in f32, the optimizer's
+//! parts as they are (f32, or 8-bit codes with their scales), the step, how long the logs were, and what the evaluations have found, with the best adapter. Which checkpoint a run goes on from is
+//! decided in [`crate::resume`].
 
-use crate::{optimizer::Optimizer, run_dir::RunDir};
+mod manifest;
+
+pub use manifest::{MANIFEST, Manifest};
+
+use crate::{cadence::Keep, optimizer::Optimizer, run_dir::RunDir};
 use candle_core::{DType, Tensor};
-use kto_cli::{Error, Result, atomic, escape, hash::Sha256Hex, input};
+use kto_cli::{
+    Error, Result,
+    atomic::{self, AtomicDir},
+    escape,
+};
 use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tensors::{TensorStore, TensorView},
 };
 use kto_model::lora::Lora;
 use safetensors::Dtype;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
     path::{Path, PathBuf},
 };
 
-/// Checkpoints kept.
-const KEEP: usize = 2;
+/// The numbers.
+const STATE: &str = "state.safetensors";
+/// The best adapter, in the run directory and in a checkpoint.
+pub const BEST: &str = "best";
 
 /// Where a run stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Position {
     /// Steps done.
     pub step: u64,
+    /// Those of them that had no effect: loss or gradient was not finite.
+    pub skipped: u64,
     /// Tokens seen.
     pub num_tokens: u64,
     /// Length of metrics.jsonl in bytes.
     pub metrics_bytes: u64,
+    /// Length of eval.jsonl.
+    pub eval_bytes: u64,
+    /// Length of nonfinite.jsonl.
+    pub nonfinite_bytes: u64,
+    /// What the evaluations have found.
+    pub evaluated: Evaluated,
 }
 
-/// Writes the checkpoint of `position` and removes old ones.
-pub fn save(run: &RunDir, position: Position, lora: &Lora, optimizer: &Optimizer) -> Result<()> {
-    let parent = run.file("checkpoints");
-    fs::create_dir_all(&parent).map_err(|e| Error::writing(&parent, &e))?;
-    let directory = atomic::AtomicDir::create(&parent.join(format!("step-{:08}", position.step)), true)?;
-    let state = directory.path().join("state.safetensors");
-    let parts = named(lora, optimizer);
-    let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), stored(t), t.dims())).collect();
-    let mut writer = SafetensorsWriter::new(&state, specs, &BTreeMap::new())?;
-    for (name, tensor) in &parts {
-        writer.write(name, &bytes(tensor).map_err(internal)?)?;
+impl Position {
+    /// Returns the optimizer's own count of its steps: as torch's under a GradScaler, skipped steps are none.
+    pub fn updates(&self) -> u64 {
+        self.step - self.skipped
     }
-    writer.finish()?;
-    let manifest = json!({
-        "format": 1, "step": position.step, "num_tokens": position.num_tokens, "metrics_bytes": position.metrics_bytes,
-        "state_sha256": sha256(&state)?,
-    });
-    atomic::write(&directory.path().join("manifest.json"), manifest.to_string().as_bytes())?;
+
+    /// Returns the lengths of the logs, in the order of [`crate::run_dir::LOGS`].
+    pub fn log_bytes(&self) -> [u64; 3] {
+        [self.metrics_bytes, self.eval_bytes, self.nonfinite_bytes]
+    }
+}
+
+/// What the evaluations of a run have found so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Evaluated {
+    /// The step of the last one; 0 when there was none.
+    pub step: u64,
+    /// The step of the one with the lowest loss; 0 when none had a finite one.
+    pub best_step: u64,
+    /// Its loss.
+    pub best_loss: f64,
+    /// Evaluations since then.
+    pub waited: u64,
+}
+
+impl Evaluated {
+    /// Notes an evaluation after `step`; whether it is the best one. A loss that is not finite never is.
+    pub fn note(&mut self, step: u64, loss: f64) -> bool {
+        self.step = step;
+        let better = loss.is_finite() && (self.best_step == 0 || loss < self.best_loss);
+        if better {
+            (self.best_step, self.best_loss, self.waited) = (step, loss, 0);
+        } else {
+            self.waited += 1;
+        }
+        better
+    }
+}
+
+/// What a checkpoint is made of.
+pub struct State<'a> {
+    /// Where the run stands.
+    pub position: Position,
+    /// The adapter.
+    pub lora: &'a Lora,
+    /// The moments.
+    pub optimizer: &'a Optimizer,
+    /// The plan.
+    pub plan: Value,
+    /// Rows of a pack.
+    pub pack_rows: usize,
+}
+
+/// Writes a checkpoint and removes old ones.
+pub fn save(run: &RunDir, state: State, keep: Keep) -> Result<()> {
+    let parent = run.checkpoints();
+    atomic::create_dir_all(&parent)?;
+    let step = state.position.step;
+    let directory = AtomicDir::create(&path_of(run, step), true)?;
+    write_tensors(&directory.path().join(STATE), &named(state.lora, state.optimizer))?;
+    if state.position.evaluated.best_step > 0 {
+        // No hard links: whoever edits a file of best/ would edit the checkpoints.
+        copy_dir(&run.file(BEST), &directory.path().join(BEST))?;
+    }
+    Manifest::new(directory.path(), state.position, state.pack_rows, state.plan)?.write(directory.path())?;
     directory.commit()?;
-    for old in list(&parent).into_iter().rev().skip(KEEP) {
+    let steps = list(&parent).into_iter().map(|(step, _)| step).collect();
+    for old in keep.outdated(steps, step) {
         // An old checkpoint that stays is no reason to stop.
-        let _ = fs::remove_dir_all(old);
+        let _ = fs::remove_dir_all(path_of(run, old));
     }
     Ok(())
 }
 
-/// Loads the newest complete checkpoint into `lora` and `optimizer`. Returns `None` when there is none;
-/// `note` hears of the ones that were passed over.
-pub fn load(
-    run: &RunDir,
-    lora: &Lora,
-    optimizer: &Optimizer,
-    note: impl Fn(String),
-) -> Result<Option<Position>> {
-    for path in list(&run.file("checkpoints")).into_iter().rev() {
-        match read(&path, lora, optimizer) {
-            Ok(position) => return Ok(Some(position)),
-            Err(e) => note(format!("checkpoint passed over: {}: {e}", path.display())),
-        }
-    }
-    Ok(None)
+/// Returns where the checkpoint of `step` is.
+pub fn path_of(run: &RunDir, step: u64) -> PathBuf {
+    run.checkpoints().join(format!("step-{step:08}"))
 }
 
-fn read(path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
-    let manifest = input::read(&path.join("manifest.json"), 1 << 20)?;
-    let manifest: Value =
-        serde_json::from_slice(&manifest).map_err(|_| Error::data("manifest.json is not JSON"))?;
-    let number = |field: &str| {
-        manifest.get(field).and_then(Value::as_u64).ok_or_else(|| Error::data(format!("no \"{field}\"")))
-    };
-    if number("format")? != 1 {
-        return Err(Error::data("written by a newer kto-train"));
+/// Loads the numbers of the checkpoint `path` into `lora` and `optimizer`. `manifest` has been verified.
+pub fn load(path: &Path, manifest: &Manifest, lora: &Lora, optimizer: &Optimizer) -> Result<()> {
+    if !manifest.files.contains_key(STATE) {
+        return Err(Error::data(format!("no {STATE}")));
     }
-    let state = path.join("state.safetensors");
-    let hash = sha256(&state)?;
-    if manifest.get("state_sha256").and_then(Value::as_str) != Some(hash.as_str()) {
-        return Err(Error::data("state.safetensors does not match its hash"));
-    }
-    let store = TensorStore::open_file(&state)?;
+    let store = TensorStore::open_file(&path.join(STATE))?;
     let parts = named(lora, optimizer);
     // All is checked before anything is overwritten.
     let mut values = Vec::with_capacity(parts.len());
@@ -103,38 +149,48 @@ fn read(path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
     for ((_, target), values) in parts.iter().zip(&values) {
         target.slice_set(values, 0, 0).map_err(internal)?;
     }
-    Ok(Position {
-        step: number("step")?,
-        num_tokens: number("num_tokens")?,
-        metrics_bytes: number("metrics_bytes")?,
-    })
+    Ok(())
 }
 
-/// Hashes a file without holding it: it is three times the adapter.
-fn sha256(path: &Path) -> Result<String> {
-    let mut hash = Sha256Hex::new();
-    io::copy(&mut input::open(path)?.reader, &mut hash).map_err(|e| Error::reading(path, &e))?;
-    Ok(hash.finish())
-}
-
-/// Returns the complete checkpoint directories, oldest first.
-fn list(parent: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = fs::read_dir(parent)
+/// Returns the checkpoint directories by step, oldest first.
+pub fn list(parent: &Path) -> Vec<(u64, PathBuf)> {
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+    let mut found: Vec<(u64, PathBuf)> = fs::read_dir(parent)
         .into_iter()
         .flatten()
-        .filter_map(|e| Some(e.ok()?.path()))
-        .filter(|p| {
-            p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-") && !n.contains('.'))
-        })
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter_map(|path| Some((step(&path)?, path)))
         .collect();
     found.sort();
     found
+}
+
+/// Copies the files of a directory, not its folders, into another one.
+pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(|e| Error::writing(to, &e))?;
+    for entry in fs::read_dir(from).map_err(|e| Error::reading(from, &e))? {
+        let (path, name) = entry.map(|e| (e.path(), e.file_name())).map_err(|e| Error::reading(from, &e))?;
+        if path.is_file() {
+            let target = to.join(name);
+            fs::copy(&path, &target).map_err(|e| Error::writing(&target, &e))?;
+        }
+    }
+    Ok(())
 }
 
 /// Returns everything that is stored, by name.
 fn named<'a>(lora: &'a Lora, optimizer: &'a Optimizer) -> Vec<(String, &'a Tensor)> {
     let adapter = lora.named_tensors().map(|(name, t)| (format!("adapter/{name}"), t));
     adapter.chain(optimizer.parts(lora)).collect()
+}
+
+fn write_tensors(path: &Path, parts: &[(String, &Tensor)]) -> Result<()> {
+    let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), stored(t), t.dims())).collect();
+    let mut writer = SafetensorsWriter::new(path, specs, &BTreeMap::new())?;
+    for (name, tensor) in parts {
+        writer.write(name, &bytes(tensor).map_err(internal)?)?;
+    }
+    writer.finish()
 }
 
 /// Returns how a tensor is stored: codes as they are, numbers in f32.
@@ -165,4 +221,22 @@ fn loaded(view: &TensorView, like: &Tensor) -> Result<Tensor> {
 
 fn internal(e: candle_core::Error) -> Error {
     Error::internal(format!("checkpoint: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lower_loss_is_better() {
+        let mut e = Evaluated::default();
+        let noted = [f64::NAN, 0.5, 0.5, 0.6, 0.4, f64::INFINITY].map(|loss| {
+            let better = e.note(e.step + 10, loss);
+            (better, e.best_step, e.waited)
+        });
+        let expected =
+            [(false, 0, 1), (true, 20, 0), (false, 20, 1), (false, 20, 2), (true, 50, 0), (false, 50, 1)];
+        assert_eq!(noted, expected);
+        assert_eq!((e.step, e.best_loss), (60, 0.4));
+    }
 }

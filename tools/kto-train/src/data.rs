@@ -12,7 +12,7 @@ const SPOOL: &str = "data.kto.arrow";
 /// Reads the token file, standard input, or on --resume the copy of it.
 pub fn read(args: &Args) -> Result<TokenSet> {
     let spooled = args.out.join(SPOOL);
-    let resumed = args.resume && is_piped(args) && spooled.exists();
+    let resumed = args.resume.is_some() && is_piped(args) && spooled.exists();
     let paths = if resumed { vec![spooled] } else { input::or_stdin(std::slice::from_ref(&args.data))? };
     let input = input::open(&paths[0])?;
     TokenSet::read(&input.name, input.reader)

@@ -61,6 +61,9 @@ pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
             plan.max_grad_norm
         ),
     )?;
+    if let (Some(held_out), Some(every)) = (inputs.held_out, plan.eval_every) {
+        line("evaluation", format!("{} rows every {every} steps", held_out.tokens.len()))?;
+    }
     for item in &fit.plan.items {
         line(&format!("memory: {}", item.name), units::size(item.bytes))?;
     }

@@ -5,26 +5,36 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod cadence;
 mod checkpoint;
 mod data;
 mod dry_run;
+mod evaluation;
+mod logs;
 mod memory;
 pub mod metrics;
+mod nonfinite;
 pub mod optimizer;
 pub mod order;
 mod pace;
 pub mod plan;
 mod reference;
+mod resume;
 mod run_dir;
 mod run_log;
 pub mod schedule;
 pub mod step;
+mod steps;
 mod train;
 
-pub use args::{Args, LossKind, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
+pub use args::{Args, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
+pub use cadence::Every;
+pub use resume::Resume;
 
+use cadence::{Cadence, Keep};
 use candle_core::DType;
-use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, output, signal};
+use evaluation::HeldOut;
+use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, lock::RunLock, output, signal};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_model::{
     architecture::Architecture,
@@ -37,16 +47,25 @@ use memory::Fit;
 use order::Order;
 use plan::{Inputs, Plan};
 use run_dir::{Existing, RunDir};
-use std::path::Path;
+use std::{path::Path, time::Instant};
+use train::Ended;
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
+    let began = Instant::now();
     signal::install();
     let (_, micro) = plan::batches(&args)?;
+    if let Some(Resume::From(path)) = &args.resume {
+        resume::peek(path)?;
+    }
+    let mut lock = None;
     if !args.dry_run {
-        run_dir::check_lock(&args.out)?;
+        // Before the model is loaded, when the directory is there already.
+        if args.out.is_dir() {
+            lock = Some(run_dir::lock(&args.out, args.wait.unwrap_or_default(), ui)?);
+        }
         run_dir::check(&args.out, existing(&args))?;
-        run_dir::check_inputs(&args)?;
+        run_dir::check_inputs(&args, existing(&args))?;
     }
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
@@ -54,12 +73,19 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     weights::check(&architecture, &model).at(shown(&args.model))?;
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;
     let tokens = data::read(&args)?;
+    let held_out = HeldOut::read(&args, micro)?;
     let order = order(&args, &tokens, micro)?;
-    let inputs =
-        Inputs { model: &model, architecture: &architecture, tokens: &tokens, adapter: adapter.as_ref() };
+    let inputs = Inputs {
+        model: &model,
+        architecture: &architecture,
+        tokens: &tokens,
+        adapter: adapter.as_ref(),
+        held_out: held_out.as_ref(),
+    };
     let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
     data::report(&plan, &architecture, &tokens, ui);
     data::check_ids(&architecture, &tokens)?;
+    held_out.as_ref().map_or(Ok(()), |h| h.check_ids(&architecture))?;
     let fit = Fit::new(&args, &plan, &inputs, &order)?;
     // Nothing of the run's size exists before the plan has been found to fit.
     let lora = if fit.fits() { Some(initial(&plan, &inputs)?) } else { None };
@@ -70,14 +96,16 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     drop(adapter);
     let Some(lora) = lora.filter(|_| !args.dry_run) else { return Ok(Exit::Ok) };
     fit.report(ui);
-    train(&args, Planned { plan: &plan, memory: &fit.plan }, model, &tokens, &order, &lora, ui)
-}
-
-/// What will be done, and in how much memory.
-#[derive(Clone, Copy)]
-struct Planned<'a> {
-    plan: &'a Plan,
-    memory: &'a MemoryPlan,
+    let planned = Planned {
+        args: &args,
+        plan: &plan,
+        memory: &fit.plan,
+        tokens: &tokens,
+        held_out: held_out.as_ref(),
+        order: &order,
+        began,
+    };
+    planned.train(model, &lora, lock, ui)
 }
 
 /// Returns which rows make which step.
@@ -102,58 +130,91 @@ fn initial(plan: &Plan, inputs: &Inputs) -> Result<Lora> {
     }
 }
 
-fn train(
-    args: &Args,
-    planned: Planned,
-    model: ModelDir,
-    tokens: &TokenSet,
-    order: &Order,
-    lora: &Lora,
-    ui: &Ui,
-) -> Result<Exit> {
-    let Planned { plan, memory } = planned;
-    let mut base = BaseModel::load(model, DType::F32, data::positions(tokens)).at(shown(&args.model))?;
-    base.set_streaming(memory.stream);
-    let dir = open_run(args, plan)?;
-    if args.resume && dir.is_finished() {
-        ui.note(format_args!("{}: the run is finished", shown(&args.out)));
-    } else {
+/// What will be done, with what, and in how much memory.
+struct Planned<'a> {
+    args: &'a Args,
+    plan: &'a Plan,
+    memory: &'a MemoryPlan,
+    tokens: &'a TokenSet,
+    held_out: Option<&'a HeldOut>,
+    order: &'a Order,
+    began: Instant,
+}
+
+impl Planned<'_> {
+    fn train(&self, model: ModelDir, lora: &Lora, lock: Option<RunLock>, ui: &Ui) -> Result<Exit> {
+        let Planned { args, plan, memory, tokens, held_out, order, .. } = *self;
+        let positions = data::positions(tokens).max(held_out.map_or(0, |h| data::positions(&h.tokens)));
+        let mut base = BaseModel::load(model, DType::F32, positions).at(shown(&args.model))?;
+        base.set_streaming(memory.stream);
+        let lock = |path: &Path| match lock {
+            Some(lock) => Ok(lock),
+            None => run_dir::lock(path, args.wait.unwrap_or_default(), ui),
+        };
+        let dir = open_run(args, plan, lock)?;
+        if args.resume.is_some()
+            && run_dir::settled_pack_rows(&args.out).is_some_and(|r| r != memory.pack_rows)
+        {
+            // Another process has begun the run since the memory was planned.
+            let text = format!("{}: the run has only just begun elsewhere", shown(&args.out));
+            return Err(Error::new(Kind::TryAgain, text).with_hint("the same command again"));
+        }
+        let goes_back = matches!(args.resume, Some(Resume::From(_)));
+        if args.resume.is_some() && !goes_back && dir.is_finished() {
+            ui.note(format_args!("{}: the run is finished", shown(&args.out)));
+            output::print_path(&args.out)?;
+            return Ok(Exit::Ok);
+        }
         data::spool(args, &dir, tokens)?;
-        let checkpoint_every = args.checkpoint_every;
-        let run = train::Run { plan, memory, base: &base, tokens, order, dir: &dir, checkpoint_every, ui };
-        let summary = run.train(lora, args.resume)?;
-        ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
+        let keep = Keep { last: args.keep_last as usize, every: args.keep_every };
+        let cadence = Cadence::new(args.checkpoint_every, keep, self.began, args.max_time);
+        let skip = args.on_nonfinite == OnNonfinite::Skip;
+        let base = &base;
+        let dir = &dir;
+        let run = train::Run { plan, memory, base, tokens, held_out, order, dir, cadence, skip, ui };
+        match run.train(lora, args.resume.as_ref())? {
+            Ended::Finished(summary) => {
+                ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
+                output::print_path(&args.out)?;
+            }
+            // No path on standard output: there is no result yet that a pipe could go on with.
+            Ended::Paused(summary) => {
+                ui.note(format_args!("{summary}; --max-time is over, not finished: go on with --resume"));
+            }
+        }
+        Ok(Exit::Ok)
     }
-    output::print_path(&args.out)?;
-    Ok(Exit::Ok)
 }
 
 fn existing(args: &Args) -> Existing {
-    match (args.resume, args.force) {
+    let begins = resume::foreign(&args.out, args.resume.as_ref()).is_some();
+    match (args.resume.is_some() && !begins, args.force) {
         (true, _) => Existing::Resume,
         (false, true) => Existing::Replace,
         (false, false) => Existing::Refuse,
     }
 }
 
-/// Locks the run directory; with --resume proves that the stored plan is this one.
-fn open_run(args: &Args, plan: &Plan) -> Result<RunDir> {
-    let dir = RunDir::open(&args.out, existing(args))?;
+/// Locks the run directory; with --resume proves that the plan of what is gone on with is this one.
+fn open_run(args: &Args, plan: &Plan, lock: impl FnOnce(&Path) -> Result<RunLock>) -> Result<RunDir> {
+    if let Some(Resume::From(path)) = &args.resume {
+        // All of it is looked at before --force removes anything.
+        let manifest = resume::peek(path)?;
+        run_dir::refuse_differences(&manifest.plan, plan).at(shown(path))?;
+        manifest.verify(path).at(shown(path)).map_err(|e| e.with_kind(Kind::Config))?;
+    }
+    let existing = existing(args);
+    let dir = RunDir::open(&args.out, existing, lock)?;
     let stored = dir.stored_plan();
-    if args.resume && stored.is_none() && dir.file("checkpoints").exists() {
+    if existing != Existing::Resume {
+        return Ok(dir);
+    }
+    if stored.is_none() && dir.checkpoints().exists() {
         let text = "checkpoints, but no readable run.json that says what they are of";
         return Err(Error::config(format!("{}: {text}", shown(&args.out)))
             .with_hint("--force to start anew in this directory"));
     }
-    if let Some(stored) = stored.filter(|_| args.resume) {
-        let differences = run_dir::differences(&stored, plan);
-        if !differences.is_empty() {
-            let text: Vec<String> =
-                differences.iter().map(|(f, old, new)| format!("{f} was {old}, is {new}")).collect();
-            return Err(Error::config(format!("{}: cannot resume: {}", shown(&args.out), text.join("; ")))
-                .with_hint("give the run's own flags and files, or start anew with another --out"));
-        }
-    }
+    stored.map_or(Ok(()), |stored| run_dir::refuse_differences(&stored, plan)).at(shown(&args.out))?;
     Ok(dir)
 }
 

@@ -4,6 +4,7 @@ use crate::{
     args::{Args, OptimizerKind},
     order::{Order, jobs},
     plan::{Inputs, Plan},
+    resume::{self, Resume},
     run_dir,
 };
 use kto_cli::{Error, Kind, Result, Ui, memory, number::Size, units};
@@ -77,7 +78,9 @@ impl Fit {
     pub fn new(args: &Args, plan: &Plan, inputs: &Inputs, order: &Order) -> Result<Self> {
         let limit = limit(args.memory)?;
         let (a, tokens) = (inputs.architecture, inputs.tokens);
-        let ids = tokens.rows().flat_map(|row| row.prompt_ids.iter().chain(row.completion_ids).copied());
+        let held_out = inputs.held_out.map(|h| &h.tokens);
+        let rows = || tokens.rows().chain(held_out.into_iter().flat_map(|t| t.rows()));
+        let ids = rows().flat_map(|row| row.prompt_ids.iter().chain(row.completion_ids).copied());
         let adapter = match inputs.adapter {
             Some(adapter) => AdapterSize::given(a, adapter),
             None => AdapterSize::fresh(a, plan.lora_r, &plan.typed.modules),
@@ -95,10 +98,10 @@ impl Fit {
                 OptimizerKind::Adamw8bit => Moments::Bits8,
             },
             adapter_copy: plan.typed.reference_is_adapter,
-            positions: crate::data::positions(tokens),
+            positions: crate::data::positions(tokens).max(held_out.map_or(0, crate::data::positions)),
             threads: rayon::current_num_threads(),
-            token_bytes: tokens.rows().map(ids_bytes).sum::<u64>() + 48 * pairs,
-            pack_rows: if args.resume { run_dir::settled_pack_rows(&args.out) } else { None },
+            token_bytes: rows().map(ids_bytes).sum::<u64>() + 48 * pairs + held_out_pairs(inputs),
+            pack_rows: settled(args)?,
             batches: &Counted { plan, inputs, order },
         };
         let memory = planned::plan(&demand, limit.bytes).unwrap_or_else(|smallest| *smallest);
@@ -149,6 +152,20 @@ impl Fit {
     }
 }
 
+/// Returns the rows of a pack of the run that is gone on with.
+fn settled(args: &Args) -> Result<Option<usize>> {
+    Ok(match &args.resume {
+        None => None,
+        Some(Resume::From(path)) => Some(resume::peek(path)?.pack_rows).filter(|rows| *rows > 0),
+        Some(Resume::Auto | Resume::Strict) => run_dir::settled_pack_rows(&args.out),
+    })
+}
+
+/// Returns the bytes of what belongs to the held-out pairs: a pair in lists and references, and its scores in an evaluation.
+fn held_out_pairs(inputs: &Inputs) -> u64 {
+    inputs.held_out.map_or(0, |h| h.pairs().len() as u64 * (48 + 160))
+}
+
 /// Returns every pair that the first `steps` steps of the order will ask for.
 pub fn pairs(plan: &Plan, order: &Order, steps: u64) -> Result<BTreeSet<Pair>> {
     let mut pairs = BTreeSet::new();
@@ -196,6 +213,20 @@ impl Counted<'_> {
     fn shape(&self, jobs: &[kto_model::rows::Job], packing: Packing) -> BatchShape {
         BatchShape::of(&groups(self.inputs.tokens, self.plan.max_length, jobs, packing).0, packing)
     }
+
+    /// Returns the largest of every count over the sweeps of an evaluation, which are also those of its reference pass.
+    fn evaluation(&self, pack_rows: usize, sweep_rows: usize) -> BatchShape {
+        let mut most = BatchShape::default();
+        let Some(held_out) = self.inputs.held_out else { return most };
+        let packing = Packing::Shared(pack_rows);
+        let pairs: Vec<Pair> = held_out.pairs().into_iter().collect();
+        for cut in reference::sweeps(&held_out.tokens, &pairs, sweep_rows) {
+            let jobs = reference::jobs(&pairs[cut]);
+            let groups = groups(&held_out.tokens, held_out.max_length(), &jobs, packing).0;
+            most = most.max(BatchShape::of(&groups, packing));
+        }
+        most
+    }
 }
 
 impl Batches for Counted<'_> {
@@ -211,7 +242,7 @@ impl Batches for Counted<'_> {
     }
 
     fn reference(&self, pack_rows: usize, reference_rows: usize) -> BatchShape {
-        let mut most = BatchShape::default();
+        let mut most = self.evaluation(pack_rows, reference_rows);
         if !self.plan.typed.loss.loss.needs_reference() {
             return most;
         }

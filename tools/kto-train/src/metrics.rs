@@ -69,6 +69,17 @@ pub struct StepFacts {
     pub epoch: f64,
 }
 
+/// What is known about an evaluation beside its blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct EvalFacts {
+    /// Steps done.
+    pub step: u64,
+    /// How far into the data they lead.
+    pub epoch: f64,
+    /// Loss of the held-out rows.
+    pub loss: f64,
+}
+
 /// Returns one line of metrics.jsonl. Every block weighs the same, as in TRL; a class that is absent has no key,
 /// and a loss without a reference has no rewards. Times are left out: a resumed run ends with the same bytes.
 pub fn line(facts: StepFacts, blocks: &[BlockMetrics], loss: Loss) -> Value {
@@ -78,22 +89,51 @@ pub fn line(facts: StepFacts, blocks: &[BlockMetrics], loss: Loss) -> Value {
     put("loss", facts.loss);
     put("grad_norm", facts.grad_norm);
     put("learning_rate", facts.learning_rate);
+    put_scores(blocks, loss, &mut put);
+    put("epoch", facts.epoch);
+    line.insert("num_tokens".into(), json!(facts.num_tokens));
+    put_counts(blocks, "", &mut line);
+    Value::Object(line)
+}
+
+/// Returns the line of a step that had no effect, because of `rows` rows: what was not finite is null.
+pub fn skipped_line(facts: StepFacts, blocks: &[BlockMetrics], loss: Loss, rows: usize) -> Value {
+    let mut line = line(facts, blocks, loss);
+    line["count/nonfinite"] = json!(rows);
+    line
+}
+
+/// Returns one line of eval.jsonl: the same scores of the held-out rows under TRL's names for them.
+pub fn eval_line(facts: EvalFacts, blocks: &[BlockMetrics], loss: Loss) -> Value {
+    let mut line = Map::new();
+    line.insert("step".into(), json!(facts.step));
+    line.insert("epoch".into(), json!(facts.epoch));
+    line.insert("eval_loss".into(), json!(facts.loss));
+    put_scores(blocks, loss, &mut |key, value| line.insert(format!("eval_{key}"), json!(value)));
+    put_counts(blocks, "eval_", &mut line);
+    Value::Object(line)
+}
+
+fn put_scores(blocks: &[BlockMetrics], loss: Loss, put: Put) {
     if loss.needs_reference() {
-        // TRL logs a kl of 0 where the loss has none.
-        put("kl", mean(blocks.iter().map(|b| b.kl_raw.max(0.0))));
+        // TRL logs a kl of 0 where the loss has none. The larger of a NaN and 0 would be 0.
+        put("kl", mean(blocks.iter().map(|b| if b.kl_raw.is_nan() { b.kl_raw } else { b.kl_raw.max(0.0) })));
         put("kl_raw", mean(blocks.iter().map(|b| b.kl_raw)));
     }
     put("entropy", mean(blocks.iter().map(|b| b.entropy)));
-    put_class("chosen", blocks.iter().map(|b| b.chosen), loss, &mut put);
-    put_class("rejected", blocks.iter().map(|b| b.rejected), loss, &mut put);
+    put_class("chosen", blocks.iter().map(|b| b.chosen), loss, put);
+    put_class("rejected", blocks.iter().map(|b| b.rejected), loss, put);
     if loss.needs_reference() {
-        put_comparison(blocks, &mut put);
+        put_comparison(blocks, put);
     }
-    put("epoch", facts.epoch);
-    line.insert("num_tokens".into(), json!(facts.num_tokens));
-    line.insert("count/chosen".into(), json!(blocks.iter().map(|b| b.chosen.rows).sum::<usize>()));
-    line.insert("count/rejected".into(), json!(blocks.iter().map(|b| b.rejected.rows).sum::<usize>()));
-    Value::Object(line)
+}
+
+fn put_counts(blocks: &[BlockMetrics], prefix: &str, line: &mut Map<String, Value>) {
+    let mut put = |key: &str, count: fn(&BlockMetrics) -> usize| {
+        line.insert(format!("{prefix}count/{key}"), json!(blocks.iter().map(count).sum::<usize>()))
+    };
+    put("chosen", |b| b.chosen.rows);
+    put("rejected", |b| b.rejected.rows);
 }
 
 type Put<'a> = &'a mut dyn FnMut(&str, f64) -> Option<Value>;

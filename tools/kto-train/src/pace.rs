@@ -71,6 +71,11 @@ impl Pace {
         self.progress.under_way((work.tokens as f64 * share) as u64);
     }
 
+    /// Says what is going on, when it is shown next.
+    pub fn say(&self, text: &str) {
+        self.progress.say(text);
+    }
+
     /// Counts work and shows it; `text` says what else there is to know.
     pub fn add(&self, work: Work, text: &str) {
         self.worked.set(self.worked.get() + work);

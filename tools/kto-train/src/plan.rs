@@ -2,9 +2,10 @@
 
 use crate::{
     args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind},
+    evaluation::HeldOut,
     optimizer::OptimizerSpec,
 };
-use kto_cli::{Error, Result, escape};
+use kto_cli::{Context, Error, Result, escape};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_model::{
     architecture::{Architecture, Module},
@@ -79,6 +80,16 @@ pub struct Plan {
     pub total_steps: u64,
     /// Steps in one pass over the data.
     pub steps_per_epoch: u64,
+    /// SHA-256 of the held-out rows, if there are any.
+    pub eval_data: Option<String>,
+    /// Tokens after which a held-out row is cut.
+    pub eval_max_length: Option<usize>,
+    /// Steps from one evaluation to the next.
+    pub eval_every: Option<u64>,
+    /// Evaluations without improvement that end the run.
+    pub early_stop_patience: Option<u64>,
+    /// Whether the result is the adapter of the best evaluation.
+    pub load_best: bool,
     /// Parts that the trainer needs as types, not as text.
     #[serde(skip)]
     pub typed: Typed,
@@ -116,6 +127,8 @@ pub struct Inputs<'a> {
     pub tokens: &'a TokenSet,
     /// The initial adapter.
     pub adapter: Option<&'a Adapter>,
+    /// The held-out rows.
+    pub held_out: Option<&'a HeldOut>,
 }
 
 impl Plan {
@@ -170,6 +183,11 @@ impl Plan {
             seed: args.seed,
             total_steps,
             steps_per_epoch,
+            eval_data: inputs.held_out.map(|h| h.tokens.fingerprint()),
+            eval_max_length: inputs.held_out.map(HeldOut::max_length),
+            eval_every: inputs.held_out.map(|_| args.eval_every.unwrap_or(steps_per_epoch)),
+            early_stop_patience: args.early_stop_patience,
+            load_best: args.load_best,
             typed: Typed {
                 loss: LossSpec {
                     loss,
@@ -192,6 +210,17 @@ impl Plan {
     /// Returns how rows become packs of about `rows` rows.
     pub fn packing(&self, rows: usize) -> Packing {
         if self.lora_dropout > 0.0 { Packing::Single } else { Packing::Shared(rows) }
+    }
+
+    /// Returns whether an evaluation follows step `step`.
+    pub fn evaluates_after(&self, step: u64) -> bool {
+        let due = |n: u64| step.is_multiple_of(n) || step == self.total_steps;
+        step > 0 && self.eval_every.is_some_and(due)
+    }
+
+    /// Returns whether `waited` evaluations without improvement end the run.
+    pub fn stops_after(&self, waited: u64) -> bool {
+        self.early_stop_patience.is_some_and(|patience| waited >= patience)
     }
 }
 
@@ -255,6 +284,9 @@ fn check_fit(args: &Args, inputs: &Inputs) -> Result<()> {
         return Ok(());
     }
     fit::check_tokenizer(inputs.model, meta)?;
+    if let Some(held_out) = inputs.held_out {
+        fit::check_tokenizer(inputs.model, &held_out.tokens.meta).at("--eval-data")?;
+    }
     inputs.adapter.map_or(Ok(()), |a| fit::check_adapter(inputs.model, a, "--init-adapter"))
 }
 

@@ -1,13 +1,17 @@
 //! The run directory: who may write it, what is in it, and its manifest.
 //!
 //! `run.json` plan and state, `metrics.jsonl` and `timing.jsonl` a line a step, `adapter/` the result, `checkpoints/step-N/`,
-//! `reference.safetensors` cached reference log-probabilities, `data.kto.arrow` when the data came through a pipe.
+//! `reference.safetensors` cached reference log-probabilities, `data.kto.arrow` when the data came through a pipe. With held-out rows
+//! `eval.jsonl`, `best/` and `eval_reference.safetensors`; `nonfinite.jsonl` when there was something to list.
 
 use crate::{
     args::Args,
     plan::{self, Plan},
 };
-use kto_cli::{Error, Kind, Result, atomic, escape, lock::RunLock};
+use kto_cli::{
+    Error, Kind, Result, Ui, atomic, escape,
+    lock::{RunLock, Wait},
+};
 use kto_model::memory::MemoryPlan;
 use serde_json::{Value, json};
 use std::{
@@ -34,19 +38,41 @@ pub enum Existing {
 
 /// Everything that a run writes; nothing else in the directory is ever touched. In the order in which a run is removed:
 /// no checkpoint may outlive the run.json that says what it is of.
-const OWN: [&str; 6] =
-    ["checkpoints", "adapter", "metrics.jsonl", "timing.jsonl", "reference.safetensors", "run.json"];
+const OWN: [&str; 10] = [
+    "checkpoints",
+    "best",
+    "adapter",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "nonfinite.jsonl",
+    "timing.jsonl",
+    "reference.safetensors",
+    "eval_reference.safetensors",
+    "run.json",
+];
+
+/// Logs that are cut to the checkpoint on `--resume`, in the order of [`crate::checkpoint::Position::log_bytes`].
+pub const LOGS: [&str; 3] = ["metrics.jsonl", "eval.jsonl", "nonfinite.jsonl"];
+
+/// Caches that a further run can use.
+pub const REFERENCES: [&str; 2] = ["reference.safetensors", "eval_reference.safetensors"];
 
 /// What shows that a run is in a directory.
 const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];
 
 impl RunDir {
-    /// Creates and locks `path`. Errors: 73 when it holds a run or cannot be created, 75 when another process uses it.
-    pub fn open(path: &Path, existing: Existing) -> Result<Self> {
-        fs::create_dir_all(path).map_err(|e| Error::writing(path, &e))?;
-        let lock = RunLock::acquire(path)?;
+    /// Creates `path` and locks it with `lock`. Errors: 73 when it holds a run or cannot be created, 75 when another process uses it.
+    pub fn open(
+        path: &Path,
+        existing: Existing,
+        lock: impl FnOnce(&Path) -> Result<RunLock>,
+    ) -> Result<Self> {
+        atomic::create_dir_all(path)?;
+        let lock = lock(path)?;
         let this = Self { path: path.to_path_buf(), _lock: lock };
         check(path, existing)?;
+        // A run that was killed at its last checkpoint writes no further one.
+        atomic::sweep(&this.checkpoints());
         if existing == Existing::Replace {
             this.clear()?;
         }
@@ -57,6 +83,16 @@ impl RunDir {
     pub fn is_finished(&self) -> bool {
         let state = self.manifest().and_then(|m| m.get("state").cloned());
         state == Some(json!("finished")) && self.file("adapter").exists()
+    }
+
+    /// Returns the directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns where the checkpoints are.
+    pub fn checkpoints(&self) -> PathBuf {
+        checkpoints(&self.path)
     }
 
     /// Returns the path of one of the run's files.
@@ -113,6 +149,11 @@ impl RunDir {
     }
 }
 
+/// Returns where the checkpoints of the run directory `path` are.
+pub fn checkpoints(path: &Path) -> PathBuf {
+    path.join("checkpoints")
+}
+
 fn manifest(path: &Path) -> Option<Value> {
     let bytes = kto_cli::input::read(&path.join("run.json"), 16 << 20).ok()?;
     serde_json::from_slice(&bytes).ok()
@@ -138,12 +179,9 @@ pub fn check(path: &Path, existing: Existing) -> Result<()> {
         .with_hint("--resume to go on with it, --force to replace it"))
 }
 
-/// Refuses (75) a directory that another process is using, before the model is loaded.
-pub fn check_lock(path: &Path) -> Result<()> {
-    match path.is_dir() {
-        true => RunLock::acquire(path).map(drop),
-        false => Ok(()),
-    }
+/// Locks a run directory. Error: 75 when another process uses it for longer than `wait`.
+pub fn lock(path: &Path, wait: Wait, ui: &Ui) -> Result<RunLock> {
+    RunLock::acquire_within(path, wait, |holder| ui.note(format_args!("waiting: {holder}")))
 }
 
 /// Returns a file that no run has written. Token files may lie beside a run.
@@ -157,8 +195,8 @@ fn foreign(path: &Path) -> Option<String> {
 }
 
 /// Refuses (2) to replace a run by one that reads from it: its files would be gone before the new run has ended.
-pub fn check_inputs(args: &Args) -> Result<()> {
-    let replaced = args.force && !args.resume;
+pub fn check_inputs(args: &Args, existing: Existing) -> Result<()> {
+    let replaced = existing == Existing::Replace;
     let Some(out) = fs::canonicalize(&args.out).ok().filter(|_| replaced) else { return Ok(()) };
     for (flag, path) in [("--model", Some(&args.model)), ("--init-adapter", args.init_adapter.as_ref())] {
         let Some(input) = path.and_then(|p| fs::canonicalize(p).ok()) else { continue };
@@ -174,9 +212,23 @@ pub fn check_inputs(args: &Args) -> Result<()> {
 pub fn differences(old: &Value, new: &Plan) -> Vec<(String, String, String)> {
     let new = serde_json::to_value(new).unwrap_or_default();
     let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else { return Vec::new() };
-    let differs = |(field, value): (&String, &Value)| {
+    let gone = old.keys().filter(|field| !new.contains_key(*field));
+    let differs = |field: &String| {
         let before = old.get(field).cloned().unwrap_or_else(|| plan::before(field));
-        (before != *value).then(|| (field.clone(), before.to_string(), value.to_string()))
+        let value = new.get(field).cloned().unwrap_or_default();
+        (before != value).then(|| (field.clone(), before.to_string(), value.to_string()))
     };
-    new.iter().filter_map(differs).collect()
+    new.keys().chain(gone).filter_map(differs).collect()
+}
+
+/// Refuses (78) to go on with another plan than the stored one, field by field.
+pub fn refuse_differences(stored: &Value, plan: &Plan) -> Result<()> {
+    let differences = differences(stored, plan);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let text: Vec<String> =
+        differences.iter().map(|(field, old, new)| format!("{field} was {old}, is {new}")).collect();
+    Err(Error::config(format!("cannot resume: {}", text.join("; ")))
+        .with_hint("give the run's own flags and files, or start anew with another --out"))
 }

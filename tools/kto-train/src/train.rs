@@ -1,33 +1,36 @@
-//! The training loop: references, steps, metrics, checkpoints, the adapter.
+//! A run from its checkpoint, or its beginning, to its result: references, the steps ([`crate::steps`]), the adapter.
 
 use crate::{
-    checkpoint::{self, Position},
-    metrics::{self, StepFacts},
-    optimizer::{Optimizer, norm},
-    order::{Block, Order},
-    pace::{self, Lap, Pace, Work},
+    cadence::Cadence,
+    checkpoint::{BEST, Position, copy_dir},
+    evaluation::HeldOut,
+    logs::Logs,
+    memory::pairs,
+    optimizer::Optimizer,
+    order::Order,
+    pace::{self, Lap, Work},
     plan::Plan,
-    run_dir::RunDir,
-    run_log::RunLog,
-    schedule::Schedule,
-    step::{StepOutput, Trainer},
+    reference::{RefPass, Scored},
+    resume::{Resume, Search},
+    run_dir::{LOGS, REFERENCES, RunDir},
+    step::Trainer,
+    steps::{Steps, Why},
 };
 use candle_core::DType;
-use kto_cli::{Error, Result, Ui, atomic::AtomicDir, signal};
+use kto_cli::{Result, Ui, atomic::AtomicDir};
 use kto_formats::{
     adapter::{AdapterConfig, AdapterMeta},
     tokens::TokenSet,
 };
-use kto_kernels::{DropoutKey, random};
 use kto_model::{
     base::BaseModel,
     buffers::{Workspace, WorkspaceSpec},
     lora::Lora,
     memory::MemoryPlan,
-    partners::purpose,
+    reference::Reference,
+    rows::Packing,
 };
 use serde_json::{Value, json};
-use std::time::Instant;
 
 /// The parts of a run.
 pub struct Run<'a> {
@@ -39,63 +42,141 @@ pub struct Run<'a> {
     pub base: &'a BaseModel,
     /// The rows.
     pub tokens: &'a TokenSet,
+    /// The rows of evaluations.
+    pub held_out: Option<&'a HeldOut>,
     /// Which rows make a step.
     pub order: &'a Order,
     /// Where it is written.
     pub dir: &'a RunDir,
-    /// Steps between checkpoints.
-    pub checkpoint_every: Option<u64>,
+    /// When it is saved and paused.
+    pub cadence: Cadence,
+    /// Whether steps that are not finite are skipped.
+    pub skip: bool,
     /// The tool's voice.
     pub ui: &'a Ui,
 }
 
+/// How a run has ended, with a line about it.
+pub enum Ended {
+    /// The adapter is there.
+    Finished(String),
+    /// It has had its time and is saved.
+    Paused(String),
+}
+
+/// References of the training rows and of the held-out rows.
+type References = (Reference, Reference);
+
 impl Run<'_> {
-    /// Trains `lora` in place, writes the run's results and returns a line about them.
-    pub fn train(&self, lora: &Lora, resume: bool) -> Result<String> {
+    /// Trains `lora` in place and writes the run's results.
+    pub fn train(&self, lora: &Lora, resume: Option<&Resume>) -> Result<Ended> {
         let initial = if self.plan.typed.reference_is_adapter { Some(lora.deep_copy()?) } else { None };
         let optimizer = Optimizer::new(self.plan.typed.optimizer, lora)?;
-        let warn = |line| self.ui.warn(line);
-        let start = if resume {
-            checkpoint::load(self.dir, lora, &optimizer, warn)?.unwrap_or_default()
-        } else {
-            Position::default()
-        };
-        self.dir.write_manifest(self.plan, self.memory, "running", Value::Null)?;
-        let mut logs = Logs {
-            metrics: RunLog::open_at(self.dir.file("metrics.jsonl"), start.metrics_bytes)?,
-            timing: RunLog::open_end(self.dir.file("timing.jsonl"))?,
-        };
+        let search = Search { dir: self.dir, plan: self.plan, ui: self.ui };
+        let mut start = resume.map_or(Ok(Position::default()), |how| search.load(how, lora, &optimizer))?;
+        self.cadence.saved(start.step);
+        self.write_state("running", Value::Null)?;
+        let mut logs = self.open_logs(&mut start)?;
         let spec = WorkspaceSpec { kept_layers: self.memory.kept_layers, head_rows: self.memory.head_rows };
         let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, DType::F32);
         workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
         workspace.reserve_shape(&self.memory.steps, true)?;
-        let (reference, scored) = self.reference(initial.as_ref(), &workspace)?;
+        let Some((references, scored)) = self.references(initial.as_ref(), &workspace)? else {
+            self.write_state("paused", counts(start))?;
+            return Ok(Ended::Paused("the reference pass is not done, what it has is saved".into()));
+        };
         if let Some(lap) = scored {
             logs.timing.append(&lap.line(0))?;
         }
-        let trainer = Trainer {
+        let mut steps = Steps {
+            run: self,
+            trainer: self.trainer(&references.0, &workspace),
+            held_out: self.held_out.map(|h| (h, self.eval_trainer(h, &references.1, &workspace))),
+            lora,
+            optimizer: &optimizer,
+            logs,
+            position: start,
+            failing: false,
+            warned: 0,
+        };
+        let (why, lap) = steps.run()?;
+        let Steps { logs, position, .. } = steps;
+        self.end(why, position, &logs, lora, pace::summary(position.step - start.step, lap, scored))
+    }
+
+    /// Opens the logs at `start`, and says when lines of them are missing.
+    fn open_logs(&self, start: &mut Position) -> Result<Logs> {
+        let expected = start.log_bytes();
+        let logs = Logs::open(self.dir, start, self.held_out.is_some())?;
+        for ((name, expected), found) in LOGS.iter().zip(expected).zip(start.log_bytes()) {
+            if found < expected {
+                self.ui.warn(format_args!(
+                    "{name} has {found} bytes, at the checkpoint it had {expected}: lines are missing"
+                ));
+            }
+        }
+        Ok(logs)
+    }
+
+    /// Returns the references of both kinds of rows and the work of this process on them; nothing when the run has had its time before.
+    fn references(
+        &self,
+        initial: Option<&Lora>,
+        workspace: &Workspace,
+    ) -> Result<Option<(References, Option<Lap>)>> {
+        let pass = RefPass {
+            tokens: self.tokens,
+            max_length: self.plan.max_length,
+            fingerprint: &self.plan.data,
+            pairs: pairs(self.plan, self.order, self.plan.total_steps)?,
+            file: REFERENCES[0],
+            name: "reference pass",
+        };
+        let Scored::All(train, first) = self.reference(pass, initial, workspace)? else { return Ok(None) };
+        let (Some(held_out), Some(fingerprint)) = (self.held_out, &self.plan.eval_data) else {
+            return Ok(Some(((train, Reference::default()), first)));
+        };
+        let pass = RefPass {
+            tokens: &held_out.tokens,
+            max_length: held_out.max_length(),
+            fingerprint,
+            pairs: held_out.pairs(),
+            file: REFERENCES[1],
+            name: "reference pass of the held-out rows",
+        };
+        let Scored::All(eval, second) = self.reference(pass, initial, workspace)? else { return Ok(None) };
+        let both = first.zip(second).map(|(a, b)| Lap { work: a.work + b.work, time: a.time + b.time });
+        Ok(Some(((train, eval), both.or(first).or(second))))
+    }
+
+    fn trainer<'t>(&'t self, reference: &'t Reference, workspace: &'t Workspace) -> Trainer<'t> {
+        Trainer {
             base: self.base,
             tokens: self.tokens,
-            reference: &reference,
+            reference,
             loss: self.plan.typed.loss,
             max_length: self.plan.max_length,
             packing: self.plan.packing(self.memory.pack_rows),
-            workspace: &workspace,
-        };
-        let (end, lap) = self.steps(&trainer, lora, &optimizer, start, &mut logs)?;
-        logs.metrics.sync()?;
-        self.save_adapter(lora)?;
-        self.dir.write_manifest(
-            self.plan,
-            self.memory,
-            "finished",
-            json!({ "steps": end.step, "num_tokens": end.num_tokens }),
-        )?;
-        Ok(pace::summary(end.step - start.step, lap, scored))
+            workspace,
+        }
+    }
+
+    fn eval_trainer<'t>(
+        &'t self,
+        held_out: &'t HeldOut,
+        reference: &'t Reference,
+        workspace: &'t Workspace,
+    ) -> Trainer<'t> {
+        Trainer {
+            tokens: &held_out.tokens,
+            max_length: held_out.max_length(),
+            packing: Packing::Shared(self.memory.pack_rows),
+            ..self.trainer(reference, workspace)
+        }
     }
 
     /// Returns the work of the first `steps` steps.
-    fn work(&self, steps: u64) -> Work {
+    pub fn work(&self, steps: u64) -> Work {
         let work = |row| Work::of(self.tokens, self.plan.max_length, row, row);
         let (passes, rest) = self.order.rows_of(steps);
         let all: Work = (0..self.tokens.len()).map(work).sum();
@@ -103,98 +184,50 @@ impl Run<'_> {
         whole + rest.into_iter().map(work).sum()
     }
 
-    fn steps(
-        &self,
-        trainer: &Trainer,
-        lora: &Lora,
-        optimizer: &Optimizer,
-        start: Position,
-        logs: &mut Logs,
-    ) -> Result<(Position, Lap)> {
-        let plan = self.plan;
-        let schedule = Schedule {
-            kind: plan.typed.schedule,
-            peak: plan.lr,
-            warmup: plan.warmup_steps,
-            total: plan.total_steps,
-        };
-        let (total, before) = (self.work(plan.total_steps).tokens, self.work(start.step));
-        let pace = Pace::new(self.ui, total, before, "first step");
-        let mut position = start;
-        let mut order = (u64::MAX, Vec::new());
-        while position.step < plan.total_steps {
-            let began = Instant::now();
-            let (epoch, at) = (position.step / plan.steps_per_epoch, position.step % plan.steps_per_epoch);
-            if order.0 != epoch {
-                order = (epoch, self.order.epoch(epoch));
+    /// Leaves the run directory as it is to be found.
+    fn end(&self, why: Why, end: Position, logs: &Logs, lora: &Lora, summary: String) -> Result<Ended> {
+        if why == Why::Paused {
+            self.write_state("paused", counts(end))?;
+            return Ok(Ended::Paused(format!(
+                "{summary}; step {} of {} is saved",
+                end.step, self.plan.total_steps
+            )));
+        }
+        logs.sync()?;
+        let best = self.plan.load_best && end.evaluated.best_step > 0;
+        match best {
+            true => self.copy_best()?,
+            false => self.write_adapter("adapter", lora)?,
+        }
+        let (mut result, mut summary) = (counts(end), summary);
+        if self.held_out.is_some() {
+            let e = end.evaluated;
+            let (step, loss) =
+                if e.best_step > 0 { (json!(e.best_step), json!(e.best_loss)) } else { Default::default() };
+            result["best_step"] = step;
+            result["best_eval_loss"] = loss;
+            result["adapter"] = json!(if best { "best" } else { "last" });
+            result["early_stop"] = json!(why == Why::EarlyStop);
+            if why == Why::EarlyStop {
+                summary += &format!(", stopped early: no better eval_loss in {} evaluations", e.waited);
             }
-            let blocks = self.order.step(epoch, &order.1, at);
-            let work: Work =
-                blocks.iter().flatten().map(|m| Work::of(self.tokens, plan.max_length, m.row, m.row)).sum();
-            let watch = |share: f64| pace.under_way(work, share);
-            let (gradients, grad_norm, out) = self.gradient(trainer, lora, position.step, &blocks, &watch)?;
-            let lr = schedule.at(position.step);
-            position.step += 1;
-            optimizer.step(lora, &gradients, grad_norm, lr, position.step)?;
-            check_finite(lora, position.step)?;
-            position.num_tokens += work.tokens;
-            let epoch = self.order.epoch_after(epoch, at);
-            let facts = StepFacts {
-                step: position.step,
-                loss: out.loss,
-                grad_norm,
-                learning_rate: lr,
-                num_tokens: position.num_tokens,
-                epoch,
-            };
-            let line = metrics::line(facts, &out.blocks, plan.typed.loss.loss);
-            position.metrics_bytes = logs.metrics.append(&line)?;
-            logs.timing.append(&Lap { work, time: began.elapsed() }.line(position.step))?;
-            pace.add(work, &pace::describe(&line, position.step, plan.total_steps));
-            self.after_step(position, lora, optimizer, logs)?;
+            if e.best_step > 0 {
+                summary += &format!(", best eval_loss {:.4} after step {}", e.best_loss, e.best_step);
+            }
         }
-        Ok((position, pace.lap()))
+        if end.skipped > 0 {
+            summary += &format!(", {} steps skipped (nonfinite.jsonl)", end.skipped);
+        }
+        self.write_state("finished", result)?;
+        Ok(Ended::Finished(summary))
     }
 
-    /// Returns the gradient of step `done + 1`, its norm and the step's scores. Error (65), naming step and rows, when it is not finite.
-    fn gradient(
-        &self,
-        trainer: &Trainer,
-        lora: &Lora,
-        done: u64,
-        blocks: &[Block],
-        watch: &dyn Fn(f64),
-    ) -> Result<(Lora, f64, StepOutput)> {
-        let gradients = lora.zeros_like()?;
-        let key = random::key(&[self.plan.seed, purpose("dropout"), done]);
-        let p = self.plan.lora_dropout;
-        let dropout = (p > 0.0).then_some(DropoutKey { p, key });
-        let at = |e: Error| Error::new(e.kind(), format!("step {}: {e}", done + 1));
-        let out = trainer.step(lora, blocks, dropout, &gradients, watch).map_err(at)?;
-        let grad_norm = norm(&gradients)?;
-        if !grad_norm.is_finite() {
-            let rows: Vec<String> = blocks.iter().flatten().map(|m| (m.row + 1).to_string()).collect();
-            let text = format!("the gradient is not finite (rows {})", rows.join(", "));
-            return Err(at(Error::data(text)).with_hint("a lower --lr or --beta; checkpoints are kept"));
-        }
-        Ok((gradients, grad_norm, out))
+    fn write_state(&self, state: &str, result: Value) -> Result<()> {
+        self.dir.write_manifest(self.plan, self.memory, state, result)
     }
 
-    /// Saves when it is time to, and ends the run after a signal.
-    fn after_step(&self, position: Position, lora: &Lora, optimizer: &Optimizer, logs: &Logs) -> Result<()> {
-        let stopped = signal::check();
-        let due = self.checkpoint_every.is_some_and(|n| position.step.is_multiple_of(n));
-        if due || stopped.is_err() {
-            logs.metrics.sync()?;
-            checkpoint::save(self.dir, position, lora, optimizer)?;
-        }
-        stopped.map_err(|e| {
-            let text = format!("{e} after step {}, which is saved", position.step);
-            Error::new(e.kind(), text).with_hint("--resume goes on from there")
-        })
-    }
-
-    fn save_adapter(&self, lora: &Lora) -> Result<()> {
+    /// Writes `lora` as a PEFT directory of the run directory.
+    pub fn write_adapter(&self, name: &str, lora: &Lora) -> Result<()> {
         let plan = self.plan;
         let config = AdapterConfig {
             r: plan.lora_r,
@@ -204,24 +237,20 @@ impl Run<'_> {
             base_model_name_or_path: Some(plan.typed.model.display().to_string()),
             use_rslora: plan.use_rslora,
         };
-        let directory = AtomicDir::create(&self.dir.file("adapter"), true)?;
+        let directory = AtomicDir::create(&self.dir.file(name), true)?;
         lora.to_adapter(config)?
             .write(directory.path(), AdapterMeta { base_fingerprint: Some(plan.base.clone()) })?;
         directory.commit()
     }
-}
 
-/// Fails (65) when a step has left the range of f32: neither a checkpoint nor the result may hold such numbers.
-fn check_finite(lora: &Lora, step: u64) -> Result<()> {
-    if norm(lora)?.is_finite() {
-        return Ok(());
+    fn copy_best(&self) -> Result<()> {
+        let directory = AtomicDir::create(&self.dir.file("adapter"), true)?;
+        copy_dir(&self.dir.file(BEST), directory.path())?;
+        directory.commit()
     }
-    Err(Error::data(format!("step {step}: the adapter is no longer finite"))
-        .with_hint("a lower --lr or --beta; checkpoints are kept"))
 }
 
-/// The files that grow with every step.
-struct Logs {
-    metrics: RunLog,
-    timing: RunLog,
+/// Returns what run.json says of a position.
+fn counts(position: Position) -> Value {
+    json!({ "steps": position.step, "skipped": position.skipped, "num_tokens": position.num_tokens })
 }

@@ -37,12 +37,17 @@ impl Bench {
 
     /// Runs with the usual inputs and `more`.
     pub fn train(&self, more: &[&str]) -> Output {
+        self.train_in_batches("4", more)
+    }
+
+    /// The same with steps of `batch` rows.
+    pub fn train_in_batches(&self, batch: &str, more: &[&str]) -> Output {
         let (model, data, out) = (
             self.model.display().to_string(),
             self.data.display().to_string(),
             self.out().display().to_string(),
         );
-        let mut args = vec!["--model", &model, "--data", &data, "--out", &out, "--batch", "4"];
+        let mut args = vec!["--model", &model, "--data", &data, "--out", &out, "--batch", batch];
         args.extend(more);
         kto_train(&args)
     }
@@ -58,7 +63,7 @@ pub fn stderr(output: &Output) -> String {
 }
 
 /// Checks exit code and message, and that nothing panicked.
-fn refused(output: &Output, code: i32, text: &str) {
+pub fn refused(output: &Output, code: i32, text: &str) {
     let err = stderr(output);
     assert_eq!(output.status.code(), Some(code), "{err}");
     assert!(err.contains(text), "{err}");

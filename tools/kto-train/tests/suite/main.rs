@@ -1,11 +1,18 @@
 //! Tests of kto-train: one binary.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod changes;
 mod cli;
+mod control;
+mod disk;
 mod engine;
+mod evaluation;
 mod forms;
 mod golden;
+mod kill;
+mod mapped;
 mod memory;
+mod nonfinite;
 mod optimizer;
 mod pace;
 mod pipeline;

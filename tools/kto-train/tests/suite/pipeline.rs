@@ -37,7 +37,8 @@ fn tokenize(case: &Case, dir: &Path) -> PathBuf {
     out
 }
 
-fn train(case: &Case, data: &Path, out: &Path) {
+/// Trains as TRL has trained for a golden run, with `more` flags.
+pub fn train(case: &Case, data: &Path, out: &Path, more: &[&str]) {
     let text = |key: &str| case.meta[key].to_string().replace('"', "");
     let status = Command::new(tool("kto-train"))
         .args(["-q", "--preset", "trl", "--threads", "2", "--model"])
@@ -54,13 +55,14 @@ fn train(case: &Case, data: &Path, out: &Path) {
         .args(["--lr", &text("lr"), "--schedule", &text("sched"), "--warmup-steps", &text("warmup")])
         .args(["--weight-decay", &text("wd"), "--max-grad-norm", &text("clip"), "--epochs", &text("epochs")])
         .args(["--batch", &case.batch().to_string(), "--micro-batch", &case.micro().to_string()])
+        .args(more)
         .status()
         .unwrap();
     assert!(status.success(), "{}", case.name);
 }
 
 /// Tolerance of a key of steps.jsonl: absolute, with its reason.
-fn tolerance(key: &str, truth: f64) -> Option<f64> {
+pub fn tolerance(key: &str, truth: f64) -> Option<f64> {
     Some(match key {
         // TRL's float32 loss and its printing.
         "loss" => 1e-6,
@@ -94,7 +96,7 @@ fn the_pipeline_gives_trls_tokens_steps_and_adapter() {
             assert_eq!(ours, trl, "{name} row {i}");
         }
         let run = dir.path().join("run");
-        train(&case, &data, &run);
+        train(&case, &data, &run, &[]);
         let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
         let ours: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         let steps = case.lines("steps");
