@@ -20,6 +20,7 @@ mod run_log;
 pub mod schedule;
 pub mod step;
 mod train;
+mod unchanged;
 
 pub use args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind};
 
@@ -38,15 +39,18 @@ use order::Order;
 use plan::{Inputs, Plan};
 use run_dir::{Existing, RunDir};
 use std::path::Path;
+use unchanged::Verdict;
 
 /// Runs the tool.
-pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
+pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     let (_, micro) = plan::batches(&args)?;
     if !args.dry_run {
         run_dir::check_lock(&args.out)?;
-        run_dir::check(&args.out, existing(&args))?;
+        let existing = if args.common.make.if_changed { Existing::Resume } else { existing(&args) };
+        run_dir::check(&args.out, existing)?;
         run_dir::check_inputs(&args)?;
+        unchanged::check(&args)?;
     }
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
@@ -58,6 +62,11 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let inputs =
         Inputs { model: &model, architecture: &architecture, tokens: &tokens, adapter: adapter.as_ref() };
     let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
+    match unchanged::verdict(&args, &plan)? {
+        Verdict::Done => return unchanged::done(&args, &plan),
+        Verdict::Replace => args.resume = false,
+        Verdict::GoOn => {}
+    }
     data::report(&plan, &architecture, &tokens, ui);
     data::check_ids(&architecture, &tokens)?;
     let fit = Fit::new(&args, &plan, &inputs, &order)?;
@@ -114,7 +123,7 @@ fn train(
     let Planned { plan, memory } = planned;
     let mut base = BaseModel::load(model, DType::F32, data::positions(tokens)).at(shown(&args.model))?;
     base.set_streaming(memory.stream);
-    let dir = open_run(args, plan)?;
+    let dir = open_run(args, plan)?.with_record(unchanged::record(args, plan));
     if args.resume && dir.is_finished() {
         ui.note(format_args!("{}: the run is finished", shown(&args.out)));
     } else {
@@ -124,6 +133,7 @@ fn train(
         let summary = run.train(lora, args.resume)?;
         ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
     }
+    dir.finish()?;
     output::print_path(&args.out)?;
     Ok(Exit::Ok)
 }

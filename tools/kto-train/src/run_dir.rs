@@ -4,9 +4,9 @@
 //! `reference.safetensors` cached reference log-probabilities, `data.kto.arrow` when the data came through a pipe.
 
 use crate::{args::Args, plan::Plan};
-use kto_cli::{Error, Kind, Result, atomic, escape, lock::RunLock};
+use kto_cli::{Error, Kind, Record, Result, atomic, escape, lock::RunLock};
 use kto_model::memory::MemoryPlan;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -15,6 +15,8 @@ use std::{
 /// A locked run directory.
 pub struct RunDir {
     path: PathBuf,
+    /// What the manifest says of configuration and inputs.
+    record: Option<Record>,
     _lock: RunLock,
 }
 
@@ -34,6 +36,9 @@ pub enum Existing {
 const OWN: [&str; 6] =
     ["checkpoints", "adapter", "metrics.jsonl", "timing.jsonl", "reference.safetensors", "run.json"];
 
+/// What make looks at: it appears last, and whole.
+const ADAPTER: &str = "adapter_model.safetensors";
+
 /// What shows that a run is in a directory.
 const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];
 
@@ -42,12 +47,23 @@ impl RunDir {
     pub fn open(path: &Path, existing: Existing) -> Result<Self> {
         fs::create_dir_all(path).map_err(|e| Error::writing(path, &e))?;
         let lock = RunLock::acquire(path)?;
-        let this = Self { path: path.to_path_buf(), _lock: lock };
+        let this = Self { path: path.to_path_buf(), record: None, _lock: lock };
         check(path, existing)?;
         if existing == Existing::Replace {
             this.clear()?;
         }
         Ok(this)
+    }
+
+    /// Takes what the manifest will say of configuration and inputs.
+    pub fn with_record(mut self, record: Record) -> Self {
+        self.record = Some(record);
+        self
+    }
+
+    /// Writes the rule for make, and with `--manifest FILE` a copy of run.json.
+    pub fn finish(&self) -> Result<()> {
+        self.record.as_ref().map_or(Ok(()), |record| finish(&self.path, record))
     }
 
     /// Returns whether the run has ended and its adapter is there.
@@ -72,11 +88,18 @@ impl RunDir {
 
     /// Writes run.json.
     pub fn write_manifest(&self, plan: &Plan, memory: &MemoryPlan, state: &str, result: Value) -> Result<()> {
+        let mut sections = match &self.record {
+            Some(record) => record.sections(&self.results(state == "finished"))?,
+            None => Map::new(),
+        };
         let manifest = json!({
             "format": 1,
             "tool": "kto-train",
             "version": kto_cli::version::number(),
             "state": state,
+            "configuration": sections.remove("configuration"),
+            "inputs": sections.remove("inputs"),
+            "outputs": sections.remove("outputs"),
             "plan": plan,
             // Not a part of the plan: all but the rows of a pack may change on --resume.
             "memory": {
@@ -89,11 +112,20 @@ impl RunDir {
             },
             "model": plan.typed.model.display().to_string(),
             "result": result,
+            "environment": sections.remove("environment"),
         });
         let mut text =
             serde_json::to_vec_pretty(&manifest).map_err(|e| Error::internal(format!("run.json: {e}")))?;
         text.push(b'\n');
         atomic::write(&self.file("run.json"), &text)
+    }
+
+    /// Returns the files that a finished run is asked about.
+    fn results(&self, finished: bool) -> Vec<PathBuf> {
+        let names =
+            [format!("adapter/{ADAPTER}"), "adapter/adapter_config.json".into(), "metrics.jsonl".into()];
+        let paths = names.iter().map(|name| self.file(name));
+        paths.filter(|path| finished && path.exists()).collect()
     }
 
     fn clear(&self) -> Result<()> {
@@ -110,7 +142,13 @@ impl RunDir {
     }
 }
 
-fn manifest(path: &Path) -> Option<Value> {
+/// Writes the rule for make, and with `--manifest FILE` a copy of run.json.
+pub fn finish(path: &Path, record: &Record) -> Result<()> {
+    record.finish_with(&[path.join("adapter").join(ADAPTER)], &path.join("run.json"))
+}
+
+/// Returns what run.json in `path` says.
+pub fn manifest(path: &Path) -> Option<Value> {
     let bytes = kto_cli::input::read(&path.join("run.json"), 16 << 20).ok()?;
     serde_json::from_slice(&bytes).ok()
 }

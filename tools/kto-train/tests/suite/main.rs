@@ -5,6 +5,7 @@ mod cli;
 mod engine;
 mod forms;
 mod golden;
+mod make;
 mod memory;
 mod pace;
 mod pipeline;
