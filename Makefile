@@ -33,8 +33,9 @@ demo: build ## train the embedded demo model with all six tools and show what ch
 test: ## run every test
 	$(CARGO) test --release --workspace
 
-manners: build ## exit codes, streams, kill -9 and start time of all six tools
+manners: build ## exit codes, streams, kill -9, configuration and start time of all six tools; the examples
 	scripts/ci-manners
+	scripts/ci-examples
 
 check: fmt-check lint test manners demo ## everything CI does
 

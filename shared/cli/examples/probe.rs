@@ -2,17 +2,18 @@
 
 use clap::{Parser, ValueEnum};
 use kto_cli::{
-    Common, Error, Exit, Kind, Result, Ui,
-    atomic::{AtomicDir, AtomicFile},
+    Common, Error, Exit, Kind, Record, Result, Ui,
+    atomic::{self, AtomicDir, AtomicFile},
     input,
     lock::RunLock,
+    number,
     output::Output,
     signal,
 };
 use std::{
     fs,
     io::BufRead,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     thread::sleep,
     time::{Duration, Instant},
@@ -28,8 +29,41 @@ struct Args {
     /// Output
     #[arg(short, long)]
     out: Option<PathBuf>,
+    /// A number above 0
+    #[arg(long, value_name = "X", value_parser = number::positive, default_value_t = 0.5, alias = "learning-rate")]
+    lr: f64,
+    /// A whole number
+    #[arg(long, value_name = "N")]
+    rank: Option<u32>,
+    /// Texts
+    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
+    tags: Vec<String>,
+    /// A text
+    #[arg(long, value_name = "TEXT")]
+    note: Option<String>,
+    /// One of two
+    #[arg(long, value_name = "HOW")]
+    how: Option<How>,
+    /// One of two, unless it is said otherwise
+    #[arg(long, value_name = "HOW", default_value = "fast")]
+    usual: How,
+    /// The same as --usual slow
+    #[arg(long, conflicts_with = "usual")]
+    slow: bool,
+    /// A switch
+    #[arg(long)]
+    keep: bool,
+    /// Another one
+    #[arg(long, conflicts_with = "keep")]
+    drop: bool,
     #[command(flatten)]
     common: Common,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum How {
+    Fast,
+    Slow,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -58,6 +92,10 @@ enum Job {
     Work,
     /// Complains about a row
     BadRow,
+    /// Prints what it was told
+    Tell,
+    /// Writes a directory of two files
+    Dir,
 }
 
 fn main() -> ExitCode {
@@ -75,18 +113,8 @@ fn run(args: Args, ui: &Ui) -> Result<Exit> {
             }
             output.finish()?;
         }
-        Job::HalfFile => {
-            let mut file = AtomicFile::create(out.unwrap_or("half".as_ref()))?;
-            file.write(&vec![b'x'; 3 << 20])?;
-            ready_and_sleep()?;
-            file.commit()?;
-        }
-        Job::HalfDir => {
-            let dir = AtomicDir::create(out.unwrap_or("half".as_ref()), true)?;
-            fs::write(dir.path().join("file"), "new").map_err(|e| Error::writing(dir.path(), &e))?;
-            ready_and_sleep()?;
-            dir.commit()?;
-        }
+        Job::HalfFile => half_file(out.unwrap_or("half".as_ref()))?,
+        Job::HalfDir => half_dir(out.unwrap_or("half".as_ref()))?,
         Job::Panic => {
             let none: Option<u32> = std::hint::black_box(None);
             let _ = none.expect("two\nlines");
@@ -125,6 +153,17 @@ fn run(args: Args, ui: &Ui) -> Result<Exit> {
                 progress.add(1);
             }
         }
+        Job::Tell => say(&format!(
+            "lr={} rank={:?} tags={:?} note={:?} how={:?} keep={} drop={}",
+            args.lr,
+            args.rank,
+            args.tags,
+            args.note,
+            if args.slow { Some(How::Slow) } else { args.how },
+            args.keep,
+            args.drop
+        ))?,
+        Job::Dir => directory(&args)?,
         Job::BadRow => {
             return Err(Error::data("a.jsonl:7: found \"\x1b[31m\nx\"").with_hint("--on-error skip"));
         }
@@ -132,9 +171,41 @@ fn run(args: Args, ui: &Ui) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
+fn half_file(out: &Path) -> Result<()> {
+    let mut file = AtomicFile::create(out)?;
+    file.write(&vec![b'x'; 3 << 20])?;
+    ready_and_sleep()?;
+    file.commit()
+}
+
+fn half_dir(out: &Path) -> Result<()> {
+    let dir = AtomicDir::create(out, true)?;
+    fs::write(dir.path().join("file"), "new").map_err(|e| Error::writing(dir.path(), &e))?;
+    ready_and_sleep()?;
+    dir.commit()
+}
+
+/// The first input, and its length.
+fn directory(args: &Args) -> Result<()> {
+    let out = args.out.clone().unwrap_or("made".into());
+    let mut record = Record::new(&args.common);
+    record.output(Some(&out));
+    record.files(&args.files);
+    let dir = AtomicDir::create_if_changed(&out, args.keep, args.common.make.if_changed)?;
+    let bytes = input::read(&args.files[0], 1 << 20)?;
+    atomic::write(&dir.path().join("config.json"), bytes.len().to_string().as_bytes())?;
+    atomic::write(&dir.path().join("data"), &bytes)?;
+    record.commit(dir, &out)
+}
+
 fn copy(args: &Args) -> Result<()> {
-    let mut output = Output::create(args.out.as_deref())?;
-    for path in input::or_stdin(&args.files)? {
+    let paths = input::or_stdin(&args.files)?;
+    let mut record = Record::new(&args.common);
+    record.output(args.out.as_deref());
+    record.files(&paths);
+    record.check()?;
+    let mut output = Output::create(args.out.as_deref())?.if_changed(args.common.make.if_changed);
+    for path in paths {
         let mut input = input::open(&path)?;
         loop {
             let bytes = input.reader.fill_buf().map_err(|e| input::error(&input.name, &e))?;
@@ -146,7 +217,8 @@ fn copy(args: &Args) -> Result<()> {
             input.reader.consume(n);
         }
     }
-    output.finish()
+    output.finish()?;
+    record.finish()
 }
 
 fn say(word: &str) -> Result<()> {

@@ -5,6 +5,7 @@
 //! replaced, the umask and the mode of an existing target are kept.
 
 mod dir;
+mod equal;
 
 pub use dir::AtomicDir;
 
@@ -26,6 +27,7 @@ pub struct AtomicFile {
     /// Where the bytes go meanwhile; `None` for a FIFO or device.
     rename: Option<Rename>,
     writer: BufWriter<File>,
+    if_changed: bool,
 }
 
 /// The step that makes a file final.
@@ -51,15 +53,22 @@ impl AtomicFile {
             Some(metadata) if metadata.is_dir() => Err(fail(io::ErrorKind::IsADirectory.into())),
             Some(metadata) if !metadata.is_file() => {
                 let file = OpenOptions::new().write(true).open(&to).map_err(fail)?;
-                Ok(Self { shown, rename: None, writer: BufWriter::with_capacity(1 << 16, file) })
+                let writer = BufWriter::with_capacity(1 << 16, file);
+                Ok(Self { shown, rename: None, writer, if_changed: false })
             }
             other => {
                 let (from, file) = stale::create(&to, |path| File::create_new(path)).map_err(fail)?;
                 let mode = other.map(|metadata| metadata.permissions().mode() & 0o777);
                 let rename = Some(Rename { from, to, mode, done: false });
-                Ok(Self { shown, rename, writer: BufWriter::with_capacity(BUFFER, file) })
+                let writer = BufWriter::with_capacity(BUFFER, file);
+                Ok(Self { shown, rename, writer, if_changed: false })
             }
         }
+    }
+    /// With `on`, a target that has the same bytes already is left alone, its time of change too.
+    pub fn if_changed(mut self, on: bool) -> Self {
+        self.if_changed = on;
+        self
     }
     /// Appends `bytes`.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
@@ -74,6 +83,9 @@ impl AtomicFile {
         self.writer.flush()?;
         let file = self.writer.get_ref();
         let Some(rename) = &mut self.rename else { return tolerate_unsupported(file.sync_all()) };
+        if self.if_changed && equal::files(&rename.from, &rename.to) {
+            return Ok(()); // Dropped, the temporary file goes away.
+        }
         if let Some(mode) = rename.mode {
             file.set_permissions(Permissions::from_mode(mode))?;
         }

@@ -1,6 +1,6 @@
 //! `TOOL --generate man|bash|zsh|fish`: the man page and the shell completions, from the same definition as `--help`.
 
-use crate::{EXIT_STATUS, Error, Result};
+use crate::{EXIT_STATUS, Error, Result, config::CONFIGURATION};
 use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
@@ -53,12 +53,17 @@ fn man(tool: &str, mut command: Command, out: &mut Vec<u8>) -> io::Result<()> {
         out.extend_from_slice(keep_layout(roff(&about).as_bytes()).as_bytes());
         let extra = sub.get_after_long_help().map(ToString::to_string).unwrap_or_default();
         Man::new(sub).render_options_section(out)?;
-        out.extend_from_slice(sections(extra.trim_end_matches(EXIT_STATUS)).as_bytes());
+        out.extend_from_slice(sections(own_part(&extra)).as_bytes());
     }
     let extra = command.get_after_long_help().map(ToString::to_string).unwrap_or_default();
     out.extend_from_slice(sections(&extra).as_bytes());
     out.extend_from_slice(format!(".SH VERSION\n{tool} {}\n", crate::version::number()).as_bytes());
     Ok(())
+}
+
+/// A subcommand's text without what stands once, at the end of the page.
+fn own_part(text: &str) -> &str {
+    text.trim_end_matches(EXIT_STATUS).trim_end().trim_end_matches(CONFIGURATION)
 }
 
 /// The text behind the options, as laid out; a line at the margin that ends with a colon heads a section.

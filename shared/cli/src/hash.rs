@@ -1,7 +1,20 @@
 //! SHA-256 in hexadecimal: fingerprints of data, tokenizers, templates and models.
 
+use crate::{Error, Result, input, signal};
 use sha2::{Digest, Sha256};
-use std::{fmt::Write as _, io};
+use std::{
+    fmt::Write as _,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+/// Bytes read at a time.
+const BUFFER: usize = 1 << 20;
 
 /// Returns the SHA-256 of `bytes` as 64 lower-case hexadecimal digits.
 pub fn sha256_hex(bytes: &[u8]) -> String {
@@ -35,6 +48,62 @@ impl Sha256Hex {
     }
 }
 
+/// Size and hash of a file; no hash for a pipe or a device, whose bytes come once, nor for what is gone by now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Hashed {
+    pub size: u64,
+    pub sha256: Option<String>,
+}
+
+/// Hashes whole files, several at a time.
+pub(crate) fn files(paths: &[PathBuf]) -> Result<Vec<Hashed>> {
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(Vec::with_capacity(paths.len()));
+    let work = || {
+        while let Some((at, path)) =
+            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, paths.get(i)?)))
+        {
+            let result = file(path);
+            done.lock().unwrap_or_else(PoisonError::into_inner).push((at, result));
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(paths.len());
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            // Without another thread, this one does all of it.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(at, _)| *at);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+fn file(path: &Path) -> Result<Hashed> {
+    let fail = |e: &io::Error| Error::reading(path, e);
+    // Looked at before it is opened: opening a FIFO would wait for its writer.
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => {}
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(fail(&e)),
+        _ => return Ok(Hashed::default()),
+    }
+    let (mut file, mut hash, mut size) = (input::open_file(path)?, Sha256Hex::new(), 0);
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        signal::check()?;
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(Hashed { size, sha256: Some(hash.finish()) }),
+            Ok(n) => {
+                hash.update(&buffer[..n]);
+                size += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(fail(&e)),
+        }
+    }
+}
+
 impl io::Write for Sha256Hex {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.update(bytes);
@@ -48,6 +117,19 @@ impl io::Write for Sha256Hex {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+
+    #[test]
+    fn files_are_hashed_in_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths: Vec<PathBuf> = (0..9).map(|n| dir.path().join(n.to_string())).collect();
+        paths[1..].iter().enumerate().for_each(|(n, p)| fs::write(p, vec![b'x'; n << 19]).unwrap());
+        let hashed = files(&[&paths[..], &["/dev/null".into()]].concat()).unwrap();
+        let expected = |n: usize| Hashed { size: n as u64, sha256: Some(sha256_hex(&vec![b'x'; n])) };
+        assert_eq!(hashed[0], Hashed::default(), "gone");
+        assert_eq!(hashed[9], Hashed::default(), "a device");
+        (0..8).for_each(|n| assert_eq!(hashed[n + 1], expected(n << 19)));
+    }
 
     #[test]
     fn known_answers_of_fips_180() {

@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 pub mod atomic;
+mod config;
+mod depfile;
 pub mod disk;
 mod error;
 mod exit;
@@ -14,10 +16,13 @@ pub mod guard;
 pub mod hash;
 pub mod input;
 pub mod lock;
+mod make;
+mod manifest;
 pub mod memory;
 pub mod number;
 pub mod output;
 mod progress;
+mod record;
 mod run;
 pub mod signal;
 mod stale;
@@ -28,6 +33,8 @@ pub mod version;
 
 pub use error::{Context, Error, Kind, Result, escape};
 pub use exit::{EXIT_STATUS, Exit};
+pub use make::Make;
 pub use progress::Progress;
+pub use record::Record;
 pub use run::run;
 pub use ui::{Common, Ui, When};

@@ -28,6 +28,13 @@ impl Output {
             _ => stdout(),
         }
     }
+    /// With `on`, a file that would get the bytes it has is left alone.
+    pub fn if_changed(self, on: bool) -> Self {
+        match self {
+            Self::File(file) => Self::File(Box::new(file.if_changed(on))),
+            stdout => stdout,
+        }
+    }
     /// Writes `bytes`; a closed reader is [`Kind::ClosedPipe`], any other failure 74.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         match self {
@@ -82,7 +89,7 @@ pub fn error(name: &Path, error: &io::Error) -> Error {
 }
 
 /// `/dev/stdout` must not be resolved and renamed over: with `> file` the shell holds that file.
-fn is_stdout(path: &Path) -> bool {
+pub(crate) fn is_stdout(path: &Path) -> bool {
     ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 

@@ -1,7 +1,9 @@
 //! From `main` to an exit code: the frame around every tool.
 
 use crate::{
-    Common, EXIT_STATUS, Error, Exit, Kind, Result, Ui, generate, guard,
+    Common, Context, EXIT_STATUS, Error, Exit, Kind, Result, Ui,
+    config::{self, CONFIGURATION, Found, Resolution, Wrong},
+    generate, guard,
     output::Output,
     signal, tool as running,
     ui::{self, report},
@@ -41,12 +43,13 @@ pub fn run<A: Parser>(
         if let Some(kind) = generate::asked(&argv) {
             return print(&generate::text(tool, command, &kind)?);
         }
-        let args = match parse::<A>(command, &argv)? {
-            Parsed::Args(args) => args,
+        let (args, resolution) = match parse::<A>(tool, command, &argv)? {
+            Parsed::Args(args, resolution) => (args, resolution),
             Parsed::Shown => return Ok(Exit::Ok),
         };
         colour = ui::colour(common(&args).color, io::stderr().is_terminal());
         let ui = Ui::new(tool, common(&args));
+        let _ = common(&args).make.resolution.set(resolution);
         body(args, &ui)
     }));
     let result = outcome.unwrap_or_else(|payload| match payload.downcast::<Error>() {
@@ -57,8 +60,8 @@ pub fn run<A: Parser>(
 }
 
 enum Parsed<A> {
-    Args(A),
-    /// Help or version was printed.
+    Args(A, Resolution),
+    /// Help, version or the configuration was printed.
     Shown,
 }
 
@@ -88,15 +91,21 @@ fn dress(tool: &'static str, command: Command) -> Command {
 
 fn with_exit_status(command: Command) -> Command {
     let own = command.get_after_long_help().map(|text| format!("{}\n\n", text.ansi())).unwrap_or_default();
-    command.after_long_help(format!("{own}{EXIT_STATUS}"))
+    command.after_long_help(format!("{own}{CONFIGURATION}\n\n{EXIT_STATUS}"))
 }
 
-fn parse<A: Parser>(mut command: Command, argv: &[OsString]) -> Result<Parsed<A>> {
-    let parsed = command.try_get_matches_from_mut(argv).and_then(|matches| A::from_arg_matches(&matches));
-    let error = match parsed {
-        Ok(args) => return Ok(Parsed::Args(args)),
-        Err(error) => error.format(&mut command),
+fn parse<A: Parser>(tool: &'static str, mut command: Command, argv: &[OsString]) -> Result<Parsed<A>> {
+    let (error, place) = match config::resolve(tool, &command, argv) {
+        Ok(Found::Print(text)) => return print(text.as_bytes()).map(|_| Parsed::Shown),
+        Ok(Found::Run(matches, resolution)) => match A::from_arg_matches(&matches) {
+            Ok(args) => return Ok(Parsed::Args(args, resolution)),
+            Err(error) => (error, None),
+        },
+        Err(Wrong::Other(error)) => return Err(error),
+        Err(Wrong::Line(error)) => (error, None),
+        Err(Wrong::Place(error, place)) => (error, Some(place)),
     };
+    let error = error.format(&mut command);
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             let text = error.render();
@@ -105,7 +114,13 @@ fn parse<A: Parser>(mut command: Command, argv: &[OsString]) -> Result<Parsed<A>
             Ok(Parsed::Shown)
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Err(Error::usage("no command")),
-        _ => Err(usage(&error.render().to_string())),
+        _ => {
+            let error = usage(&error.render().to_string());
+            match place {
+                Some(place) => Err(error.with_kind(Kind::Config)).at(place),
+                None => Err(error),
+            }
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A failure to write there is never an error: a full or closed log must not end the work.
 
-use crate::{Error, Progress, progress::Style};
+use crate::{Error, Progress, make::Make, progress::Style};
 use clap::{Args, ColorChoice, ValueEnum};
 use indicatif::ProgressBar;
 use std::{
@@ -33,6 +33,9 @@ pub struct Common {
     #[arg(long, value_name = "WHEN", default_value = "auto", hide_possible_values = true, global = true)]
     #[arg(help_heading = "Messages")]
     pub progress: When,
+    /// Configuration, manifest and dependencies.
+    #[command(flatten)]
+    pub make: Make,
 }
 
 /// A choice that can be left to the tool.
@@ -72,7 +75,9 @@ impl Ui {
     }
     /// Returns a voice that says nothing, for tests and for libraries called without a user.
     pub fn silent(tool: &'static str) -> Self {
-        Self::new(tool, &Common { quiet: true, progress: When::Never, color: ColorChoice::Never, verbose: 0 })
+        let common =
+            Common { quiet: true, progress: When::Never, color: ColorChoice::Never, ..Common::default() };
+        Self::new(tool, &common)
     }
     /// A line of the report (silent with `-q`).
     pub fn note(&self, line: impl Display) {

@@ -2,6 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // a test may
 
+#[path = "manners/configuration.rs"]
+mod configuration;
+#[path = "manners/make.rs"]
+mod make;
+
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read, Write},

@@ -195,3 +195,15 @@ fn only_the_manners_open_files_and_read_the_environment() {
     }
     assert!(found.is_empty(), "use kto_cli::{{input, output, atomic}} instead:\n{}", found.join("\n"));
 }
+
+#[test]
+fn configuration_files_know_every_tool() {
+    let known = fs::read_to_string(root().join("shared/cli/src/config/layers.rs")).unwrap();
+    let (_, list) = known.split_once("const TOOLS").unwrap();
+    let list = &list[..list.find("];").unwrap()];
+    let folders =
+        fs::read_dir(root().join("tools")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let tools: Vec<String> = folders.filter(|name| name.starts_with("kto-")).collect();
+    assert!(tools.len() >= 6);
+    assert!(tools.iter().all(|tool| list.contains(&format!("\"{tool}\""))), "{tools:?} in {list}");
+}

@@ -23,19 +23,25 @@ mod weights;
 pub use args::Args;
 pub use plan::Plan;
 
-use kto_cli::{Error, Exit, Result, Ui, output::Output};
+use kto_cli::{Error, Exit, Record, Result, Ui, output::Output};
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let plan = Plan::new(&args)?;
+    let mut record = Record::new(&args.common);
+    record.output(plan.output.as_deref());
+    record.output(plan.report.as_deref());
+    record.files(&plan.inputs);
+    record.check()?;
     let report = pass::run(&plan, ui)?;
     report.print(ui);
     if let Some(path) = &plan.report {
         let text =
             serde_json::to_string_pretty(&report.json()).map_err(|e| Error::internal(e.to_string()))?;
-        let mut out = Output::create(Some(path))?;
+        let mut out = Output::create(Some(path))?.if_changed(plan.if_changed);
         out.write(format!("{text}\n").as_bytes())?;
         out.finish()?;
     }
+    record.finish()?;
     Ok(Exit::Ok)
 }

@@ -30,7 +30,7 @@ pub struct Sink {
 impl Sink {
     /// Opens the output of the plan.
     pub fn create(plan: &Plan) -> Result<Self> {
-        let out = Output::create(plan.output.as_deref())?;
+        let out = Output::create(plan.output.as_deref())?.if_changed(plan.if_changed);
         let (held, second, ends) = (Vec::new(), Vec::new(), Vec::new());
         Ok(Self { out, order: plan.order, seed: plan.seed, held, second, ends, rows: 0, begun: false })
     }

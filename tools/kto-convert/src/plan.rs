@@ -21,6 +21,8 @@ pub struct Plan {
     pub output: Option<PathBuf>,
     /// Where the JSON summary goes.
     pub report: Option<PathBuf>,
+    /// Outputs that would get the bytes they have are left alone.
+    pub if_changed: bool,
     /// The form of all inputs, or `None` to tell by name and first character.
     pub format: Option<Format>,
     /// Delimiter of tables; `None`: by format.
@@ -75,6 +77,7 @@ impl Plan {
             inputs: input::or_stdin(&args.files)?,
             output: args.output.clone(),
             report: args.report.clone(),
+            if_changed: args.common.make.if_changed,
             format: args.in_format,
             delimiter: args.delimiter.as_deref().map(delimiter).transpose()?,
             quotes: !args.no_quotes,

@@ -18,7 +18,7 @@ use kto_cli::{Exit, Result, Ui, signal};
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     match &args.command {
-        Command::Score(args) => score::run(args, ui),
-        Command::Generate(args) => generate::run(args, ui),
+        Command::Score(score) => score::run(score, &args.common, ui),
+        Command::Generate(generate) => generate::run(generate, &args.common, ui),
     }
 }

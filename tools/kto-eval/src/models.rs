@@ -2,7 +2,7 @@
 
 use crate::args::ModelArgs;
 use candle_core::DType;
-use kto_cli::{Context, Error, Kind, Result, escape};
+use kto_cli::{Context, Error, Kind, Record, Result, escape};
 use kto_formats::{
     adapter::{self, Adapter},
     model_dir::ModelDir,
@@ -41,6 +41,14 @@ impl Policy {
             self.positions = positions.max((2 * self.positions).min(a.max_positions));
             self.base.rope = RopeTable::new(a.shape.dim, a.rope_theta, self.positions);
         }
+    }
+}
+
+impl Policy {
+    /// Notes what was opened.
+    pub fn note(&self, args: &ModelArgs, record: &mut Record) {
+        record.model(&args.model, || self.base.directory().fingerprint());
+        args.adapter.iter().for_each(|path| record.directory(&adapter::directory(path)));
     }
 }
 

@@ -15,11 +15,11 @@ pub use args::{Args, FloatType};
 pub use plan::Plan;
 
 use kto_cli::{
-    Error, Exit, Result, Ui, atomic, disk, escape,
+    Error, Exit, Record, Result, Ui, atomic, disk, escape,
     output::{Output, print_path},
     signal,
 };
-use kto_formats::{companions, python_json, shards::Shards};
+use kto_formats::{adapter, companions, python_json, shards::Shards};
 
 /// Room that is left for tokenizer and other small files, in bytes.
 const COMPANIONS: u64 = 64 << 20;
@@ -42,13 +42,19 @@ fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         out.finish()?;
         return Ok(Exit::Ok);
     }
-    let directory = atomic::AtomicDir::create(&plan.output, plan.force)?;
+    let mut record = Record::new(&args.common);
+    record.output(Some(&plan.output));
+    record.model(&plan.base.path, || plan.base.fingerprint());
+    record.directory(&adapter::directory(&args.adapter));
+    record.check()?;
+    let if_changed = args.common.make.if_changed;
+    let directory = atomic::AtomicDir::create_if_changed(&plan.output, plan.force, if_changed)?;
     disk::require_free(&plan.output, shards.bytes() + COMPANIONS)?;
     work::write(&plan, &shards, directory.path(), ui)?;
     let copied = companions::copy(&plan.base.path, directory.path())?;
     let config = python_json::pretty_sorted(&plan.config()) + "\n";
     atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
-    directory.commit()?;
+    record.commit(directory, &plan.output)?;
     ui.note(format_args!(
         "{} of {} tensors merged, {} dequantized, {} MB; copied {}",
         plan.adapter.tensors.len(),

@@ -14,7 +14,7 @@ pub use args::Args;
 pub use plan::Plan;
 
 use kto_cli::{
-    Error, Exit, Result, Ui, atomic, disk, escape,
+    Error, Exit, Record, Result, Ui, atomic, disk, escape,
     output::{Output, print_path},
     signal,
 };
@@ -40,14 +40,19 @@ fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
         out.finish()?;
         return Ok(Exit::Ok);
     }
-    let directory = atomic::AtomicDir::create(&plan.output, plan.force)?;
+    let mut record = Record::new(&args.common);
+    record.output(Some(&plan.output));
+    record.model(&plan.model.path, || plan.model.fingerprint());
+    record.check()?;
+    let if_changed = args.common.make.if_changed;
+    let directory = atomic::AtomicDir::create_if_changed(&plan.output, plan.force, if_changed)?;
     let measured = work::measure(&plan, ui)?;
     disk::require_free(&plan.output, measured.shards.bytes() + COMPANIONS)?;
     measured.write(directory.path(), ui)?;
     let copied = companions::copy(&plan.model.path, directory.path())?;
     let config = python_json::pretty_sorted(&plan.config()) + "\n";
     atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
-    directory.commit()?;
+    record.commit(directory, &plan.output)?;
     ui.note(format_args!(
         "{} layers quantized, {} tensors as they were, {} MB; copied {}",
         plan.quantize.len(),

@@ -19,7 +19,7 @@ pub use args::Args;
 pub use plan::Plan;
 
 use kto_cli::{Context, output::Output};
-use kto_cli::{Error, Exit, Result, Ui, output};
+use kto_cli::{Error, Exit, Record, Result, Ui, output};
 use kto_formats::tokens::TokenSet;
 use report::Report;
 use std::{
@@ -37,7 +37,10 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
         let error = Error::usage("a token file is binary and standard output is a terminal");
         return Err(error.with_hint("-o FILE, or pipe it into kto-train"));
     }
-    let mut output = Output::create(plan.output.as_deref())?;
+    let record = record(&args, &plan);
+    record.check()?;
+    let if_changed = args.common.make.if_changed;
+    let mut output = Output::create(plan.output.as_deref())?.if_changed(if_changed);
     let (target, report_path) = (plan.output.clone(), plan.report.clone());
     let (set, report) = tokenize(plan, ui)?;
     let name = target.unwrap_or_else(|| PathBuf::from("standard output"));
@@ -45,9 +48,21 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     output.finish()?;
     report.print(ui);
     if let Some(path) = &report_path {
-        write_report(path, &report, &set)?;
+        write_report(path, &report, &set, if_changed)?;
     }
+    record.finish()?;
     Ok(Exit::Ok)
+}
+
+/// What the run reads and writes.
+fn record(args: &Args, plan: &Plan) -> Record {
+    let mut record = Record::new(&args.common);
+    record.output(plan.output.as_deref());
+    record.output(plan.report.as_deref());
+    record.files(&plan.inputs);
+    record.tokenizer(&plan.model);
+    record.files(&plan.template);
+    record
 }
 
 /// Works on threads of its own, so that this one can watch the clock: a row that hangs in a template or in a
@@ -77,10 +92,10 @@ fn tokenize(plan: Plan, ui: &Ui) -> Result<(TokenSet, Report)> {
     }
 }
 
-fn write_report(path: &Path, report: &Report, set: &TokenSet) -> Result<()> {
+fn write_report(path: &Path, report: &Report, set: &TokenSet, if_changed: bool) -> Result<()> {
     let text =
         serde_json::to_string_pretty(&report.json(&set.meta)).map_err(|e| Error::internal(e.to_string()))?;
-    let mut out = Output::create(Some(path)).at("--report")?;
+    let mut out = Output::create(Some(path)).at("--report")?.if_changed(if_changed);
     out.write(format!("{text}\n").as_bytes()).at("--report")?;
     out.finish().at("--report")
 }

@@ -26,6 +26,7 @@ pub mod schedule;
 pub mod step;
 mod steps;
 mod train;
+mod unchanged;
 
 pub use args::{Args, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
 pub use cadence::Every;
@@ -49,9 +50,10 @@ use plan::{Inputs, Plan};
 use run_dir::{Existing, RunDir};
 use std::{path::Path, time::Instant};
 use train::Ended;
+use unchanged::Verdict;
 
 /// Runs the tool.
-pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
+pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     let began = Instant::now();
     signal::install();
     let (_, micro) = plan::batches(&args)?;
@@ -64,8 +66,10 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
         if args.out.is_dir() {
             lock = Some(run_dir::lock(&args.out, args.wait.unwrap_or_default(), ui)?);
         }
-        run_dir::check(&args.out, existing(&args))?;
-        run_dir::check_inputs(&args, existing(&args))?;
+        let existing = if args.common.make.if_changed { Existing::Resume } else { existing(&args) };
+        run_dir::check(&args.out, existing)?;
+        run_dir::check_inputs(&args, existing)?;
+        unchanged::check(&args)?;
     }
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
@@ -83,6 +87,11 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
         held_out: held_out.as_ref(),
     };
     let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
+    match unchanged::verdict(&args, &plan)? {
+        Verdict::Done => return unchanged::done(&args, &plan),
+        Verdict::Replace => args.resume = None,
+        Verdict::GoOn => {}
+    }
     data::report(&plan, &architecture, &tokens, ui);
     data::check_ids(&architecture, &tokens)?;
     held_out.as_ref().map_or(Ok(()), |h| h.check_ids(&architecture))?;
@@ -151,7 +160,7 @@ impl Planned<'_> {
             Some(lock) => Ok(lock),
             None => run_dir::lock(path, args.wait.unwrap_or_default(), ui),
         };
-        let dir = open_run(args, plan, lock)?;
+        let dir = open_run(args, plan, lock)?.with_record(unchanged::record(args, plan));
         if args.resume.is_some()
             && run_dir::settled_pack_rows(&args.out).is_some_and(|r| r != memory.pack_rows)
         {
@@ -162,6 +171,7 @@ impl Planned<'_> {
         let goes_back = matches!(args.resume, Some(Resume::From(_)));
         if args.resume.is_some() && !goes_back && dir.is_finished() {
             ui.note(format_args!("{}: the run is finished", shown(&args.out)));
+            dir.finish()?;
             output::print_path(&args.out)?;
             return Ok(Exit::Ok);
         }
@@ -175,6 +185,7 @@ impl Planned<'_> {
         match run.train(lora, args.resume.as_ref())? {
             Ended::Finished(summary) => {
                 ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
+                dir.finish()?;
                 output::print_path(&args.out)?;
             }
             // No path on standard output: there is no result yet that a pipe could go on with.

@@ -231,6 +231,7 @@ pub fn before(field: &str) -> Value {
         "adam_beta1" => json!(0.9),
         "adam_beta2" => json!(0.999),
         "adam_epsilon" => json!(1e-8),
+        "load_best" => json!(false),
         _ => Value::Null,
     }
 }

@@ -9,11 +9,11 @@ use crate::{
     plan::{self, Plan},
 };
 use kto_cli::{
-    Error, Kind, Result, Ui, atomic, escape,
+    Error, Kind, Record, Result, Ui, atomic, escape,
     lock::{RunLock, Wait},
 };
 use kto_model::memory::MemoryPlan;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -22,6 +22,8 @@ use std::{
 /// A locked run directory.
 pub struct RunDir {
     path: PathBuf,
+    /// What the manifest says of configuration and inputs.
+    record: Option<Record>,
     _lock: RunLock,
 }
 
@@ -57,6 +59,9 @@ pub const LOGS: [&str; 3] = ["metrics.jsonl", "eval.jsonl", "nonfinite.jsonl"];
 /// Caches that a further run can use.
 pub const REFERENCES: [&str; 2] = ["reference.safetensors", "eval_reference.safetensors"];
 
+/// What make looks at: it appears last, and whole.
+const ADAPTER: &str = "adapter_model.safetensors";
+
 /// What shows that a run is in a directory.
 const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];
 
@@ -69,7 +74,7 @@ impl RunDir {
     ) -> Result<Self> {
         atomic::create_dir_all(path)?;
         let lock = lock(path)?;
-        let this = Self { path: path.to_path_buf(), _lock: lock };
+        let this = Self { path: path.to_path_buf(), record: None, _lock: lock };
         check(path, existing)?;
         // A run that was killed at its last checkpoint writes no further one.
         atomic::sweep(&this.checkpoints());
@@ -77,6 +82,17 @@ impl RunDir {
             this.clear()?;
         }
         Ok(this)
+    }
+
+    /// Takes what the manifest will say of configuration and inputs.
+    pub fn with_record(mut self, record: Record) -> Self {
+        self.record = Some(record);
+        self
+    }
+
+    /// Writes the rule for make, and with `--manifest FILE` a copy of run.json.
+    pub fn finish(&self) -> Result<()> {
+        self.record.as_ref().map_or(Ok(()), |record| finish(&self.path, record))
     }
 
     /// Returns whether the run has ended and its adapter is there.
@@ -111,11 +127,18 @@ impl RunDir {
 
     /// Writes run.json.
     pub fn write_manifest(&self, plan: &Plan, memory: &MemoryPlan, state: &str, result: Value) -> Result<()> {
+        let mut sections = match &self.record {
+            Some(record) => record.sections(&self.results(state == "finished"))?,
+            None => Map::new(),
+        };
         let manifest = json!({
             "format": 1,
             "tool": "kto-train",
             "version": kto_cli::version::number(),
             "state": state,
+            "configuration": sections.remove("configuration"),
+            "inputs": sections.remove("inputs"),
+            "outputs": sections.remove("outputs"),
             "plan": plan,
             // Not a part of the plan: all but the rows of a pack may change on --resume.
             "memory": {
@@ -128,11 +151,20 @@ impl RunDir {
             },
             "model": plan.typed.model.display().to_string(),
             "result": result,
+            "environment": sections.remove("environment"),
         });
         let mut text =
             serde_json::to_vec_pretty(&manifest).map_err(|e| Error::internal(format!("run.json: {e}")))?;
         text.push(b'\n');
         atomic::write(&self.file("run.json"), &text)
+    }
+
+    /// Returns the files that a finished run is asked about.
+    fn results(&self, finished: bool) -> Vec<PathBuf> {
+        let names =
+            [format!("adapter/{ADAPTER}"), "adapter/adapter_config.json".into(), "metrics.jsonl".into()];
+        let paths = names.iter().map(|name| self.file(name));
+        paths.filter(|path| finished && path.exists()).collect()
     }
 
     fn clear(&self) -> Result<()> {
@@ -154,7 +186,13 @@ pub fn checkpoints(path: &Path) -> PathBuf {
     path.join("checkpoints")
 }
 
-fn manifest(path: &Path) -> Option<Value> {
+/// Writes the rule for make, and with `--manifest FILE` a copy of run.json.
+pub fn finish(path: &Path, record: &Record) -> Result<()> {
+    record.finish_with(&[path.join("adapter").join(ADAPTER)], &path.join("run.json"))
+}
+
+/// Returns what run.json in `path` says.
+pub fn manifest(path: &Path) -> Option<Value> {
     let bytes = kto_cli::input::read(&path.join("run.json"), 16 << 20).ok()?;
     serde_json::from_slice(&bytes).ok()
 }

@@ -1,7 +1,7 @@
 //! A directory that appears whole or not at all.
 
-use super::{creating, resolve, sync_dir, tolerate_unsupported};
-use crate::{Error, Kind, Result, escape, stale};
+use super::{creating, equal, resolve, sync_dir, tolerate_unsupported};
+use crate::{Error, Kind, Result, escape, manifest, record::IN_DIRECTORY, stale};
 use rustix::{
     fs::{CWD, RenameFlags, renameat_with},
     io::Errno,
@@ -19,6 +19,7 @@ pub struct AtomicDir {
     target: PathBuf,
     temporary: PathBuf,
     force: bool,
+    if_changed: bool,
     /// Open and locked while the writer lives.
     _lock: File,
 }
@@ -27,15 +28,20 @@ impl AtomicDir {
     /// Starts a directory that will become `target`. Refuses (73) when `target` exists and `force` is not set; with
     /// `force` an existing directory is replaced at [`AtomicDir::commit`], unless it holds the working directory.
     pub fn create(target: &Path, force: bool) -> Result<Self> {
+        Self::create_if_changed(target, force, false)
+    }
+    /// The same; with `if_changed` an existing directory with the same content is left alone at [`AtomicDir::commit`],
+    /// and one with another content is refused (73) only there.
+    pub fn create_if_changed(target: &Path, force: bool, if_changed: bool) -> Result<Self> {
         let fail = |e: io::Error| creating(target, &e);
         let resolved = resolve(target).map_err(fail)?;
-        refuse_existing(target, &resolved, force)?;
+        refuse_existing(target, &resolved, force || if_changed)?;
         let make = |path: &Path| {
             DirBuilder::new().create(path)?;
             File::open(path)
         };
         let (temporary, lock) = stale::create(&resolved, make).map_err(fail)?;
-        Ok(Self { shown: target.to_path_buf(), target: resolved, temporary, force, _lock: lock })
+        Ok(Self { shown: target.to_path_buf(), target: resolved, temporary, force, if_changed, _lock: lock })
     }
     /// The temporary directory to write into.
     pub fn path(&self) -> &Path {
@@ -44,6 +50,13 @@ impl AtomicDir {
     /// Makes the directory final: fsync of every file, rename, fsync of the parent.
     pub fn commit(self) -> Result<()> {
         let fail = |e: io::Error| Error::writing(&self.shown, &e);
+        if self.if_changed && self.target.exists() {
+            if equal::trees(&self.temporary, &self.target, Some(IN_DIRECTORY)) {
+                return self.renew_manifest();
+            }
+            refuse_existing(&self.shown, &self.target, self.force)?;
+            equal::keep_times(&self.temporary, &self.target).map_err(fail)?;
+        }
         sync_tree(&self.temporary).map_err(fail)?;
         if self.force && self.target.exists() {
             replace(&self.temporary, &self.target).map_err(fail)?;
@@ -56,6 +69,16 @@ impl AtomicDir {
         }
         sync_dir(&stale::folder_of(&self.target)).map_err(fail)
         // Drop removes what is left under the temporary name: nothing, or the directory that was replaced.
+    }
+    /// Puts the new manifest into the directory that is kept, unless it says the same.
+    fn renew_manifest(&self) -> Result<()> {
+        let (new, old) = (self.temporary.join(IN_DIRECTORY), self.target.join(IN_DIRECTORY));
+        let fail = |e: io::Error| Error::writing(&self.shown, &e);
+        match (fs::read(&new), fs::read(&old)) {
+            (Ok(new), Ok(old)) if manifest::is_same(&old, &new) => Ok(()),
+            (Ok(_), _) => fs::rename(&new, &old).and_then(|()| sync_dir(&self.target)).map_err(fail),
+            (Err(_), _) => Ok(()),
+        }
     }
 }
 

@@ -57,7 +57,7 @@ fn kill_leaves_the_old_file() {
     let output = run(&["-q", "-o", target.to_str().unwrap()], ROW.as_bytes());
     assert_eq!((code(&output), text(&output.stderr).as_str()), (0, ""));
     assert_eq!(fs::read_to_string(&target).unwrap(), ROW);
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "the records and their manifest");
 }
 
 #[test]

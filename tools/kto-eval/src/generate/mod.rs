@@ -11,7 +11,7 @@ use crate::{
 };
 use answer::Answer;
 use encode::Encoder;
-use kto_cli::{Context, Error, Exit, Result, Ui, input, output, output::Output, signal};
+use kto_cli::{Common, Context, Error, Exit, Record, Result, Ui, input, output, output::Output, signal};
 use kto_kernels::random;
 use kto_model::{
     generate::{Request, Sampling, generate_batch},
@@ -25,20 +25,26 @@ use stops::Stops;
 const POSITIONS: usize = 512;
 
 /// Runs `kto-eval generate`.
-pub fn run(args: &GenerateArgs, ui: &Ui) -> Result<Exit> {
+pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     let paths = input::or_stdin(&args.files)?;
     if args.stop.iter().any(String::is_empty) {
         return Err(Error::usage("--stop: an empty text would end every answer at once"));
     }
+    let mut record = Record::new(common);
+    record.output(args.output.as_deref());
+    record.files(&paths);
+    record.files(&args.template);
+    record.check()?;
     set_threads(args.model.threads)?;
     let mut policy = Policy::open(&args.model, POSITIONS)?;
+    policy.note(&args.model, &mut record);
     let encoder = match args.ids {
         true => None,
         false => Some(Encoder::open(args)?),
     };
     let stops = Stops::read(&args.model.model, encoder.as_ref().and_then(Encoder::eos_id))?;
     let mut prompts = Prompts::new(paths, args)?;
-    let mut out = Output::create(args.output.as_deref())?;
+    let mut out = Output::create(args.output.as_deref())?.if_changed(common.make.if_changed);
     let progress = ui.progress(0, "tokens");
     let mut outcome = Ok(true);
     while let Ok(true) = outcome {
@@ -55,6 +61,7 @@ pub fn run(args: &GenerateArgs, ui: &Ui) -> Result<Exit> {
     }
     outcome?;
     out.finish()?;
+    record.finish()?;
     Ok(Exit::Ok)
 }
 

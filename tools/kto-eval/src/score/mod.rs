@@ -10,7 +10,9 @@ use crate::{
     models::{Policy, set_threads, shown},
 };
 use assertion::Assertion;
-use kto_cli::{Context, Error, Exit, Result, Ui, atomic, escape, input, output, output::Output, signal};
+use kto_cli::{
+    Common, Context, Error, Exit, Record, Result, Ui, escape, input, output, output::Output, signal,
+};
 use kto_formats::tokens::TokenSet;
 use kto_model::{
     fit,
@@ -23,7 +25,7 @@ use std::{io::Write, path::Path};
 use summary::Summary;
 
 /// Runs `kto-eval score`.
-pub fn run(args: &ScoreArgs, ui: &Ui) -> Result<Exit> {
+pub fn run(args: &ScoreArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     let assertions = args.fail_if.iter().map(|text| Assertion::parse(text)).collect::<Result<Vec<_>>>()?;
     let summary_only = args.no_rows || is_stdout(args.summary.as_deref());
     if is_stdout(args.summary.as_deref()) && args.output.is_some() {
@@ -34,11 +36,14 @@ pub fn run(args: &ScoreArgs, ui: &Ui) -> Result<Exit> {
     }
     let loss = run_plan::loss(args, ui)?;
     check_known(args, &assertions, &loss)?;
+    let mut record = begin(args, common)?;
     set_threads(args.model.threads)?;
     let tokens = read_tokens(&args.file)?;
     let policy = Policy::open(&args.model, positions(&tokens))?;
     check(args, &tokens, &policy, ui)?;
     let reference = Reference::open(&args.reference, &policy, &args.model, positions(&tokens))?;
+    policy.note(&args.model, &mut record);
+    reference.note(&args.reference, &mut record);
     if reference.is_policy() {
         ui.warn("no --adapter and no --reference: policy and reference are one model, all rewards are 0");
     }
@@ -49,10 +54,36 @@ pub fn run(args: &ScoreArgs, ui: &Ui) -> Result<Exit> {
     };
     let scorer =
         Scorer { policy: &policy, reference: &reference, tokens: &tokens, partners: partners.as_deref() };
-    let rows = if summary_only { None } else { Some(Output::create(args.output.as_deref())?) };
+    let if_changed = common.make.if_changed;
+    let rows = match summary_only {
+        true => None,
+        false => Some(Output::create(args.output.as_deref())?.if_changed(if_changed)),
+    };
     let mut summary = Summary::new(loss, &groups, reference.is_policy());
     let rows = score_all(&scorer, rows, &mut summary, ui)?;
-    report(args, rows, &summary.finish(), &assertions, ui)
+    let verdict = Verdict { args, assertions: &assertions, if_changed };
+    let exit = report(&verdict, rows, &summary.finish(), ui)?;
+    if exit == Exit::Ok {
+        record.finish()?;
+    }
+    Ok(exit)
+}
+
+/// What the run reads and writes, as far as it is known before the models are open.
+fn begin(args: &ScoreArgs, common: &Common) -> Result<Record> {
+    let mut record = Record::new(common);
+    record.output(args.output.as_deref());
+    record.output(args.summary.as_deref());
+    record.file(&args.file);
+    record.check()?;
+    Ok(record)
+}
+
+/// What decides whether the outputs appear.
+struct Verdict<'a> {
+    args: &'a ScoreArgs,
+    assertions: &'a [Assertion],
+    if_changed: bool,
 }
 
 /// Refuses (2) an assertion about what --no-kl leaves out, before any work.
@@ -102,13 +133,8 @@ fn score_all(
 
 /// Checks the assertions and writes the summary. A file appears only when no assertion fails: a target of make must not
 /// be there after a failure.
-fn report(
-    args: &ScoreArgs,
-    rows: Option<Output>,
-    summary: &Map<String, Value>,
-    assertions: &[Assertion],
-    ui: &Ui,
-) -> Result<Exit> {
+fn report(verdict: &Verdict, rows: Option<Output>, summary: &Map<String, Value>, ui: &Ui) -> Result<Exit> {
+    let Verdict { args, assertions, if_changed } = *verdict;
     let failures: Vec<String> = assertions
         .iter()
         .zip(&args.fail_if)
@@ -129,7 +155,9 @@ fn report(
             out.write(text.as_bytes())?;
             out.finish()?;
         } else if failures.is_empty() {
-            atomic::write(path, text.as_bytes())?;
+            let mut out = Output::create(Some(path))?.if_changed(if_changed);
+            out.write(text.as_bytes())?;
+            out.finish()?;
         }
     }
     failures.iter().for_each(|line| ui.failure(escape(line)));

@@ -6,7 +6,7 @@ use crate::{
     models::{Policy, adapter, shown},
 };
 use candle_core::DType;
-use kto_cli::{Context, Error, Result};
+use kto_cli::{Context, Error, Record, Result};
 use kto_formats::{
     adapter::{CONFIG, directory},
     model_dir::ModelDir,
@@ -61,6 +61,15 @@ impl Reference {
             )));
         }
         Ok(Self::Model(Box::new(model)))
+    }
+
+    /// Notes what was opened beside the policy's model.
+    pub fn note(&self, path: &Path, record: &mut Record) {
+        match self {
+            Self::Policy | Self::Base => {}
+            Self::Adapter(_) => record.directory(&directory(path)),
+            Self::Model(model) => record.model(path, || model.directory().fingerprint()),
+        }
     }
 
     /// Returns whether policy and reference are the same.

@@ -6,7 +6,7 @@ use kto_formats::model_dir::ModelDir;
 use kto_model::{base::BaseModel, generate::Generator};
 use serde_json::Value;
 
-fn trl(flags: &str) -> Vec<String> {
+pub fn trl(flags: &str) -> Vec<String> {
     let (model, adapter) = (data("trl/llama/model"), data("trl/llama/adapter_init"));
     words(&format!("score --model {model} --adapter {adapter} {flags}"))
 }

@@ -10,6 +10,7 @@ mod evaluation;
 mod forms;
 mod golden;
 mod kill;
+mod make;
 mod mapped;
 mod memory;
 mod nonfinite;

@@ -1,0 +1,279 @@
+//! What a run read and wrote, for its manifest (`--manifest`) and its rule of make (`--depfile`).
+//!
+//! A tool notes its inputs and outputs and ends with [`Record::finish`], or for a directory with [`Record::commit`].
+//! Inputs are hashed at the end, when the work has gone well; an output that was given no name leaves no trace.
+
+use crate::{
+    Common, Error, Make, Result,
+    atomic::{AtomicDir, AtomicFile},
+    config::Resolution,
+    depfile,
+    hash::{self, Hashed},
+    manifest,
+    output::Output,
+};
+use serde_json::{Map, Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+    time::SystemTime,
+};
+
+/// Name of the manifest in a directory that a tool makes.
+pub(crate) const IN_DIRECTORY: &str = "manifest.json";
+
+/// The record of a run.
+pub struct Record {
+    make: Make,
+    resolution: Resolution,
+    inputs: Vec<Input>,
+    outputs: Vec<PathBuf>,
+    began: SystemTime,
+    /// The inputs as the manifest has them, once they have been hashed.
+    described: OnceLock<Vec<Value>>,
+}
+
+/// Something that was read.
+enum Input {
+    /// Told by its hash.
+    File(PathBuf),
+    /// Weights, told by a fingerprint: reading all of them again would take as long as the work.
+    Model { path: PathBuf, fingerprint: String, files: Vec<PathBuf> },
+    /// No name, no second reading.
+    Stdin,
+}
+
+impl Record {
+    /// Starts the record of a run.
+    pub fn new(common: &Common) -> Self {
+        Self {
+            resolution: common.make.resolution(),
+            make: common.make.clone(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            began: SystemTime::now(),
+            described: OnceLock::new(),
+        }
+    }
+    /// Notes an input file; `-` is standard input.
+    pub fn file(&mut self, path: &Path) {
+        self.inputs.push(if path == Path::new("-") { Input::Stdin } else { Input::File(path.into()) });
+    }
+    /// Notes input files.
+    pub fn files<'a>(&mut self, paths: impl IntoIterator<Item = &'a PathBuf>) {
+        paths.into_iter().for_each(|path| self.file(path));
+    }
+    /// Notes every file of a small directory, such as an adapter.
+    pub fn directory(&mut self, path: &Path) {
+        files_of(path, |_| true).iter().for_each(|file| self.file(file));
+    }
+    /// Notes the tokenizer and the templates in a model directory.
+    pub fn tokenizer(&mut self, path: &Path) {
+        let begins = ["config.json", "tokenizer", "chat_template", "special_tokens"];
+        let wanted = |name: &str| begins.iter().any(|b| name.starts_with(b));
+        files_of(path, wanted).iter().for_each(|file| self.file(file));
+    }
+    /// Notes a model directory. Its fingerprint is asked for when a manifest will tell it; note outputs first.
+    pub fn model(&mut self, path: &Path, fingerprint: impl FnOnce() -> String) {
+        let named = if self.outputs.is_empty() { None } else { Some(PathBuf::new()) };
+        let fingerprint = self.manifest_path(named).map(|_| fingerprint()).unwrap_or_default();
+        self.known_model(path, fingerprint);
+    }
+    /// Notes a model directory whose fingerprint is known.
+    pub fn known_model(&mut self, path: &Path, fingerprint: String) {
+        let ends = [".safetensors", ".json", ".jinja", ".model", ".txt"];
+        let files = files_of(path, |name| ends.iter().any(|e| name.ends_with(e)));
+        self.inputs.push(Input::Model { path: path.into(), fingerprint, files });
+    }
+    /// Notes an output file; one without a name, a pipe or a device is none.
+    pub fn output(&mut self, path: Option<&Path>) {
+        self.outputs.extend(path.filter(|p| !crate::output::is_stdout(p)).map(Path::to_path_buf));
+    }
+    /// Fails before the work: with 2 when a rule is asked for and there is nothing to make, with 73 when rule or manifest
+    /// cannot be written.
+    pub fn check(&self) -> Result<()> {
+        if self.make.depfile.is_some() && self.outputs.is_empty() {
+            return Err(Error::usage("--depfile needs an output with a name").with_hint("--output FILE"));
+        }
+        let named = [self.make.depfile.clone(), self.manifest_path(None)];
+        for path in named.into_iter().flatten().filter(|p| !p.exists() && !crate::output::is_stdout(p)) {
+            AtomicFile::create(&path)?;
+        }
+        Ok(())
+    }
+    /// Ends the record of a run whose output files are in their place: manifest, then rule.
+    pub fn finish(&self) -> Result<()> {
+        let sidecar = self.outputs.first().filter(|path| is_file(path)).map(|path| {
+            let mut name = path.clone().into_os_string();
+            name.push(".manifest.json");
+            PathBuf::from(name)
+        });
+        if let Some(path) = self.manifest_path(sidecar) {
+            let outputs: Vec<_> = self.outputs.iter().filter(|path| is_file(path)).cloned().collect();
+            let outputs = entries(&outputs, &outputs)?;
+            self.write_manifest(&path, self.manifest(outputs)?)?;
+        }
+        self.write_rule(&self.outputs)
+    }
+    /// Makes the directory `target` final, with the manifest in it; then writes the rule.
+    pub fn commit(&self, directory: AtomicDir, target: &Path) -> Result<()> {
+        let own = directory.path().join(IN_DIRECTORY);
+        let manifest = match self.manifest_path(Some(own.clone())) {
+            None => None,
+            Some(path) => {
+                let files = files_below(directory.path());
+                let names = files.iter().filter_map(|f| f.strip_prefix(directory.path()).ok());
+                let names: Vec<_> = names.map(|name| target.join(name)).collect();
+                Some((path, self.manifest(entries(&files, &names)?)?))
+            }
+        };
+        match manifest {
+            Some((path, text)) if path == own => {
+                self.write_manifest(&path, text)?;
+                directory.commit()?;
+            }
+            Some((path, text)) => {
+                directory.commit()?;
+                self.write_manifest(&path, text)?;
+            }
+            None => directory.commit()?,
+        }
+        self.write_rule(&[target.join(if self.keeps_own() { IN_DIRECTORY } else { "config.json" })])
+    }
+    /// Returns what a manifest of another form takes over: configuration, inputs, these outputs, and the environment.
+    pub fn sections(&self, outputs: &[PathBuf]) -> Result<Map<String, Value>> {
+        self.manifest(entries(outputs, outputs)?)
+    }
+    /// Writes the rule for outputs of another form, and with `--manifest FILE` a copy of their manifest.
+    pub fn finish_with(&self, outputs: &[PathBuf], manifest: &Path) -> Result<()> {
+        if let Some(path) = self.manifest_path(None) {
+            let text = crate::input::read(manifest, 1 << 30)?;
+            self.write(&path, &text)?;
+        }
+        self.write_rule(outputs)
+    }
+
+    fn keeps_own(&self) -> bool {
+        self.make.manifest.is_none()
+    }
+
+    fn manifest_path(&self, own: Option<PathBuf>) -> Option<PathBuf> {
+        match &self.make.manifest {
+            Some(path) if path == Path::new("none") => None,
+            Some(path) => Some(path.clone()),
+            None => own,
+        }
+    }
+
+    fn manifest(&self, outputs: Vec<Value>) -> Result<Map<String, Value>> {
+        let mut map = manifest::begin(&self.resolution.tool, self.resolution.configuration());
+        map.insert("inputs".into(), Value::Array(self.described_inputs()?));
+        map.insert("outputs".into(), Value::Array(outputs));
+        map.insert("environment".into(), manifest::environment(self.began));
+        Ok(map)
+    }
+
+    fn described_inputs(&self) -> Result<Vec<Value>> {
+        if let Some(described) = self.described.get() {
+            return Ok(described.clone());
+        }
+        let files: Vec<PathBuf> = self.inputs.iter().filter_map(Input::hashed).cloned().collect();
+        let mut hashed = entries(&files, &files)?.into_iter();
+        let described = self.inputs.iter().filter_map(|input| match input {
+            Input::File(_) => hashed.next(),
+            Input::Stdin => Some(json!({ "path": "-" })),
+            Input::Model { path, fingerprint, files } => {
+                let size = |path: &PathBuf| fs::metadata(path).map_or(0, |m| m.len());
+                let files: Vec<Value> =
+                    files.iter().map(|f| json!({ "path": shown(f), "size": size(f) })).collect();
+                Some(json!({ "path": shown(path), "fingerprint": fingerprint, "files": files }))
+            }
+        });
+        let described: Vec<Value> = described.collect();
+        Ok(self.described.get_or_init(|| described).clone())
+    }
+
+    fn write_manifest(&self, path: &Path, manifest: Map<String, Value>) -> Result<()> {
+        let text = manifest::text(&manifest)?;
+        let old = if self.make.if_changed { fs::read(path).ok() } else { None };
+        if old.is_some_and(|old| manifest::is_same(&old, &text)) {
+            return Ok(());
+        }
+        self.write(path, &text)
+    }
+
+    fn write_rule(&self, outputs: &[PathBuf]) -> Result<()> {
+        let Some(path) = &self.make.depfile else { return Ok(()) };
+        let steering = [&self.make.config, &self.make.from_manifest].into_iter().flatten().cloned();
+        let mut inputs: Vec<PathBuf> = Vec::new();
+        let all = self.inputs.iter().flat_map(Input::paths).cloned().chain(steering);
+        for input in all.filter(|p| p != Path::new("-")) {
+            if !inputs.contains(&input) {
+                inputs.push(input);
+            }
+        }
+        self.write(path, depfile::rule(outputs, &inputs)?.as_bytes())
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let mut file = Output::create(Some(path))?.if_changed(self.make.if_changed);
+        file.write(bytes)?;
+        file.finish()
+    }
+}
+
+impl Input {
+    fn hashed(&self) -> Option<&PathBuf> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Model { .. } | Self::Stdin => None,
+        }
+    }
+    fn paths(&self) -> &[PathBuf] {
+        match self {
+            Self::File(path) => std::slice::from_ref(path),
+            Self::Model { files, .. } => files,
+            Self::Stdin => &[],
+        }
+    }
+}
+
+/// Returns the entries of files that are called `names` there. A pipe that was an input has been read and is not hashed.
+fn entries(files: &[PathBuf], names: &[PathBuf]) -> Result<Vec<Value>> {
+    let hashes = hash::files(files)?;
+    let entry = |(Hashed { size, sha256 }, name): (Hashed, &PathBuf)| match sha256 {
+        Some(sha256) => json!({ "path": shown(name), "size": size, "sha256": sha256 }),
+        None => json!({ "path": shown(name) }),
+    };
+    Ok(hashes.into_iter().zip(names).map(entry).collect())
+}
+
+/// Returns the files of a directory whose names are wanted, sorted; hidden ones and manifests are not.
+fn files_of(path: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
+    let names = fs::read_dir(path).into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    let ours = |name: &String| !name.starts_with('.') && name != IN_DIRECTORY && wanted(name);
+    let mut files: Vec<PathBuf> =
+        names.filter(ours).map(|name| path.join(name)).filter(|p| p.is_file()).collect();
+    files.sort();
+    files
+}
+
+/// Returns all files below a directory that a tool has made.
+fn files_below(path: &Path) -> Vec<PathBuf> {
+    let mut files = files_of(path, |_| true);
+    for entry in fs::read_dir(path).into_iter().flatten().flatten().filter(|e| e.path().is_dir()) {
+        files.extend(files_below(&entry.path()));
+    }
+    files.sort();
+    files
+}
+
+fn is_file(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|m| m.is_file())
+}
+
+fn shown(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}

@@ -1,0 +1,60 @@
+//! What a run has read, and whether the run in --out is the one that is asked for (`--if-changed`).
+
+use crate::{args::Args, plan::Plan, run_dir, shown};
+use kto_cli::{Error, Exit, Record, Result, output};
+
+/// What --if-changed finds in --out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The run that is asked for, finished.
+    Done,
+    /// Another run, which --force gives up.
+    Replace,
+    /// No run, or one that is looked at without --if-changed too.
+    GoOn,
+}
+
+/// Fails (73) when the rule for make or the copy of the manifest cannot be written.
+pub fn check(args: &Args) -> Result<()> {
+    let mut record = Record::new(&args.common);
+    record.output(Some(&args.out));
+    record.check()
+}
+
+/// Compares the plan of the run in --out. Error (78): it is another one, field by field, and --force is not given.
+pub fn verdict(args: &Args, plan: &Plan) -> Result<Verdict> {
+    let manifest = run_dir::manifest(&args.out).filter(|_| args.common.make.if_changed && !args.dry_run);
+    let Some(manifest) = manifest else { return Ok(Verdict::GoOn) };
+    let Some(stored) = manifest.get("plan").filter(|plan| plan.is_object()) else { return Ok(Verdict::GoOn) };
+    let finished =
+        manifest.get("state").is_some_and(|s| s == "finished") && args.out.join("adapter").exists();
+    let differences = run_dir::differences(stored, plan);
+    match (differences.is_empty(), finished) {
+        (true, true) => Ok(Verdict::Done),
+        (false, _) if args.force => Ok(Verdict::Replace),
+        (false, true) => {
+            let text: Vec<String> =
+                differences.iter().map(|(f, old, new)| format!("{f} was {old}, is {new}")).collect();
+            let text = format!("{}: another run is in this directory: {}", shown(&args.out), text.join("; "));
+            Err(Error::config(text).with_hint("--force to replace it, or another --out"))
+        }
+        (_, false) => Ok(Verdict::GoOn),
+    }
+}
+
+/// Ends without touching the run.
+pub fn done(args: &Args, plan: &Plan) -> Result<Exit> {
+    run_dir::finish(&args.out, &record(args, plan))?;
+    output::print_path(&args.out)?;
+    Ok(Exit::Ok)
+}
+
+/// Returns what the run reads and writes.
+pub fn record(args: &Args, plan: &Plan) -> Record {
+    let mut record = Record::new(&args.common);
+    record.known_model(&args.model, plan.base.clone());
+    record.file(&args.data);
+    args.eval_data.iter().for_each(|path| record.file(path));
+    args.init_adapter.iter().for_each(|path| record.directory(path));
+    record
+}
