@@ -2,7 +2,7 @@
 //!
 //! Called by [`crate::tensors`]. A map never outlives its file's name check: only regular files are mapped.
 //! Our own tools replace files by rename, which keeps old maps valid; when somebody else cuts a mapped file, the tool
-//! ends with one line and 74 ([`bus`]). Deliberately absent: writable maps.
+//! ends with one line and 74 (`mmap/bus.rs`). Deliberately absent: writable maps.
 #![allow(unsafe_code)]
 
 mod bus;
