@@ -109,6 +109,19 @@ pub fn write(target: &Path, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
+/// Creates a directory, and those above it that are missing. Their names are safe from a power loss when it returns.
+pub fn create_dir_all(target: &Path) -> Result<()> {
+    let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let missing: Vec<&Path> = target.ancestors().take_while(is_missing).collect();
+    fs::create_dir_all(target).map_err(|e| Error::writing(target, &e))?;
+    missing.into_iter().rev().try_for_each(sync_name)
+}
+
+/// Waits until the name of a new file or directory is on the disk. To force a file's bytes there does not do that.
+pub fn sync_name(path: &Path) -> Result<()> {
+    sync_dir(&stale::folder_of(path)).map_err(|e| Error::writing(path, &e))
+}
+
 /// Returns the error of starting an output: 73, unless the disk itself failed.
 fn creating(target: &Path, error: &io::Error) -> Error {
     let made = Error::writing(target, error);
@@ -161,6 +174,20 @@ mod tests {
             fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    /// That the names are synced is seen by scripts/power-test.
+    #[test]
+    fn directories_are_created_with_those_above_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("a/b/c");
+        create_dir_all(&deep).unwrap();
+        create_dir_all(&deep).unwrap();
+        assert!(deep.is_dir());
+        fs::write(dir.path().join("file"), "").unwrap();
+        let error = create_dir_all(&dir.path().join("file/x")).unwrap_err();
+        assert_eq!(error.kind(), Kind::CantCreate);
+        assert_eq!(sync_name(&dir.path().join("none/x")).unwrap_err().kind(), Kind::CantCreate);
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub struct Position {
 /// Writes the checkpoint of `position` and removes old ones.
 pub fn save(run: &RunDir, position: Position, lora: &Lora, optimizer: &Optimizer) -> Result<()> {
     let parent = run.file("checkpoints");
-    fs::create_dir_all(&parent).map_err(|e| Error::writing(&parent, &e))?;
+    atomic::create_dir_all(&parent)?;
     let directory = atomic::AtomicDir::create(&parent.join(format!("step-{:08}", position.step)), true)?;
     let state = directory.path().join("state.safetensors");
     let parts = named(lora, optimizer);

@@ -40,7 +40,7 @@ const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];
 impl RunDir {
     /// Creates and locks `path`. Errors: 73 when it holds a run or cannot be created, 75 when another process uses it.
     pub fn open(path: &Path, existing: Existing) -> Result<Self> {
-        fs::create_dir_all(path).map_err(|e| Error::writing(path, &e))?;
+        atomic::create_dir_all(path)?;
         let lock = RunLock::acquire(path)?;
         let this = Self { path: path.to_path_buf(), _lock: lock };
         check(path, existing)?;

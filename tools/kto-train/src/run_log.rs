@@ -1,6 +1,6 @@
 //! Files of the run directory that grow by a line at a time: metrics.jsonl and timing.jsonl.
 
-use kto_cli::{Error, Result};
+use kto_cli::{Error, Result, atomic};
 use serde_json::Value;
 use std::{
     fs::{File, OpenOptions},
@@ -31,6 +31,7 @@ impl RunLog {
     }
 
     fn open(path: PathBuf, length: impl FnOnce(&mut File) -> io::Result<u64>) -> Result<Self> {
+        let is_new = !path.exists();
         let open = || {
             let mut file =
                 OpenOptions::new().create(true).read(true).write(true).truncate(false).open(&path)?;
@@ -40,6 +41,10 @@ impl RunLog {
             Ok((file, bytes))
         };
         let (file, bytes) = open().map_err(|e| Error::writing(&path, &e))?;
+        if is_new {
+            // A checkpoint that outlives its log would be resumed with a log that lacks its beginning.
+            atomic::sync_name(&path)?;
+        }
         Ok(Self { path, file, bytes })
     }
 
