@@ -5,7 +5,7 @@
 
 use crate::{optimizer::Optimizer, run_dir::RunDir};
 use candle_core::Tensor;
-use kto_cli::{Error, Result, atomic, hash::Sha256Hex, input};
+use kto_cli::{Error, Kind, Result, atomic, hash::Sha256Hex, input};
 use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tensors::TensorStore,
@@ -122,7 +122,9 @@ fn read(path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Position> {
 /// Hashes a file without holding it: it is three times the adapter.
 fn sha256(path: &Path) -> Result<String> {
     let mut hash = Sha256Hex::new();
-    io::copy(&mut input::open(path)?.reader, &mut hash).map_err(|e| Error::reading(path, &e))?;
+    // Our own file, not an input: that it cannot be opened is a failure of the disk.
+    let mut file = input::open(path).map_err(|e| e.with_kind(Kind::Io))?;
+    io::copy(&mut file.reader, &mut hash).map_err(|e| Error::reading(path, &e))?;
     Ok(hash.finish())
 }
 
