@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
+.PHONY: help build demo test manners faults kill-test fault-test power-test check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,21 @@ manners: build ## exit codes, streams, kill -9, configuration and start time of 
 	scripts/ci-manners
 	scripts/ci-examples
 
-check: fmt-check lint test manners demo ## everything CI does
+faults: build ## the short forms of the next three
+	@if command -v $(PYTHON) >/dev/null; then \
+	  for test in kill-test fault-test power-test; do $(PYTHON) scripts/$$test --short; done; \
+	else echo "SKIPPED faults: no $(PYTHON)"; fi
+
+kill-test: build ## 100 training runs killed at random times, kills at every system call, full disks (RUNS=, JOBS=, SEED=)
+	$(PYTHON) scripts/kill-test
+
+fault-test: build ## every system call that writes fails once, for all six tools
+	$(PYTHON) scripts/fault-test
+
+power-test: build ## the power fails at every system call of a run with three checkpoints
+	$(PYTHON) scripts/power-test
+
+check: fmt-check lint test manners faults demo ## everything CI does
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

@@ -12,7 +12,7 @@
 
 use super::Position;
 use kto_cli::{
-    Context, Error, Result, atomic, escape,
+    Context, Error, Kind, Result, atomic, escape,
     hash::{Sha256Hex, sha256_hex},
     input,
 };
@@ -69,7 +69,9 @@ impl Manifest {
     pub fn new(directory: &Path, position: Position, pack_rows: usize, plan: Value) -> Result<Self> {
         let mut files = BTreeMap::new();
         for name in names(directory)? {
-            files.insert(name.clone(), FileSum::of(&directory.join(name))?);
+            // Our own file, not an input: that it cannot be read back is a failure of the disk.
+            let sum = FileSum::of(&directory.join(&name)).map_err(|e| e.with_kind(Kind::Io))?;
+            files.insert(name, sum);
         }
         Ok(Self { format: FORMAT, position, pack_rows, plan, files })
     }
