@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
+.PHONY: help build demo test manners gpu-kernels check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,10 @@ test: ## run every test
 manners: build ## exit codes, streams, kill -9 and start time of all six tools
 	scripts/ci-manners
 
-check: fmt-check lint test manners demo ## everything CI does
+gpu-kernels: ## compile every GPU kernel for CUDA and Metal, no GPU needed (PyPI, 150 MB the first time)
+	scripts/gpu-kernels
+
+check: fmt-check lint test manners demo ## everything CI does but gpu-kernels
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

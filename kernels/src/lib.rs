@@ -11,6 +11,7 @@ mod dropout;
 mod elementwise;
 mod exp;
 mod gemm;
+pub mod gpu;
 mod logprob;
 mod matmul;
 mod parallel;
