@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners gpu-kernels check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
+.PHONY: help build demo test manners gpu-kernels cuda check-cuda check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,13 @@ manners: build ## exit codes, streams, kill -9 and start time of all six tools
 
 gpu-kernels: ## compile every GPU kernel for CUDA and Metal, no GPU needed (PyPI, 150 MB the first time)
 	scripts/gpu-kernels
+
+cuda: ## kto-train for NVIDIA GPUs as target/cuda/kto-train, with a private toolkit from PyPI (15 CPU minutes; not run on a GPU yet)
+	eval "$$(scripts/cuda-toolkit build)"; $(CARGO) build --release -p kto-train --features cuda
+	cp $(BIN)/kto-train target/cuda/kto-train
+
+check-cuda: cuda ## lint and link the feature cuda
+	eval "$$(scripts/cuda-toolkit build)"; $(CARGO) clippy --release -p kto-kernels -p kto-model -p kto-train -p kto-kernel-checks --features kto-train/cuda,kto-kernel-checks/cuda --all-targets -- -D warnings
 
 check: fmt-check lint test manners demo ## everything CI does but gpu-kernels
 

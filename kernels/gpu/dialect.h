@@ -3,7 +3,7 @@
 // A module is this file, `#define T f32` (or bf16, f16), then the kernels. Every kernel works for any number of blocks and of
 // threads a block up to MOST_THREADS, widens what it reads to f32, computes in f32 and rounds once when it stores.
 // Compile without contraction of a*b + c (NVRTC: --fmad=false): fused multiply-adds are written FMA, so that all three targets
-// and the CPU engine round alike.
+// and the CPU engine round alike. A barrier orders shared memory only: no thread reads global memory that another one wrote.
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -35,7 +35,7 @@ typedef ulong u64;
       uint kto_threads [[threads_per_threadgroup]], uint kto_block [[threadgroup_position_in_grid]],                           \
       uint kto_blocks [[threadgroups_per_grid]]
 #define HERE const Here here = {kto_thread, kto_threads, kto_block, kto_blocks}
-#define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device)
+#define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define FMA(a, b, c) fma(a, b, c)
 #define SQRT(x) precise::sqrt(x)
 #define LOG(x) precise::log(x)

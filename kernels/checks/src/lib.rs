@@ -6,6 +6,8 @@
 
 mod adamw;
 mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dequantize;
 mod dropout;
 mod elementwise;
@@ -21,6 +23,8 @@ mod softmax;
 mod support;
 mod swiglu;
 
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
 #[cfg(emulated)]
 pub use emulator::Emulator;
 pub use machine::{Arg, Buffer, Call, Machine, launch};

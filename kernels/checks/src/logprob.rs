@@ -11,16 +11,21 @@ use kto_kernels::{
 pub(crate) fn check(m: &dyn Machine) -> Result<()> {
     for element in TYPES {
         for case in MATRICES {
-            check_case(m, element, element, case)?;
-            check_case(m, element, Dense::F32, case)?;
+            check_case(m, element, (element, ""), case)?;
+            check_case(m, element, (Dense::F32, "_of_f32"), case)?;
         }
     }
     Ok(())
 }
 
-/// Logits of type `source`, gradients of type `element`.
-fn check_case(m: &dyn Machine, element: Dense, source: Dense, shape: (usize, usize, Grid)) -> Result<()> {
-    let (rows, columns, grid) = shape;
+/// Logits of type `source` and the end of the gradient kernel's name; gradients of type `element`.
+fn check_case(
+    m: &dyn Machine,
+    element: Dense,
+    source: (Dense, &str),
+    shape: (usize, usize, Grid),
+) -> Result<()> {
+    let ((rows, columns, grid), (source, suffix)) = (shape, source);
     let logits: Vec<f32> = noise(source, rows * columns, 1).iter().map(|v| 4.0 * v + 10.0).collect();
     let logits = rounded(source, &logits);
     let targets: Vec<u32> =
@@ -37,8 +42,7 @@ fn check_case(m: &dyn Machine, element: Dense, source: Dense, shape: (usize, usi
     let tolerance = (depth(columns, grid) + 32.0) * U32;
     close(&case("logprob", source, rows, columns, grid), Dense::F32, &found, &truth, tolerance)?;
 
-    let (mut gradient, suffix) =
-        (results(element, rows * columns), if source == element { "" } else { "_of_f32" });
+    let mut gradient = results(element, rows * columns);
     let kernel = format!("logprob_gradient{suffix}");
     let args = &mut [Arg::Out(&mut gradient), Arg::In(&x), Arg::In(&index), Arg::In(&found)];
     launch(m, &named(&kernel, element), grid, args, &p)?;

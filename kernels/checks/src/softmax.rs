@@ -107,15 +107,16 @@ pub(crate) fn check(m: &dyn Machine) -> Result<()> {
     for element in TYPES {
         for case in CASES {
             // Scores in the type of the module, and in f32 whatever it is.
-            check_case(m, element, element, &Case::new(case, element))?;
-            check_case(m, element, Dense::F32, &Case::new(case, Dense::F32))?;
+            check_case(m, element, (element, ""), &Case::new(case, element))?;
+            check_case(m, element, (Dense::F32, "_of_f32"), &Case::new(case, Dense::F32))?;
         }
     }
     Ok(())
 }
 
-fn check_case(m: &dyn Machine, element: Dense, source: Dense, c: &Case) -> Result<()> {
-    let suffix = if source == element { "" } else { "_of_f32" };
+/// `source`: type of the scores, and the end of the kernels' names.
+fn check_case(m: &dyn Machine, element: Dense, source: (Dense, &str), c: &Case) -> Result<()> {
+    let (source, suffix) = source;
     let kernel = |name: &str| named(&format!("{name}{suffix}"), element);
     let what = |name: &str| {
         let shape = (c.p.rows as usize, c.p.columns as usize);

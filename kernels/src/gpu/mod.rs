@@ -4,8 +4,12 @@
 //! CPU. Invariant: a kernel computes what the CPU operation of the same name computes, in f32 from values of the module's type,
 //! rounded once when they are stored. Deliberately absent: matrix products (the vendors' libraries), devices and drivers.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod params;
 
+#[cfg(feature = "cuda")]
+pub use cuda::ptx;
 pub use params::*;
 
 use crate::Dense;
