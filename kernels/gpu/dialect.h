@@ -116,16 +116,16 @@ static inline float emulator_float(u32 bits) {
 
 // Place of the thread in its block, threads of a block, place of the block, number of blocks.
 struct Here {
-  u32 thread, threads, block, blocks;
+  u32 thread_id, threads, block_id, blocks;
 };
 
 // All elements i below n, shared out over all threads of the grid.
 #define FOR_ELEMENTS(i, n)                                                                                                     \
-  for (u64 i = (u64)here.block * here.threads + here.thread; i < (n); i += (u64)here.blocks * here.threads)
+  for (u64 i = (u64)here.block_id * here.threads + here.thread_id; i < (n); i += (u64)here.blocks * here.threads)
 // All rows below n, a block each in turn.
-#define FOR_ROWS(i, n) for (u64 i = here.block; i < (n); i += here.blocks)
+#define FOR_ROWS(i, n) for (u64 i = here.block_id; i < (n); i += here.blocks)
 // All columns below n of the block's row.
-#define FOR_COLUMNS(j, n) for (u64 j = here.thread; j < (n); j += here.threads)
+#define FOR_COLUMNS(j, n) for (u64 j = here.thread_id; j < (n); j += here.threads)
 
 #define MINUS_INFINITY FLOAT(0xff800000u)
 
@@ -264,13 +264,13 @@ DEVICE u64 mixed(u64 v) {
 // Reductions over the threads of a block, whose result all of them get. `scratch` has MOST_THREADS elements. The tree depends on
 // the number of threads alone, so a launch gives the same bits every time. The last barrier frees `scratch` for the next use.
 #define REDUCE(type, scratch, value, combine)                                                                                  \
-  scratch[here.thread] = value;                                                                                                \
+  scratch[here.thread_id] = value;                                                                                                \
   BARRIER;                                                                                                                     \
   for (u32 width = here.threads; width > 1;) {                                                                                 \
     const u32 half_width = (width + 1) / 2;                                                                                    \
-    if (here.thread + half_width < width) {                                                                                    \
-      const type a = scratch[here.thread], b = scratch[here.thread + half_width];                                              \
-      scratch[here.thread] = combine;                                                                                          \
+    if (here.thread_id + half_width < width) {                                                                                    \
+      const type a = scratch[here.thread_id], b = scratch[here.thread_id + half_width];                                              \
+      scratch[here.thread_id] = combine;                                                                                          \
     }                                                                                                                          \
     BARRIER;                                                                                                                   \
     width = half_width;                                                                                                        \

@@ -46,13 +46,13 @@ static void fault(const char *what) {
 static Here emulator_here() { return launch->here; }
 
 static void emulator_barrier() {
-  const u32 thread = launch->here.thread;
+  const u32 thread = launch->here.thread_id;
   swapcontext(&launch->fibers[thread].context, &launch->scheduler);
 }
 
 // All threads declare the same arrays in the same order, so equal distances are equal arrays.
 static void *emulator_shared(size_t bytes) {
-  Fiber &fiber = launch->fibers[launch->here.thread];
+  Fiber &fiber = launch->fibers[launch->here.thread_id];
   void *const at = launch->shared + fiber.shared;
   fiber.shared += (bytes + 15) / 16 * 16;
   if (fiber.shared > SHARED_BYTES) {
@@ -71,7 +71,7 @@ static void emulator_aligned(const void *p, size_t bytes) {
 
 static void enter() {
   launch->kernel(launch->args);
-  launch->fibers[launch->here.thread].done = true;
+  launch->fibers[launch->here.thread_id].done = true;
 }
 
 // Place `i` of `n` in the order of a schedule: 0 ascending, 1 descending, else some rotation with an odd stride.
@@ -112,8 +112,8 @@ static void run_block(u32 schedule, unsigned char *stacks) {
   for (u64 turn = 0;; turn++) {
     u32 done = 0;
     for (u32 i = 0; i < threads; i++) {
-      launch->here.thread = scheduled(schedule, turn, i, threads);
-      Fiber &fiber = launch->fibers[launch->here.thread];
+      launch->here.thread_id = scheduled(schedule, turn, i, threads);
+      Fiber &fiber = launch->fibers[launch->here.thread_id];
       swapcontext(&launch->scheduler, &fiber.context);
       done += fiber.done;
     }
@@ -167,7 +167,7 @@ static const char *emulate(const Entry &entry, u32 blocks, u32 threads, u32 sche
   for (u32 i = 0; i < blocks && !here.fault; i++) {
     here.here.threads = threads;
     here.here.blocks = blocks;
-    here.here.block = scheduled(schedule, 0, i, blocks);
+    here.here.block_id = scheduled(schedule, 0, i, blocks);
     run_block(schedule, (unsigned char *)stacks);
   }
   launch = NULL;
