@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners faults kill-test fault-test power-test check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
+.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +51,18 @@ fault-test: build ## every system call that writes fails once, for all six tools
 power-test: build ## the power fails at every system call of a run with three checkpoints
 	$(PYTHON) scripts/power-test
 
-check: fmt-check lint test manners faults demo ## everything CI does
+gpu-kernels: ## compile every GPU kernel for CUDA and Metal, no GPU needed (PyPI, 150 MB the first time)
+	scripts/gpu-kernels
+
+cuda: ## kto-train for NVIDIA GPUs as target/cuda/kto-train, with a private toolkit from PyPI (15 CPU minutes; not run on a GPU yet)
+	eval "$$(scripts/cuda-toolkit build)"; $(CARGO) build --release --target-dir target/cuda/build -p kto-train --features cuda
+	cp target/cuda/build/release/kto-train target/cuda/kto-train
+
+check-cuda: ## type-check and lint the feature cuda with the same toolkit; candle's own kernels are left out (minutes)
+	eval "$$(scripts/cuda-toolkit build)"; NVCC=$(CURDIR)/scripts/gpu/nvcc-check $(CARGO) clippy --release --target-dir target/cuda/check \
+	  -p kto-kernels -p kto-kernel-checks -p kto-model -p kto-train --features kto-train/cuda,kto-kernel-checks/cuda --all-targets -- -D warnings
+
+check: fmt-check lint test manners faults demo ## everything CI does but gpu-kernels
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

@@ -12,6 +12,7 @@ mod dropout;
 mod elementwise;
 mod exp;
 mod gemm;
+pub mod gpu;
 mod logprob;
 mod matmul;
 mod parallel;

@@ -30,6 +30,11 @@ impl RopeTable {
         Self { half, cos, sin }
     }
 
+    /// Returns cosines and sines, each (positions, D/2) row-major: what a device gets.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     fn row(&self, position: u32) -> Option<(&[f32], &[f32])> {
         let start = position as usize * self.half;
         Some((self.cos.get(start..start + self.half)?, self.sin.get(start..start + self.half)?))

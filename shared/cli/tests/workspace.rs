@@ -75,6 +75,7 @@ fn crates_depend_only_downwards() {
     let allowed = |from: &str| -> &[&str] {
         match from {
             "kto-kernels" | "kto-cli" => &[],
+            "kto-kernel-checks" => &["kto-kernels"],
             "kto-formats" => &["kto-cli"],
             "kto-model" => &["kto-cli", "kto-formats", "kto-kernels"],
             _ => &["kto-cli", "kto-formats", "kto-model", "kto-kernels"],

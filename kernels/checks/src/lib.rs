@@ -1,0 +1,53 @@
+//! Checks of the GPU kernels (`kernels/gpu`) against the CPU operations of `kto-kernels`, on any machine that can launch them.
+//!
+//! Called by the tests, on the emulator; a back end for a GPU implements [`Machine`] and runs the same [`CHECKS`]. Every buffer has
+//! guards around it and results begin as NaN, so a kernel that leaves something out, reads or writes outside, or changes
+//! an input is noticed. Deliberately absent: timings, devices.
+
+mod adamw;
+mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod dequantize;
+mod dropout;
+mod elementwise;
+#[cfg(emulated)]
+mod emulator;
+mod logprob;
+mod machine;
+mod reduce;
+mod rms_norm;
+mod rope;
+mod rows;
+mod softmax;
+mod support;
+mod swiglu;
+
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
+#[cfg(emulated)]
+pub use emulator::Emulator;
+pub use machine::{Arg, Buffer, Call, Machine, launch};
+
+use candle_core::Result;
+
+/// A check of one file of kernels.
+pub type Check = fn(&dyn Machine) -> Result<()>;
+
+/// All checks by name.
+pub const CHECKS: [(&str, Check); 14] = [
+    ("adamw", adamw::check),
+    ("attention", attention::check),
+    ("casts", elementwise::check_casts),
+    ("dequantize", dequantize::check),
+    ("dropout", dropout::check),
+    ("elementwise", elementwise::check),
+    ("logprob", logprob::check),
+    ("reduce", reduce::check),
+    ("rms_norm", rms_norm::check),
+    ("rope", rope::check),
+    ("rows", rows::check),
+    ("scatter", rows::check_scatter),
+    ("softmax", softmax::check),
+    ("swiglu", swiglu::check),
+];
