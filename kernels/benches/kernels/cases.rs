@@ -3,10 +3,13 @@
 use candle_core::{Device, Tensor};
 use kto_kernels::{
     AdamW, AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, DropoutKey, Factor,
-    HeadShape, Onto, Product, RopeTable, Segment, adamw_step, adamw8::{self, Moments8, adamw8_step}, add, add_bias, attention, attention_backward,
-    dropout, first_non_finite, gather_rows, logprob_stats, logprob_unit_gradient, matmul, multiply,
-    quant::nf4, rms_norm, rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows,
-    sum_of_squares, swiglu, swiglu_backward,
+    HeadShape, Onto, Product, RopeTable, Segment, adamw_step,
+    adamw8::{self, Moments8, adamw8_step},
+    add, add_bias, attention, attention_backward, dropout, first_non_finite, gather_rows, logprob_stats,
+    logprob_unit_gradient, matmul, multiply,
+    quant::nf4,
+    rms_norm, rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows, sum_of_squares, swiglu,
+    swiglu_backward,
 };
 use std::hint::black_box;
 

@@ -4,8 +4,8 @@
 use crate::{Arg, Machine, launch, support::*};
 use candle_core::{DType, Device, Result, Tensor};
 use kto_kernels::{
-    AttentionGradients, AttentionLayout, Dense, HeadShape, Segment, attention, attention_backward,
-    gpu::Softmax,
+    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, Dense, HeadShape, Segment,
+    attention, attention_backward, gpu::Softmax,
 };
 
 const SHAPE: HeadShape = HeadShape { heads: 4, kv_heads: 2, dim: 8 };
@@ -111,8 +111,11 @@ fn expected(x: &Inputs) -> Result<[Vec<f64>; 4]> {
     let (k, v, dout) = (k?, v?, double(&x.dout, QUERIES, SHAPE.heads * SHAPE.dim)?);
     let like = |t: &Tensor| Tensor::zeros(t.shape(), DType::F64, &Device::Cpu);
     let (out, dq, dk, dv) = (like(&q)?, like(&q)?, like(&k)?, like(&v)?);
-    attention(&out, &q, &k, &v, &layout(), SHAPE)?;
+    let stats = Tensor::zeros((QUERIES, 2 * SHAPE.heads), DType::F64, &Device::Cpu)?;
+    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout: &layout(), shape: SHAPE };
+    let outputs = AttentionOutputs { out: &out, stats: &stats };
+    attention(outputs, inputs)?;
     let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
-    attention_backward(&gradients, &dout, &q, &k, &v, &layout(), SHAPE)?;
+    attention_backward(gradients, &dout, outputs, inputs)?;
     Ok([wide(&out)?, wide(&dq)?, wide(&dk)?, wide(&dv)?])
 }
