@@ -79,10 +79,12 @@ fn a_roomy_plan_keeps_everything_and_adds_up() {
     assert_eq!(get(&plan, "adapter"), 4 * parameters);
     assert_eq!(get(&plan, "gradients") + get(&plan, "AdamW"), 12 * parameters);
     assert_eq!(get(&plan, "layer inputs"), 8 * 2048 * 512 * 4);
-    let activations = 2 * 512 + 512 + 2 * 1024 + 7 * 16;
+    // Two numbers for each of 8 heads beside queries and attention's output.
+    let activations = 2 * 512 + 2 * 8 + 512 + 2 * 1024 + 7 * 16;
     assert_eq!(get(&plan, "kept"), ((7 * 2048 + 512) * activations + 8 * 4096 * 2 * 256) * 4);
     assert_eq!(get(&plan, "streams"), 4096 * 512 * 4);
-    let back = 512 + 2 * 512 + 4 * 256 + 7 * 16;
+    // Gradients of keys and values, and their sums in four parts.
+    let back = 512 + 2 * 512 + (2 + 2 * 4) * 256 + 7 * 16;
     // A pack of 4096 rows, half of them trained.
     let work = 2048 * (activations + 512 + 1024) + 4096 * 2 * 256 + 2048 * back;
     assert_eq!(get(&plan, "one block at work"), work * 4);
