@@ -18,7 +18,7 @@ import machine  # noqa: E402
 import tiny_model  # noqa: E402
 
 BIN = Path(os.environ.get("BIN", ROOT / "target" / "release"))
-ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "NO_COLOR": "1"}
+ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "NO_COLOR": "1", "SOURCE_DATE_EPOCH": "1700000000"}
 ALL = "open,reopen,write,fsync,rename,truncate,mkdir,unlink,chmod,link"
 # No process has this number, so what carries it is stale.
 NOBODY = 999999999

@@ -4,7 +4,7 @@
 //! Inputs are hashed at the end, when the work has gone well; an output that was given no name leaves no trace.
 
 use crate::{
-    Common, Error, Make, Result,
+    Common, Error, Kind, Make, Result,
     atomic::{AtomicDir, AtomicFile},
     config::Resolution,
     depfile,
@@ -111,7 +111,7 @@ impl Record {
         });
         if let Some(path) = self.manifest_path(sidecar) {
             let outputs: Vec<_> = self.outputs.iter().filter(|path| is_file(path)).cloned().collect();
-            let outputs = entries(&outputs, &outputs)?;
+            let outputs = written(&outputs, &outputs)?;
             self.write_manifest(&path, self.manifest(outputs)?)?;
         }
         self.write_rule(&self.outputs)
@@ -122,10 +122,10 @@ impl Record {
         let manifest = match self.manifest_path(Some(own.clone())) {
             None => None,
             Some(path) => {
-                let files = files_below(directory.path());
+                let files = files_below(directory.path())?;
                 let names = files.iter().filter_map(|f| f.strip_prefix(directory.path()).ok());
                 let names: Vec<_> = names.map(|name| target.join(name)).collect();
-                Some((path, self.manifest(entries(&files, &names)?)?))
+                Some((path, self.manifest(written(&files, &names)?)?))
             }
         };
         match manifest {
@@ -143,7 +143,7 @@ impl Record {
     }
     /// Returns what a manifest of another form takes over: configuration, inputs, these outputs, and the environment.
     pub fn sections(&self, outputs: &[PathBuf]) -> Result<Map<String, Value>> {
-        self.manifest(entries(outputs, outputs)?)
+        self.manifest(written(outputs, outputs)?)
     }
     /// Writes the rule for outputs of another form, and with `--manifest FILE` a copy of their manifest.
     pub fn finish_with(&self, outputs: &[PathBuf], manifest: &Path) -> Result<()> {
@@ -239,6 +239,11 @@ impl Input {
     }
 }
 
+/// Returns the entries of outputs. That they cannot be read back is a failure of the disk, not of an input.
+fn written(files: &[PathBuf], names: &[PathBuf]) -> Result<Vec<Value>> {
+    entries(files, names).map_err(|e| e.with_kind(Kind::Io))
+}
+
 /// Returns the entries of files that are called `names` there. A pipe that was an input has been read and is not hashed.
 fn entries(files: &[PathBuf], names: &[PathBuf]) -> Result<Vec<Value>> {
     let hashes = hash::files(files)?;
@@ -249,25 +254,38 @@ fn entries(files: &[PathBuf], names: &[PathBuf]) -> Result<Vec<Value>> {
     Ok(hashes.into_iter().zip(names).map(entry).collect())
 }
 
-/// Returns the files of a directory whose names are wanted, sorted; hidden ones and manifests are not.
+/// Returns the files of a directory whose names are wanted, sorted; hidden ones and manifests are not. A directory that cannot be
+/// read has none: who reads it as an input says so.
 fn files_of(path: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
-    let names = fs::read_dir(path).into_iter().flatten().flatten();
-    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
-    let ours = |name: &String| !name.starts_with('.') && name != IN_DIRECTORY && wanted(name);
-    let mut files: Vec<PathBuf> =
-        names.filter(ours).map(|name| path.join(name)).filter(|p| p.is_file()).collect();
-    files.sort();
-    files
+    entries_of(path).unwrap_or_default().into_iter().filter(|path| is_ours(path, &wanted)).collect()
 }
 
-/// Returns all files below a directory that a tool has made.
-fn files_below(path: &Path) -> Vec<PathBuf> {
-    let mut files = files_of(path, |_| true);
-    for entry in fs::read_dir(path).into_iter().flatten().flatten().filter(|e| e.path().is_dir()) {
-        files.extend(files_below(&entry.path()));
+fn is_ours(path: &Path, wanted: impl Fn(&str) -> bool) -> bool {
+    let ours = |name: &str| !name.starts_with('.') && name != IN_DIRECTORY && wanted(name);
+    path.is_file() && path.file_name().and_then(|n| n.to_str()).is_some_and(ours)
+}
+
+/// Returns all files below a directory that a tool has made, sorted.
+fn files_below(path: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in entries_of(path)? {
+        if path.is_dir() {
+            files.extend(files_below(&path)?);
+        } else if is_ours(&path, |_| true) {
+            files.push(path);
+        }
     }
     files.sort();
-    files
+    Ok(files)
+}
+
+fn entries_of(path: &Path) -> Result<Vec<PathBuf>> {
+    let read = |path: &Path| -> std::io::Result<Vec<PathBuf>> {
+        fs::read_dir(path)?.map(|entry| entry.map(|e| e.path())).collect()
+    };
+    let mut paths = read(path).map_err(|e| Error::reading(path, &e).with_kind(Kind::Io))?;
+    paths.sort();
+    Ok(paths)
 }
 
 fn is_file(path: &Path) -> bool {

@@ -76,8 +76,9 @@ impl RunDir {
         let lock = lock(path)?;
         let this = Self { path: path.to_path_buf(), record: None, _lock: lock };
         check(path, existing)?;
-        // A run that was killed at its last checkpoint writes no further one.
+        // A run that was killed at its last checkpoint, or with a best adapter half replaced, writes no further one.
         atomic::sweep(&this.checkpoints());
+        atomic::sweep(path);
         if existing == Existing::Replace {
             this.clear()?;
         }
