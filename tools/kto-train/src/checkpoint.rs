@@ -1,8 +1,8 @@
 //! Checkpoints: everything that the next step depends on beside the plan, in a directory that appears whole.
 //!
 //! Order, KL partners, dropout and learning rate are functions of the step, so the state is the adapter in f32, the optimizer's
-//! parts as they are (f32, or 8-bit codes with their scales), the step, how long the logs were, and what the evaluations have found, with the best adapter. Which checkpoint a run goes on from is
-//! decided in [`crate::resume`].
+//! parts as they are (f32, or 8-bit codes with their scales), the step, how long the logs were, and what the evaluations have
+//! found, with the best adapter. Which checkpoint a run goes on from is decided in [`crate::resume`].
 
 mod manifest;
 
