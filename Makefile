@@ -27,7 +27,7 @@ help: ## list the targets
 build: ## build the six tools into target/release
 	$(CARGO) build --release --workspace --bins
 
-demo: build ## train the embedded demo model with all six tools and show what changed (two minutes)
+demo: build ## train the embedded demo model with all six tools and show what changed (ten seconds after the build)
 	scripts/demo
 
 test: ## run every test

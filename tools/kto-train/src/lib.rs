@@ -66,9 +66,11 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         if args.out.is_dir() {
             lock = Some(run_dir::lock(&args.out, args.wait.unwrap_or_default(), ui)?);
         }
-        let existing = if args.common.make.if_changed { Existing::Resume } else { existing(&args) };
-        run_dir::check(&args.out, existing)?;
-        run_dir::check_inputs(&args, existing)?;
+        let (existing, if_changed) = (existing(&args), args.common.make.if_changed);
+        run_dir::check(&args.out, if if_changed { Existing::Resume } else { existing })?;
+        // Whether --if-changed replaces the run is known only when its plan is.
+        let may_replace = existing == Existing::Replace || (if_changed && args.force);
+        run_dir::check_inputs(&args, if may_replace { Existing::Replace } else { existing })?;
         unchanged::check(&args)?;
     }
     set_threads(args.threads)?;

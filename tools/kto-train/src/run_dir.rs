@@ -7,6 +7,7 @@
 use crate::{
     args::Args,
     plan::{self, Plan},
+    resume::Resume,
 };
 use kto_cli::{
     Error, Kind, Record, Result, Ui, atomic, escape,
@@ -226,7 +227,9 @@ pub fn lock(path: &Path, wait: Wait, ui: &Ui) -> Result<RunLock> {
 /// Returns a file that no run has written. Token files may lie beside a run.
 fn foreign(path: &Path) -> Option<String> {
     let known = |name: &str| {
-        OWN.contains(&name) || name.starts_with('.') || name.ends_with(".kto.arrow") || name.ends_with(".log")
+        // What --depfile, --manifest and a shell leave beside a run is nobody's reason to refuse it.
+        let beside = [".kto.arrow", ".log", ".d", "manifest.json"];
+        OWN.contains(&name) || name.starts_with('.') || beside.iter().any(|end| name.ends_with(end))
     };
     let names =
         fs::read_dir(path).ok()?.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()));
@@ -237,7 +240,16 @@ fn foreign(path: &Path) -> Option<String> {
 pub fn check_inputs(args: &Args, existing: Existing) -> Result<()> {
     let replaced = existing == Existing::Replace;
     let Some(out) = fs::canonicalize(&args.out).ok().filter(|_| replaced) else { return Ok(()) };
-    for (flag, path) in [("--model", Some(&args.model)), ("--init-adapter", args.init_adapter.as_ref())] {
+    let checkpoint = match &args.resume {
+        Some(Resume::From(path)) => Some(path),
+        _ => None,
+    };
+    let inputs = [
+        ("--model", Some(&args.model)),
+        ("--init-adapter", args.init_adapter.as_ref()),
+        ("the checkpoint of --resume", checkpoint),
+    ];
+    for (flag, path) in inputs {
         let Some(input) = path.and_then(|p| fs::canonicalize(p).ok()) else { continue };
         if OWN.iter().any(|name| input.starts_with(out.join(name))) {
             let text = format!("--force would remove {flag}, which is a part of the run in --out");

@@ -150,6 +150,19 @@ fn another_run_goes_on_from_a_checkpoint() {
     refused(&b.train(&[&FLAGS[..], &["--resume", &nothing]].concat()), 78, "not a checkpoint directory");
 }
 
+#[test]
+fn force_does_not_remove_the_checkpoint_that_a_run_goes_on_from() {
+    let b = Bench::new();
+    done(&b, &["--checkpoint-every", "6", "--keep-last", "9"]);
+    let inside = b.out().join("checkpoints/keep");
+    std::fs::create_dir(&inside).unwrap();
+    let moved = inside.join("step-00000006");
+    std::fs::rename(b.out().join("checkpoints/step-00000006"), &moved).unwrap();
+    let output = b.train(&[&FLAGS[..], &["--force", "--resume", &moved.display().to_string()]].concat());
+    refused(&output, 2, "--force would remove the checkpoint of --resume");
+    assert!(moved.join("state.safetensors").exists() && b.out().join("adapter").exists());
+}
+
 fn copy(from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {

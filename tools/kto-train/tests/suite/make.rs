@@ -67,6 +67,33 @@ fn an_equal_finished_run_is_not_touched() {
 }
 
 #[test]
+fn if_changed_does_not_remove_what_the_new_run_begins_from() {
+    let b = Bench::new();
+    assert!(b.train(&["-q", "--max-steps", "2"]).status.success());
+    let adapter = b.out().join("adapter").display().to_string();
+    for more in [&["--force"][..], &["--force", "--resume"]] {
+        let output = b
+            .train(&[&["-q", "--max-steps", "2", "--if-changed", "--init-adapter", &adapter], more].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        assert!(stderr(&output).contains("--force would remove --init-adapter"));
+        assert!(b.out().join("adapter").exists());
+    }
+}
+
+#[test]
+fn rule_and_copy_of_the_manifest_may_lie_beside_the_run() {
+    let b = Bench::new();
+    std::fs::create_dir_all(b.out()).unwrap();
+    let (rule, copy) = (b.out().join("run.d"), b.out().join("manifest.json"));
+    let (rule, copy) = (rule.display().to_string(), copy.display().to_string());
+    for more in [&[][..], &["--if-changed"], &["--resume"], &["--force"]] {
+        let flags = ["-q", "--max-steps", "2", "--depfile", &rule, "--manifest", &copy];
+        let output = b.train(&[&flags[..], more].concat());
+        assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""), "{more:?}");
+    }
+}
+
+#[test]
 fn an_unfinished_run_is_not_taken_for_a_finished_one() {
     let b = Bench::new();
     assert!(b.train(&["-q", "--max-steps", "2", "--checkpoint-every", "1"]).status.success());
