@@ -122,7 +122,7 @@ install: man completions ## install tools, man pages and completions under PREFI
 	  $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions \
 	  $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	for tool in $(TOOLS); do \
-	  install -m 755 $(BIN)/$$tool $(DESTDIR)$(PREFIX)/bin/; \
+	  install -s -m 755 $(BIN)/$$tool $(DESTDIR)$(PREFIX)/bin/; \
 	  install -m 644 target/man/$$tool.1 $(DESTDIR)$(PREFIX)/share/man/man1/; \
 	  install -m 644 target/completions/$$tool $(DESTDIR)$(PREFIX)/share/bash-completion/completions/; \
 	  install -m 644 target/completions/_$$tool $(DESTDIR)$(PREFIX)/share/zsh/site-functions/; \

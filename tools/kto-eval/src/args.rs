@@ -47,7 +47,7 @@ pub enum Command {
 /// Flags about the model.
 #[derive(Group, Clone, Debug)]
 pub struct ModelArgs {
-    /// Model directory: config.json and safetensors (llama, qwen2; dense or bitsandbytes NF4)
+    /// Model directory: config.json and safetensors (llama, qwen2; dense, bitsandbytes NF4 or int8, MLX affine)
     #[arg(long, value_name = "DIR", alias = "model-name-or-path", help_heading = "Model")]
     pub model: PathBuf,
     /// PEFT adapter on it, or a run directory of kto-train with its adapter
