@@ -272,14 +272,18 @@ pub fn differences(old: &Value, new: &Plan) -> Vec<(String, String, String)> {
     new.keys().chain(gone).filter_map(differs).collect()
 }
 
+/// Returns the differences as a message names them.
+pub fn told(differences: &[(String, String, String)]) -> String {
+    let text = differences.iter().map(|(field, old, new)| format!("{field} was {old}, is {new}"));
+    text.collect::<Vec<_>>().join("; ")
+}
+
 /// Refuses (78) to go on with another plan than the stored one, field by field.
 pub fn refuse_differences(stored: &Value, plan: &Plan) -> Result<()> {
     let differences = differences(stored, plan);
     if differences.is_empty() {
         return Ok(());
     }
-    let text: Vec<String> =
-        differences.iter().map(|(field, old, new)| format!("{field} was {old}, is {new}")).collect();
-    Err(Error::config(format!("cannot resume: {}", text.join("; ")))
+    Err(Error::config(format!("cannot resume: {}", told(&differences)))
         .with_hint("give the run's own flags and files, or start anew with another --out"))
 }

@@ -33,9 +33,8 @@ pub fn verdict(args: &Args, plan: &Plan) -> Result<Verdict> {
         (true, true) => Ok(Verdict::Done),
         (false, _) if args.force => Ok(Verdict::Replace),
         (false, true) => {
-            let text: Vec<String> =
-                differences.iter().map(|(f, old, new)| format!("{f} was {old}, is {new}")).collect();
-            let text = format!("{}: another run is in this directory: {}", shown(&args.out), text.join("; "));
+            let told = run_dir::told(&differences);
+            let text = format!("{}: another run is in this directory: {told}", shown(&args.out));
             Err(Error::config(text).with_hint("--force to replace it, or another --out"))
         }
         (_, false) => Ok(Verdict::GoOn),
