@@ -8,6 +8,7 @@
 mod adamw;
 pub mod adamw8;
 mod attention;
+pub mod device;
 mod dropout;
 mod elementwise;
 mod exp;

@@ -35,6 +35,11 @@ impl RopeTable {
         (&self.cos, &self.sin)
     }
 
+    /// Returns D/2.
+    pub fn half(&self) -> usize {
+        self.half
+    }
+
     fn row(&self, position: u32) -> Option<(&[f32], &[f32])> {
         let start = position as usize * self.half;
         Some((self.cos.get(start..start + self.half)?, self.sin.get(start..start + self.half)?))

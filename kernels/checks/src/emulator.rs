@@ -44,8 +44,24 @@ impl Machine for Emulator {
 }
 
 fn once(call: &Call, schedule: u32, buffers: &mut [Buffer]) -> Result<()> {
-    let Call { kernel, grid, places, params } = call;
-    let name = CString::new(*kernel).map_err(candle_core::Error::wrap)?;
+    let pointers: Vec<u64> =
+        buffers.iter_mut().map(|b| b.whole_mut()[Buffer::OFFSET..].as_mut_ptr() as u64).collect();
+    let pointers: Vec<u64> = call.places.iter().map(|place| pointers[*place]).collect();
+    // SAFETY: the buffers outlive the call. That kernels stay inside them is what the checks are for: guards and NaN around every
+    // buffer show it.
+    unsafe { scheduled(call.kernel, call.grid, schedule, &pointers, call.params) }
+}
+
+/// Runs a kernel under one schedule on memory at these addresses.
+pub(crate) fn emulate(kernel: &str, grid: Grid, pointers: &[u64], params: &[u8]) -> Result<()> {
+    // SAFETY: addresses in the memory of an emulated device, whose operations check what they launch with.
+    unsafe { scheduled(kernel, grid, 0, pointers, params) }
+}
+
+/// # Safety
+/// The kernel stays inside the memory at `pointers`.
+unsafe fn scheduled(kernel: &str, grid: Grid, schedule: u32, pointers: &[u64], params: &[u8]) -> Result<()> {
+    let name = CString::new(kernel).map_err(candle_core::Error::wrap)?;
     // Parameters are numbers of at most eight bytes, aligned as such.
     let mut aligned = vec![0u64; params.len().div_ceil(8)];
     for (word, bytes) in aligned.iter_mut().zip(params.chunks(8)) {
@@ -53,13 +69,10 @@ fn once(call: &Call, schedule: u32, buffers: &mut [Buffer]) -> Result<()> {
         whole[..bytes.len()].copy_from_slice(bytes);
         *word = u64::from_ne_bytes(whole);
     }
-    let pointers: Vec<*mut u8> =
-        buffers.iter_mut().map(|b| b.whole_mut()[Buffer::OFFSET..].as_mut_ptr()).collect();
-    let mut pointers: Vec<*mut u8> = places.iter().map(|place| pointers[*place]).collect();
+    let mut pointers = pointers.to_vec();
     let mut args: Vec<*mut c_void> = pointers.iter_mut().map(|p| std::ptr::from_mut(p).cast()).collect();
     args.push(aligned.as_mut_ptr().cast());
-    // SAFETY: the callee checks the number of arguments and the size of the parameters; the buffers outlive the call. That
-    // kernels stay inside them is what the checks are for: guards and NaN around every buffer show it.
+    // SAFETY: the callee checks the number of arguments and the size of the parameters; the rest is the caller's promise.
     let fault = unsafe {
         kto_emulate(
             name.as_ptr(),

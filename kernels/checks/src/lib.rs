@@ -13,6 +13,8 @@ mod dropout;
 mod elementwise;
 #[cfg(emulated)]
 mod emulator;
+#[cfg(emulated)]
+mod gpu;
 mod logprob;
 mod machine;
 mod reduce;
@@ -27,9 +29,24 @@ mod swiglu;
 pub use cuda::Cuda;
 #[cfg(emulated)]
 pub use emulator::Emulator;
+#[cfg(emulated)]
+pub use gpu::EmulatedGpu;
 pub use machine::{Arg, Buffer, Call, Machine, launch};
 
 use candle_core::Result;
+use kto_kernels::gpu::{Machine as GpuMachine, Stream};
+use std::sync::Arc;
+
+/// Returns an emulated GPU with so much memory, one of whose streams is lazy; nothing when there was no C++ compiler.
+pub fn emulated_gpu(memory: usize, lazy: Stream) -> Option<Arc<dyn GpuMachine>> {
+    #[cfg(emulated)]
+    return Some(Arc::new(EmulatedGpu::new(memory, lazy)));
+    #[cfg(not(emulated))]
+    {
+        let _ = (memory, lazy);
+        None
+    }
+}
 
 /// A check of one file of kernels.
 pub type Check = fn(&dyn Machine) -> Result<()>;

@@ -4,12 +4,21 @@
 //! CPU. Invariant: a kernel computes what the CPU operation of the same name computes, in f32 from values of the module's type,
 //! rounded once when they are stored. Deliberately absent: matrix products (the vendors' libraries), devices and drivers.
 
+pub mod attention;
 #[cfg(feature = "cuda")]
-pub(crate) mod cuda;
+pub mod cuda;
+mod machine;
+mod matrix;
+mod memory;
+pub mod operations;
+mod packed;
 mod params;
+pub mod products;
 
-#[cfg(feature = "cuda")]
-pub use cuda::ptx;
+pub use machine::{DeviceInfo, Failure, Gemm, Machine, Mark, Side, Stream};
+pub use matrix::Matrix;
+pub use memory::{Gpu, Memory, Pinned};
+pub use packed::Packed;
 pub use params::*;
 
 use crate::Dense;

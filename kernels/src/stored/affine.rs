@@ -4,7 +4,8 @@
 //! Eight codes are as many bytes as a code has bits, and four of them fit 32 bits: that is the unit of the SIMD form.
 //! Formula: value = round(round(code · scale) + bias), rounded to the dtype of scale and bias as MLX on a CPU does.
 
-use super::{Bytes, Dense, dense, elements, expect};
+use super::{Bytes, Dense, dense, elements, expect, parts::Widening};
+use crate::gpu::{DequantizeAffine, float_code};
 use candle_core::{Result, bail};
 use std::ops::Range;
 
@@ -60,6 +61,12 @@ impl Affine {
 
     pub fn bits(&self) -> usize {
         self.bits
+    }
+
+    pub fn parts(&self, elements: usize) -> (Widening, Vec<&[u8]>) {
+        let (elements, bits, float) = (elements as u64, self.bits as u32, float_code(self.dtype));
+        let p = DequantizeAffine { elements, bits, shift: self.shift, float, unused: 0 };
+        (Widening::Affine(p), vec![&self.packed, &self.scales, &self.biases])
     }
 
     #[inline(always)]

@@ -18,6 +18,12 @@ impl Bytes {
         (*owner).as_ref().get(range.clone())?;
         Some(Self { owner, range })
     }
+
+    /// Returns the bytes `part` of these.
+    pub(super) fn part(&self, part: Range<usize>) -> Option<Self> {
+        let range = self.range.start.checked_add(part.start)?..self.range.start.checked_add(part.end)?;
+        if part.end > self.range.len() { None } else { Self::new(self.owner.clone(), range) }
+    }
 }
 
 impl From<Vec<u8>> for Bytes {

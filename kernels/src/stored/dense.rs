@@ -23,6 +23,24 @@ impl Dense {
         }
     }
 
+    /// Writes values rounded to this type, as far as `out` has room for them.
+    pub fn encode(self, values: &[f32], out: &mut [u8]) {
+        match self {
+            Self::F32 => {
+                let each = |(o, v): (&mut [u8], &f32)| o.copy_from_slice(&v.to_le_bytes());
+                out.chunks_exact_mut(4).zip(values).for_each(each);
+            }
+            Self::F16 => {
+                let each = |(o, v): (&mut [u8], &f32)| o.copy_from_slice(&f16::from_f32(*v).to_le_bytes());
+                out.chunks_exact_mut(2).zip(values).for_each(each);
+            }
+            Self::Bf16 => {
+                let each = |(o, v): (&mut [u8], &f32)| o.copy_from_slice(&bf16::from_f32(*v).to_le_bytes());
+                out.chunks_exact_mut(2).zip(values).for_each(each);
+            }
+        }
+    }
+
     /// Rounds to this type, nearest and ties to even, and widens again.
     #[inline(always)]
     pub(super) fn round(self, v: f32) -> f32 {

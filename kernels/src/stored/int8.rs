@@ -2,7 +2,8 @@
 //!
 //! Formula: value = code · scale · (1/127), each product rounded to f32, as bitsandbytes' `int8_vectorwise_dequant`.
 
-use super::{Bytes, Dense, dense, expect};
+use super::{Bytes, Dense, dense, expect, parts::Widening};
+use crate::gpu::{DequantizeInt8, float_code};
 use candle_core::Result;
 use std::ops::Range;
 
@@ -26,6 +27,11 @@ impl Int8 {
 
     pub fn bytes(&self) -> usize {
         self.codes.len() + self.scales.len()
+    }
+
+    pub fn parts(&self, rows: usize) -> (Widening, Vec<&[u8]>) {
+        let (rows, columns, scale_type) = (rows as u64, self.columns as u32, float_code(self.dtype));
+        (Widening::Int8(DequantizeInt8 { rows, columns, scale_type }), vec![&self.codes, &self.scales])
     }
 
     #[inline(always)]

@@ -12,6 +12,7 @@ mod bytes;
 mod dense;
 mod int8;
 mod nf4;
+mod parts;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,7 @@ pub use affine::AffineParts;
 pub use bytes::Bytes;
 pub use dense::Dense;
 pub use nf4::{Nf4Parts, Nf4Scales};
+pub(crate) use parts::Widening;
 
 use candle_core::{Result, bail};
 use rayon::prelude::*;
@@ -142,6 +144,14 @@ impl Stored {
             Form::Int8(form) => form.bytes(),
             Form::Affine(form) => form.bytes(),
         }
+    }
+
+    /// Returns some rows of a matrix of floats; nothing of a quantized one, whose scales may go across rows.
+    pub fn rows_of(&self, rows: std::ops::Range<usize>) -> Option<Self> {
+        let Form::Dense(dtype, bytes) = &self.form else { return None };
+        let (row, n) = (self.columns * dtype.size(), rows.len());
+        let part = bytes.part(rows.start * row..rows.end * row)?;
+        Self::dense(*dtype, part, n, self.columns).ok()
     }
 
     /// Returns all elements, if their bytes are f32 of this machine as they lie: most files align them.

@@ -4,7 +4,11 @@
 //! so double-quantized scales stay as they are: one costs a table look-up, a product and a sum for a block of values.
 //! Formula: value = round(code[q] · scale), one rounding to f32 and one to the checkpoint's dtype.
 
-use super::{Bytes, Dense, dense, expect};
+use super::{
+    Bytes, Dense, dense, expect,
+    parts::{Widening, bytes_of},
+};
+use crate::gpu::{DequantizeNf4, float_code};
 use candle_core::{Result, bail};
 use std::{ops::Range, sync::Arc};
 
@@ -88,6 +92,30 @@ impl Nf4 {
                 Nf4Scales::Plain(_, bytes) => bytes.len(),
                 Nf4Scales::Nested { codes, absmax, .. } => codes.len() + 4 * (absmax.len() + 256),
             }
+    }
+
+    pub fn parts(&self) -> (Widening, Vec<&[u8]>) {
+        let mut p = DequantizeNf4 {
+            elements: self.elements as u64,
+            shift: self.shift,
+            nested_shift: self.nested_shift,
+            nested: 0,
+            scale_type: 0,
+            round_type: float_code(self.round),
+            offset: 0.0,
+            code: self.code,
+        };
+        let parts: Vec<&[u8]> = match &*self.scales {
+            Nf4Scales::Plain(dtype, scales) => {
+                p.scale_type = float_code(*dtype);
+                vec![&self.packed, scales, &[], &[]]
+            }
+            Nf4Scales::Nested { codes, map, absmax, offset, .. } => {
+                (p.nested, p.offset) = (1, *offset);
+                vec![&self.packed, codes, bytes_of(&map[..]), bytes_of(absmax)]
+            }
+        };
+        (Widening::Nf4(p), parts)
     }
 
     /// Returns the slices that the matrix consists of, looked up once for many pieces.

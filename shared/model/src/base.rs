@@ -8,24 +8,28 @@
 use crate::{
     architecture::{Architecture, Module},
     numeric::Numeric,
+    on_gpu::weights::{GpuLayers, HostLayer, frozen},
     projection::Linear,
     residency::Pages,
     source::Source,
     weights::{self, EMBEDDING, FINAL_NORM, HEAD, NORMS, bias_name, norm_name, weight_name},
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor as HostTensor};
 use kto_cli::{Context, Error, Result, escape};
 use kto_formats::{
     model_dir::ModelDir,
     tensors::{check_finite, non_finite},
 };
-use kto_kernels::{RopeTable, Weight};
+use kto_kernels::{
+    RopeTable, Weight,
+    device::{Device, FrozenWeight, Rotation, Tensor},
+};
 use std::sync::{
     Arc,
     atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-/// The weights of one block.
+/// The weights of one block, where a sweep computes.
 #[derive(Clone, Debug)]
 pub struct LayerWeights {
     /// (C)
@@ -40,11 +44,13 @@ pub struct LayerWeights {
 pub struct BaseModel {
     /// Sizes and features.
     pub architecture: Architecture,
+    /// Where it computes.
+    device: Device,
     /// (C)
-    pub final_norm: Tensor,
-    /// Cosines and sines for every position in use.
-    pub rope: RopeTable,
-    dtype: DType,
+    final_norm: HostTensor,
+    /// Positions in use.
+    positions: usize,
+    placed: Placed,
     directory: ModelDir,
     layers: Vec<Layer>,
     /// (V, C)
@@ -57,8 +63,29 @@ pub struct BaseModel {
     place: AtomicUsize,
 }
 
+/// What is where the sweep computes.
+struct Placed {
+    final_norm: Tensor,
+    rope: Rotation,
+    head: FrozenWeight,
+    /// The blocks on a GPU.
+    layers: Option<GpuLayers>,
+}
+
+/// What of the base is on a GPU all the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Whether blocks come when they are needed.
+    pub streamed: bool,
+    /// Rows of a tile of the head, which then stays on the host.
+    pub head_tile: Option<usize>,
+}
+
 struct Layer {
-    weights: LayerWeights,
+    input_norm: HostTensor,
+    post_norm: HostTensor,
+    /// By [`Module`]: the matrix and its bias (out).
+    linears: Vec<(Weight, Option<HostTensor>)>,
     use_: Use,
 }
 
@@ -93,33 +120,106 @@ impl BaseModel {
         let head = if architecture.tied { None } else { Some(loader.matrix(HEAD, v, c)?) };
         let final_norm = loader.vector(FINAL_NORM, c)?;
         let layers = (0..architecture.layers).map(|i| loader.layer(i)).collect::<Result<_>>()?;
-        let rope = RopeTable::new(architecture.shape.dim, architecture.rope_theta, positions.max(1));
-        let place = AtomicUsize::new(NOWHERE);
-        let streaming = false;
+        let device = Device::Host(dtype);
+        let rope = rotation(&architecture, positions, &device)?;
+        let own = head.as_ref().unwrap_or(&embedding).weight.clone();
+        let placed = Placed {
+            final_norm: Tensor::Host(final_norm.clone()),
+            rope,
+            head: FrozenWeight::Host(own),
+            layers: None,
+        };
         let mut this = Self {
             architecture,
+            device,
             final_norm,
-            rope,
-            dtype,
+            positions,
+            placed,
             directory,
             layers,
             embedding,
             head,
-            streaming,
-            place,
+            streaming: false,
+            place: AtomicUsize::new(NOWHERE),
         };
         if dtype != DType::F32 {
-            this.densify()?;
+            this.densify(dtype)?;
         }
         Ok(this)
     }
 
-    /// Returns the weights of block `layer` and begins to read the block that the sweep will want next.
-    /// Error (65) at the first use: a weight that is not finite.
+    /// Lets sweeps compute on a GPU from now on: uploads what is resident there. `uploaded` hears how many blocks are.
+    /// Errors: (65) a weight that is not finite; (71) not enough memory on the device.
+    pub fn place(
+        &mut self,
+        device: &Device,
+        placement: Placement,
+        uploaded: impl FnMut(usize),
+    ) -> Result<()> {
+        for layer in &self.layers {
+            layer.use_.pages.prefetch();
+            layer.check().at(self.shown())?;
+        }
+        let host = self.layers.iter().map(|l| HostLayer {
+            input_norm: &l.input_norm,
+            post_norm: &l.post_norm,
+            linears: l.linears.iter().map(|(w, b)| (w, b.as_ref())).collect(),
+        });
+        let layers = GpuLayers::new(device, host, placement.streamed, uploaded)?;
+        let own = self.head.as_ref().unwrap_or(&self.embedding).checked().at(self.shown())?;
+        let head = frozen(device, own, placement.head_tile)?;
+        self.placed = Placed {
+            final_norm: device.bring(&self.final_norm).numeric()?,
+            rope: rotation(&self.architecture, self.positions, device)?,
+            head,
+            layers: Some(layers),
+        };
+        self.device = device.clone();
+        if !placement.streamed {
+            self.layers.iter().for_each(|l| l.use_.pages.release());
+        }
+        Ok(())
+    }
+
+    /// Returns where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Returns the weight of the last norm.
+    pub fn final_norm(&self) -> &Tensor {
+        &self.placed.final_norm
+    }
+
+    /// Returns cosines and sines for every position in use.
+    pub fn rope(&self) -> &Rotation {
+        &self.placed.rope
+    }
+
+    /// Makes room for rows of at most `positions` tokens.
+    pub fn set_positions(&mut self, positions: usize) -> Result<()> {
+        self.positions = positions;
+        self.placed.rope = rotation(&self.architecture, positions, &self.device)?;
+        Ok(())
+    }
+
+    /// Returns the weights of block `layer` and begins to read the block that the sweep will want next. On a GPU they are good until
+    /// the next block is asked for. Error (65) at the first use: a weight that is not finite.
     pub fn layer(&self, layer: usize) -> Result<LayerWeights> {
+        if let Some(on_gpu) = &self.placed.layers {
+            return on_gpu.layer(layer);
+        }
         self.enter(layer + 1);
-        self.layers[layer].check().at(self.shown())?;
-        Ok(self.layers[layer].weights.clone())
+        let own = &self.layers[layer];
+        own.check().at(self.shown())?;
+        let bring = |t: &HostTensor| Tensor::Host(t.clone());
+        let linear = |(weight, bias): &(Weight, Option<HostTensor>)| Linear {
+            weight: FrozenWeight::Host(weight.clone()),
+            bias: bias.as_ref().map(bring),
+        };
+        let linears: Vec<Linear> = own.linears.iter().map(linear).collect();
+        let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
+        Ok(LayerWeights { input_norm: bring(&own.input_norm), post_norm: bring(&own.post_norm), linears })
     }
 
     /// Returns the embedding (V, C). A sweep begins here. Error as for [`BaseModel::layer`].
@@ -129,22 +229,31 @@ impl BaseModel {
     }
 
     /// Returns the head (V, C), which is the embedding when tied. Error as for [`BaseModel::layer`].
-    pub fn head(&self) -> Result<&Weight> {
-        self.enter(self.layers.len() + 1);
-        self.head.as_ref().unwrap_or(&self.embedding).checked().at(self.shown())
+    pub fn head(&self) -> Result<&FrozenWeight> {
+        if self.placed.layers.is_none() {
+            self.enter(self.layers.len() + 1);
+            self.head.as_ref().unwrap_or(&self.embedding).checked().at(self.shown())?;
+        }
+        Ok(&self.placed.head)
     }
 
     /// Decides whether the memory of what is not in use goes back to the system from now on ([`BaseModel::release`] and its like).
     pub fn set_streaming(&mut self, streaming: bool) {
         self.streaming = streaming;
-        (0..self.layers.len()).for_each(|layer| self.release(layer));
+        self.layers.iter().for_each(|layer| self.drop_pages(&layer.use_));
         self.release_embedding();
         self.release_head();
     }
 
-    /// Says that the use of block `layer` ends for now. When streaming its pages are dropped.
-    pub fn release(&self, layer: usize) {
-        self.drop_pages(&self.layers[layer].use_);
+    /// Says that the use of block `layer` ends for now. When streaming its pages are dropped; a GPU begins to bring the next one.
+    pub fn release(&self, layer: usize) -> Result<()> {
+        match &self.placed.layers {
+            Some(on_gpu) => on_gpu.release(layer),
+            None => {
+                self.drop_pages(&self.layers[layer].use_);
+                Ok(())
+            }
+        }
     }
 
     /// As [`BaseModel::release`], for the embedding.
@@ -184,7 +293,7 @@ impl BaseModel {
 
     /// Returns the bytes of block `layer`'s matrices: in the mapped file, or in memory once they are dense.
     pub fn bytes_stored(&self, layer: usize) -> usize {
-        self.layers[layer].weights.linears.iter().map(|l| bytes(&l.weight)).sum()
+        self.layers[layer].linears.iter().map(|(w, _)| bytes(w)).sum()
     }
 
     /// Returns the bytes of the head beside the embedding: 0 when tied.
@@ -193,27 +302,27 @@ impl BaseModel {
     }
 
     /// Widens everything to an element type that stored weights are not read in. Error (65): a weight that is not finite.
-    fn densify(&mut self) -> Result<()> {
+    fn densify(&mut self, dtype: DType) -> Result<()> {
         for layer in &mut self.layers {
             layer.check()?;
-            for linear in &mut layer.weights.linears {
-                linear.weight = Weight::Dense(linear.weight.to_dense(self.dtype).numeric()?);
+            for (weight, _) in &mut layer.linears {
+                *weight = Weight::Dense(weight.to_dense(dtype).numeric()?);
             }
             layer.use_.pages.release();
             layer.use_ = Use::default();
         }
-        self.embedding.densify(self.dtype)?;
-        self.head.as_mut().map_or(Ok(()), |head| head.densify(self.dtype))
+        self.embedding.densify(dtype)?;
+        if let Some(head) = &mut self.head {
+            head.densify(dtype)?;
+        }
+        let own = self.head.as_ref().unwrap_or(&self.embedding).weight.clone();
+        self.placed.head = FrozenWeight::Host(own);
+        Ok(())
     }
 
     /// Returns the directory that the model came from.
     pub fn directory(&self) -> &ModelDir {
         &self.directory
-    }
-
-    /// Returns the element type of all activations.
-    pub fn dtype(&self) -> DType {
-        self.dtype
     }
 
     fn shown(&self) -> String {
@@ -241,7 +350,7 @@ impl Use {
 
 impl Layer {
     fn check(&self) -> Result<()> {
-        self.use_.check(self.weights.linears.iter().map(|l| &l.weight))
+        self.use_.check(self.linears.iter().map(|(w, _)| w))
     }
 }
 
@@ -261,6 +370,11 @@ impl Matrix {
         self.use_ = Use::default();
         Ok(())
     }
+}
+
+fn rotation(architecture: &Architecture, positions: usize, device: &Device) -> Result<Rotation> {
+    let table = RopeTable::new(architecture.shape.dim, architecture.rope_theta, positions.max(1));
+    Rotation::new(table, device).numeric()
 }
 
 fn bytes(weight: &Weight) -> usize {
@@ -288,15 +402,14 @@ impl Loader<'_> {
                 true => Some(self.vector(&bias_name(module, layer), rows)?),
                 false => None,
             };
-            linears.push(Linear { weight, bias });
+            linears.push((weight, bias));
             parts.extend(of);
             names.push(name);
         }
         let [input_norm, post_norm] =
             NORMS.map(|n| self.vector(&norm_name(layer, n), self.architecture.hidden));
-        let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
-        let weights = LayerWeights { input_norm: input_norm?, post_norm: post_norm?, linears };
-        Ok(Layer { weights, use_: self.used(names, &parts) })
+        let (input_norm, post_norm) = (input_norm?, post_norm?);
+        Ok(Layer { input_norm, post_norm, linears, use_: self.used(names, &parts) })
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
@@ -317,11 +430,13 @@ impl Loader<'_> {
         Ok((Weight::Stored(Arc::new(stored)), parts))
     }
 
-    fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
+    fn vector(&self, name: &str, length: usize) -> Result<HostTensor> {
         let view = self.directory.tensors.require(name)?;
         view.expect_shape(&[length])?;
         let values = view.to_f32()?;
         check_finite(name, 0, &values)?;
-        Tensor::from_vec(values, length, &Device::Cpu).and_then(|t| t.to_dtype(self.dtype)).numeric()
+        HostTensor::from_vec(values, length, &candle_core::Device::Cpu)
+            .and_then(|t| t.to_dtype(self.dtype))
+            .numeric()
     }
 }

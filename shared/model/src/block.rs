@@ -6,23 +6,27 @@ use crate::{
     buffers::{Activations, ForwardScratch, KeyValues, Scratch},
     projection::{Factors, Projection, input_gradient},
 };
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 use kto_kernels::{
-    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, DropoutKey, HeadShape, RopeTable,
-    attention, attention_backward, clear, gather_rows, random, rms_norm, rms_norm_backward, rope,
-    scatter_add_rows, swiglu, swiglu_backward,
+    AttentionLayout, DropoutKey, HeadShape,
+    device::{
+        AttentionGradients, AttentionInputs, AttentionOutputs, Rotation, Tensor, attention,
+        attention_backward, clear, gather_rows, rms_norm, rms_norm_backward, rope, scatter_add_rows, swiglu,
+        swiglu_backward,
+    },
+    random,
 };
 use std::borrow::Cow;
 
 /// The factors (or their gradients) of one block, by [`Module`].
-pub type BlockFactors = [Option<Factors>; 7];
+pub type BlockFactors<T = candle_core::Tensor> = [Option<Factors<T>>; 7];
 
 /// A block's weights and what is common to a pass.
 pub(crate) struct Block<'a> {
     pub architecture: &'a Architecture,
-    pub rope: &'a RopeTable,
+    pub rope: &'a Rotation,
     pub weights: &'a LayerWeights,
-    pub factors: Option<(&'a BlockFactors, f64)>,
+    pub factors: Option<(&'a BlockFactors<Tensor>, f64)>,
     /// Mask probability and key of this block.
     pub dropout: Option<DropoutKey>,
 }
@@ -109,7 +113,7 @@ impl Block<'_> {
         rope(&a.q, self.rope, &positions, false)?;
         attention(pass.attended(), pass.attends(self.architecture.shape))?;
         project(Module::O, &a.h2, Some(&rows.select(h)?), &a.attended)?;
-        let normed = scratch.normed.narrow(0, 0, rows.results())?;
+        let normed = scratch.normed.narrow(0, rows.results())?;
         rms_norm(&normed, &a.h2, &self.weights.post_norm, self.architecture.rms_eps)?;
         project(Module::Gate, &a.gate, None, &normed)?;
         project(Module::Up, &a.up, None, &normed)?;
@@ -138,7 +142,7 @@ impl Block<'_> {
         (dh, d): (&Tensor, &Tensor),
         pass: Pass,
         scratch: &Scratch<Tensor>,
-        gradient: &BlockFactors,
+        gradient: &BlockFactors<Tensor>,
         need_dh: bool,
     ) -> Result<()> {
         let Pass { h, rows, a, .. } = pass;
@@ -149,7 +153,7 @@ impl Block<'_> {
         };
         let back = Back { gradient, a, scratch };
         let eps = self.architecture.rms_eps;
-        let (few, dattended) = (scratch.flow.0.narrow(0, 0, rows.results())?, &scratch.flow.1);
+        let (few, dattended) = (scratch.flow.0.narrow(0, rows.results())?, &scratch.flow.1);
 
         let down = layer(Module::Down);
         back.inner(Module::Down, &down, d)?;
@@ -161,7 +165,7 @@ impl Block<'_> {
         back.inner(Module::Gate, &gate, &a.gate)?;
         back.inner(Module::Up, &up, &a.up)?;
         back.input(&few, &[(Module::Gate, &gate, &a.gate), (Module::Up, &up, &a.up)])?;
-        let normed = scratch.normed.narrow(0, 0, rows.results())?;
+        let normed = scratch.normed.narrow(0, rows.results())?;
         rms_norm(&normed, &a.h2, &self.weights.post_norm, eps)?;
         back.factors(Module::Gate, &gate, &a.gate, &normed)?;
         back.factors(Module::Up, &up, &a.up, &normed)?;
@@ -221,7 +225,7 @@ impl Block<'_> {
 
 /// The way back through the linear layers of a block.
 struct Back<'a> {
-    gradient: &'a BlockFactors,
+    gradient: &'a BlockFactors<Tensor>,
     a: &'a Activations<Tensor>,
     scratch: &'a Scratch<Tensor>,
 }

@@ -5,36 +5,49 @@
 
 use crate::{
     architecture::{Architecture, Module},
+    inputs::Inputs,
     lora::Lora,
     memory::BatchShape,
     numeric::Numeric,
     pack::Pack,
 };
-use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
-use kto_kernels::ATTENTION_PARTS;
+use kto_kernels::{
+    ATTENTION_PARTS,
+    device::{Device, Tensor},
+};
 use std::cell::{Cell, RefCell};
 
 /// Rows of one width.
 pub(crate) struct Buffer {
     width: usize,
-    dtype: DType,
-    memory: RefCell<Option<Tensor>>,
+    device: Device,
+    /// Whether it is for logits, which may have another element type.
+    logits: bool,
+    memory: RefCell<Option<(usize, Tensor)>>,
 }
 
 impl Buffer {
-    pub fn new(width: usize, dtype: DType) -> Self {
-        Self { width, dtype, memory: RefCell::new(None) }
+    pub fn new(width: usize, device: &Device) -> Self {
+        Self { width, device: device.clone(), logits: false, memory: RefCell::new(None) }
+    }
+
+    pub fn of_logits(width: usize, device: &Device) -> Self {
+        Self { logits: true, ..Self::new(width, device) }
     }
 
     /// Makes room for `rows` rows. What the buffer held is lost when it grows.
     pub fn reserve(&self, rows: usize) -> Result<()> {
         let mut memory = self.memory.borrow_mut();
-        let room = memory.as_ref().map_or(0, |m| m.dims()[0]);
+        let room = memory.as_ref().map_or(0, |(rows, _)| *rows);
         if room < rows || memory.is_none() {
             // The old memory goes first, so that both never exist together.
             *memory = None;
-            *memory = Some(Tensor::zeros((rows, self.width), self.dtype, &Device::Cpu).numeric()?);
+            let new = match self.logits {
+                true => self.device.logits(rows, self.width),
+                false => self.device.matrix(rows, self.width),
+            };
+            *memory = Some((rows, new.numeric()?));
         }
         Ok(())
     }
@@ -42,9 +55,9 @@ impl Buffer {
     /// Returns rows `start..start + count`, which must have been reserved.
     pub fn rows(&self, start: usize, count: usize) -> Result<Tensor> {
         let memory = self.memory.borrow();
-        let memory =
+        let (_, memory) =
             memory.as_ref().ok_or_else(|| Error::internal("a buffer is used before its reservation"))?;
-        memory.narrow(0, start, count).numeric()
+        memory.narrow(start, count).numeric()
     }
 }
 
@@ -160,7 +173,7 @@ pub struct Workspace {
     pub(crate) activations: Activations,
     pub(crate) key_values: KeyValues,
     /// Inputs of the trained rows, by block from the lowest adapted one up; the first is also the running state below it.
-    pub(crate) inputs: Vec<Buffer>,
+    pub(crate) inputs: Inputs,
     /// Running state of the rows without gradient.
     pub(crate) rest: Buffer,
     /// Output of the last block for the head rows, and the same rows normed.
@@ -182,19 +195,28 @@ pub struct Workspace {
 }
 
 /// What the memory plan decides about a workspace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkspaceSpec {
     /// Blocks that keep their activations from the forward to the backward sweep, the last ones first.
     pub kept_layers: usize,
     /// Rows of a chunk of logits.
     pub head_rows: usize,
+    /// Whether the inputs of blocks are kept in the host's memory, of a sweep on a GPU.
+    pub offload_inputs: bool,
 }
 
 impl Workspace {
     /// Describes the buffers of a decoder with an adapter; no memory is taken yet.
-    pub fn new(architecture: &Architecture, lora: Option<&Lora>, spec: WorkspaceSpec, dtype: DType) -> Self {
+    pub fn new(
+        architecture: &Architecture,
+        lora: Option<&Lora>,
+        spec: WorkspaceSpec,
+        device: &Device,
+    ) -> Self {
         let Widths { hidden, queries, stats, keys, intermediate, ranks } = Widths::new(architecture, lora);
-        let buffer = |width: usize| Buffer::new(width, dtype);
+        // On a GPU the way back of attention keeps nothing.
+        let stats = if matches!(device, Device::Gpu(..)) { 0 } else { stats };
+        let buffer = |width: usize| Buffer::new(width, device);
         let inner = || ranks.map(buffer);
         let key_values = || KeyValues { k: buffer(keys), v: buffer(keys) };
         let activations = || Activations {
@@ -219,14 +241,14 @@ impl Workspace {
             },
             activations: activations(),
             key_values: key_values(),
-            inputs: (0..above.max(1)).map(|_| buffer(hidden)).collect(),
+            inputs: Inputs::new(above.max(1), hidden, device, spec.offload_inputs),
             rest: buffer(hidden),
             last: (buffer(hidden), buffer(hidden)),
             unit: buffer(hidden),
             gradient: (buffer(hidden), buffer(hidden)),
             kept: (0..spec.kept_layers.min(above)).map(|_| (activations(), key_values())).collect(),
             head_rows: spec.head_rows.max(1),
-            logits: buffer(architecture.vocab_size),
+            logits: Buffer::of_logits(architecture.vocab_size, device),
             first,
             sweeps: Cell::new(0),
         }
@@ -244,8 +266,7 @@ impl Workspace {
         self.scratch.normed.reserve(largest.part_rows)?;
         self.scratch.wide.reserve(largest.part_rows)?;
         self.key_values.reserve(largest.rows)?;
-        let inputs = if keep { &self.inputs[..] } else { &self.inputs[..1] };
-        inputs.iter().try_for_each(|b| b.reserve(all.gradient_rows))?;
+        self.inputs.reserve(all.gradient_rows, keep)?;
         self.rest.reserve(all.rest_rows)?;
         self.last.0.reserve(all.head_rows)?;
         self.last.1.reserve(largest.head_rows)?;
@@ -302,7 +323,7 @@ impl KeyValues {
 
 impl KeyValues<Tensor> {
     pub fn rows(&self, start: usize, count: usize) -> candle_core::Result<Self> {
-        Ok(Self { k: self.k.narrow(0, start, count)?, v: self.v.narrow(0, start, count)? })
+        Ok(Self { k: self.k.narrow(start, count)?, v: self.v.narrow(start, count)? })
     }
 }
 
@@ -343,9 +364,14 @@ pub(crate) struct DecodeBuffers {
 }
 
 impl DecodeBuffers {
-    pub fn new(architecture: &Architecture, lora: Option<&Lora>, rows: usize, dtype: DType) -> Result<Self> {
-        let spec = WorkspaceSpec { kept_layers: 0, head_rows: 1 };
-        let w = Workspace::new(architecture, lora, spec, dtype);
+    pub fn new(
+        architecture: &Architecture,
+        lora: Option<&Lora>,
+        rows: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let w =
+            Workspace::new(architecture, lora, WorkspaceSpec { head_rows: 1, ..Default::default() }, device);
         w.activations.reserve(rows)?;
         w.key_values.reserve(rows)?;
         w.scratch.normed.reserve(rows)?;

@@ -4,14 +4,19 @@
 
 use crate::{
     base::BaseModel,
-    block::{Block, Pass, Rows},
+    block::{Block, BlockFactors, Pass, Rows},
     buffers::{DecodeBuffers, KeyValues},
     lora::Lora,
     numeric::Numeric,
+    on_gpu::adapter,
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor as HostTensor};
 use kto_cli::{Error, Result};
-use kto_kernels::{AttentionLayout, Factor, Onto, Product, Segment, gather_rows, multiply, random, rms_norm};
+use kto_kernels::{
+    AttentionLayout, Segment,
+    device::{Factor, Onto, Product, Tensor, gather_rows, gather_rows_into, multiply, rms_norm},
+    random,
+};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +41,8 @@ struct Slot {
 pub struct Generator<'a> {
     base: &'a BaseModel,
     lora: Option<&'a Lora>,
+    /// The adapter's factors where the model computes, by block.
+    factors: Option<Vec<BlockFactors<Tensor>>>,
     /// Keys and values of each block, (sum of the capacities, Hkv·D) each.
     cache: Vec<KeyValues<Tensor>>,
     slots: Vec<Slot>,
@@ -57,41 +64,40 @@ impl<'a> Generator<'a> {
             slot
         };
         let slots = capacities.iter().map(&mut slot).collect();
-        let empty =
-            || Tensor::zeros((rows, shape.kv_heads * shape.dim), base.dtype(), &Device::Cpu).numeric();
+        let empty = || base.device().matrix(rows, shape.kv_heads * shape.dim).numeric();
         let mut cache = Vec::with_capacity(base.architecture.layers);
         for _ in 0..base.architecture.layers {
             cache.push(KeyValues { k: empty()?, v: empty()? });
         }
-        Ok(Self { base, lora, cache, slots })
+        let factors = lora.map(|lora| adapter::bring(base.device(), lora)).transpose()?;
+        Ok(Self { base, lora, factors, cache, slots })
     }
 
     /// Appends tokens to the first sequence and returns the logits (ids.len(), V) of every appended row when `all`,
     /// else of the last (1, V).
-    pub fn feed(&mut self, ids: &[u32], all: bool) -> Result<Tensor> {
+    pub fn feed(&mut self, ids: &[u32], all: bool) -> Result<HostTensor> {
         self.feed_batch(&[(0, ids)], all)
     }
 
     /// Appends tokens to several sequences, each named once, and returns the logits of every appended row when `all`,
     /// else of each sequence's last: (rows, V) in the order of `parts`.
-    pub fn feed_batch(&mut self, parts: &[(usize, &[u32])], all: bool) -> Result<Tensor> {
+    pub fn feed_batch(&mut self, parts: &[(usize, &[u32])], all: bool) -> Result<HostTensor> {
         self.check(parts)?;
         let ids: Vec<u32> = parts.iter().flat_map(|p| p.1).copied().collect();
         let (layout, positions, last) = self.lay_out(parts);
         let architecture = &self.base.architecture;
-        let zeros =
-            |width: usize| Tensor::zeros((ids.len(), width), self.base.dtype(), &Device::Cpu).numeric();
-        let h = zeros(architecture.hidden)?;
-        self.base.embedding()?.gather_into(&h, &ids).numeric()?;
-        let buffers = DecodeBuffers::new(architecture, self.lora, ids.len(), self.base.dtype())?;
+        let device = self.base.device();
+        let h = device.matrix(ids.len(), architecture.hidden).numeric()?;
+        gather_rows_into(&h, self.base.embedding()?, &ids).numeric()?;
+        let buffers = DecodeBuffers::new(architecture, self.lora, ids.len(), device)?;
         let rows = Rows { positions: &positions, keys: &[], selected: None, layout: &layout };
         for layer in 0..self.base.architecture.layers {
             let weights = self.base.layer(layer)?;
             let block = Block {
                 architecture,
-                rope: &self.base.rope,
+                rope: self.base.rope(),
                 weights: &weights,
-                factors: self.lora.map(|l| (&l.layers[layer], l.scale)),
+                factors: self.factors.as_ref().map(|f| &f[layer]).zip(self.lora.map(|l| l.scale)),
                 dropout: None,
             };
             let cache = &self.cache[layer];
@@ -101,8 +107,8 @@ impl<'a> Generator<'a> {
                 block.keys_and_values(pass, new, scratch)?;
                 for s in layout.segments.iter() {
                     let new = new.rows(s.query, s.queries)?;
-                    cache.k.slice_set(&new.k, 0, s.own + s.offset)?;
-                    cache.v.slice_set(&new.v, 0, s.own + s.offset)?;
+                    cache.k.set_rows(s.own + s.offset, &new.k)?;
+                    cache.v.set_rows(s.own + s.offset, &new.v)?;
                 }
                 block.output(&h, pass, scratch)
             };
@@ -112,14 +118,13 @@ impl<'a> Generator<'a> {
             self.slots[*i].past += ids.len();
         }
         let weight = self.base.head()?;
-        let head = || -> candle_core::Result<Tensor> {
+        let head = || {
             let h = if all || last.len() == ids.len() { h.clone() } else { gather_rows(&h, &last)? };
             let normed = h.zeros_like()?;
-            rms_norm(&normed, &h, &self.base.final_norm, architecture.rms_eps)?;
-            let logits =
-                Tensor::zeros((h.dim(0)?, architecture.vocab_size), self.base.dtype(), &Device::Cpu)?;
+            rms_norm(&normed, &h, self.base.final_norm(), architecture.rms_eps)?;
+            let logits = device.logits(h.dims2()?.0, architecture.vocab_size)?;
             multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(weight))])?;
-            Ok(logits)
+            logits.to_host()
         };
         head().numeric()
     }
@@ -227,7 +232,7 @@ pub fn generate(
     Ok((made, stopped))
 }
 
-fn rows(logits: &Tensor) -> Result<Vec<Vec<f64>>> {
+fn rows(logits: &HostTensor) -> Result<Vec<Vec<f64>>> {
     logits.to_dtype(DType::F64).and_then(|t| t.to_vec2::<f64>()).numeric()
 }
 

@@ -4,14 +4,15 @@
 //! the head itself is frozen, so no gradient of its size exists.
 
 use crate::{buffers::Buffer, numeric::Numeric, pack::Entry};
-use candle_core::Tensor;
 use kto_cli::Result;
 use kto_kernels::{
-    Factor, LogprobStats, Onto, Product, Weight, gather_rows, logprob_stats, logprob_unit_gradient, multiply,
+    LogprobStats,
+    device::{Device, Factor, FrozenWeight, Onto, Product, Tensor, gather_rows, logprobs, multiply},
 };
 
 /// Where the chunks' logits go, and how many rows a chunk has.
 pub(crate) struct Chunks<'a> {
+    pub device: &'a Device,
     pub logits: &'a Buffer,
     pub rows: usize,
 }
@@ -21,12 +22,12 @@ pub(crate) struct Chunks<'a> {
 pub(crate) fn run(
     chunks: &Chunks,
     normed: &Tensor,
-    head: &Weight,
+    head: &FrozenWeight,
     entries: &[Entry],
     unit: Option<&Tensor>,
 ) -> Result<Vec<LogprobStats>> {
     let mut stats = Vec::with_capacity(entries.len());
-    let trained = unit.map_or(0, |u| u.dims()[0]);
+    let trained = unit.map_or(Ok(0), |u| u.dims2().map(|(rows, _)| rows)).numeric()?;
     let mut start = 0;
     while start < entries.len() {
         // Equal chunks: every one of them packs the whole head.
@@ -39,11 +40,11 @@ pub(crate) fn run(
         let mut chunk = || {
             let picked = gather_rows(normed, &rows)?;
             multiply(&logits, Onto::Zero, &[Product::new(&picked, Factor::Linear(head))])?;
-            let chunk = logprob_stats(&logits, &targets)?;
-            if let Some(unit) = unit.filter(|_| start < trained) {
-                logprob_unit_gradient(&logits, &targets, &chunk)?;
-                let unit = unit.narrow(0, start, part.len())?;
-                multiply(&unit, Onto::Zero, &[Product::new(&logits, Factor::Weight(head))])?;
+            let unit = unit.filter(|_| start < trained);
+            let (chunk, gradient) = logprobs(chunks.device, &logits, &targets, unit.is_some())?;
+            if let Some((unit, gradient)) = unit.zip(gradient) {
+                let unit = unit.narrow(start, part.len())?;
+                multiply(&unit, Onto::Zero, &[Product::new(&gradient, Factor::Weight(head))])?;
             }
             stats.extend(chunk);
             Ok(())

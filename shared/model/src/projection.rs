@@ -1,32 +1,35 @@
 //! One linear layer with its LoRA factors: forward, and the pieces of the way back.
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 use kto_kernels::{
-    DropoutKey, Factor, Onto, Product, Weight, add, add_bias, dropout, matmul, multiply, scale_in_place,
+    DropoutKey,
+    device::{
+        Factor, FrozenWeight, Onto, Product, Tensor, add, add_bias, dropout, matmul, multiply, scale_in_place,
+    },
 };
 
 /// A frozen linear layer.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// (out, in)
-    pub weight: Weight,
+    pub weight: FrozenWeight,
     /// (out)
     pub bias: Option<Tensor>,
 }
 
-/// The trained factors of one linear layer.
+/// The trained factors of one linear layer: of the host as they are trained, or where a sweep computes.
 #[derive(Clone, Debug)]
-pub struct Factors {
+pub struct Factors<T = candle_core::Tensor> {
     /// A (R, in)
-    pub a: Tensor,
+    pub a: T,
     /// B (out, R)
-    pub b: Tensor,
+    pub b: T,
 }
 
 /// A linear layer as one pass uses it: `y = x·Wᵀ + bias + scale·drop(x)·Aᵀ·Bᵀ`.
 pub(crate) struct Projection<'a> {
     pub linear: &'a Linear,
-    pub factors: Option<&'a Factors>,
+    pub factors: Option<&'a Factors<Tensor>>,
     pub scale: f64,
     pub dropout: Option<(DropoutKey, &'a [u64])>,
 }
@@ -71,7 +74,7 @@ impl Projection<'_> {
     /// Adds to the gradients of the factors. Shapes: dy (T, out), x (T, in), inner and dinner (T, R).
     pub fn factor_gradients(
         &self,
-        gradient: Option<&Factors>,
+        gradient: Option<&Factors<Tensor>>,
         dy: &Tensor,
         x: &Tensor,
         inner: &Tensor,

@@ -6,17 +6,19 @@
 
 use crate::{
     base::{BaseModel, LayerWeights},
-    block::{Block, Pass, Rows},
+    block::{Block, BlockFactors, Pass, Rows},
     buffers::{Activations, KeyValues, Workspace},
     head,
     lora::Lora,
     numeric::Numeric,
+    on_gpu::adapter::{self, Gradient},
     pack::{Pack, Part},
 };
-use candle_core::Tensor;
 use kto_cli::{Error, Result};
 use kto_kernels::{
-    DropoutKey, clear, random, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows, with_team,
+    DropoutKey,
+    device::{Tensor, clear, gather_rows_into, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows},
+    random, with_team,
 };
 
 /// A pass over a batch with one set of weights.
@@ -54,9 +56,18 @@ pub struct BranchStats {
 pub struct Forward {
     /// By pack, then by branch.
     pub branches: Vec<Vec<BranchStats>>,
+    /// The adapter's factors where the sweep computes, by block.
+    factors: Option<Vec<BlockFactors<Tensor>>>,
     /// Number of the sweep in its workspace.
     sweep: u64,
     kept: bool,
+}
+
+/// What is common to all packs in one block.
+struct Layer<'a> {
+    index: usize,
+    weights: LayerWeights,
+    factors: Option<&'a BlockFactors<Tensor>>,
 }
 
 /// Where a pack's rows begin in the buffers of a batch.
@@ -80,29 +91,39 @@ impl Sweep<'_> {
         let (w, layers) = (self.workspace, self.base.architecture.layers);
         w.reserve(packs, keep)?;
         w.sweeps.set(w.sweeps.get() + 1);
+        let factors = self.lora.map(|lora| adapter::bring(self.base.device(), lora)).transpose()?;
         let places = places(packs);
         let embedding = self.base.embedding()?;
+        w.inputs.begin(0)?;
         for (pack, place) in packs.iter().zip(&places) {
             for (part, state) in self.states(0, pack, *place, keep)? {
                 let ids = &pack.ids[part.rows.clone()];
-                embedding.gather_into(&state, ids).numeric()?;
+                gather_rows_into(&state, embedding, ids).numeric()?;
             }
         }
         self.base.release_embedding();
-        for layer in 0..layers {
-            let weights = self.base.layer(layer)?;
-            for (pack, place) in packs.iter().zip(&places) {
-                self.forward_layer(layer, &weights, pack, *place, keep)?;
+        for index in 0..layers {
+            // The input of a block that the way back comes to is complete.
+            let (input, next) = (self.input(index, keep), self.input(index + 1, keep));
+            if keep && index >= w.first {
+                w.inputs.keep(input)?;
             }
-            self.base.release(layer);
-            self.tell(layer + 1, layers + 1);
+            if next != input {
+                w.inputs.begin(next)?;
+            }
+            let layer = Layer { index, weights: self.base.layer(index)?, factors: of(&factors, index) };
+            for (pack, place) in packs.iter().zip(&places) {
+                self.forward_layer(&layer, pack, *place, keep)?;
+            }
+            self.base.release(index)?;
+            self.tell(index + 1, layers + 1);
         }
         let mut branches = Vec::with_capacity(packs.len());
         for (pack, place) in packs.iter().zip(&places) {
             branches.push(self.head(pack, *place, keep)?);
         }
         self.base.release_head();
-        Ok(Forward { branches, sweep: w.sweeps.get(), kept: keep })
+        Ok(Forward { branches, factors, sweep: w.sweeps.get(), kept: keep })
     }
 
     /// Returns the parts of a pack that have rows, each with its state before block `layer`.
@@ -114,36 +135,35 @@ impl Sweep<'_> {
         keep: bool,
     ) -> Result<Vec<(&'p Part, Tensor)>> {
         let w = self.workspace;
-        let input = if keep { layer.saturating_sub(w.first).min(w.inputs.len() - 1) } else { 0 };
         let mut states = Vec::with_capacity(2);
-        for (part, buffer, start) in
-            [(&pack.trained, &w.inputs[input], place.trained), (&pack.rest, &w.rest, place.rest)]
-        {
-            if !part.rows.is_empty() {
-                states.push((part, buffer.rows(start, part.rows.len())?));
-            }
+        if !pack.trained.rows.is_empty() {
+            let rows = w.inputs.rows(self.input(layer, keep), place.trained, pack.trained.rows.len())?;
+            states.push((&pack.trained, rows));
+        }
+        if !pack.rest.rows.is_empty() {
+            states.push((&pack.rest, w.rest.rows(place.rest, pack.rest.rows.len())?));
         }
         Ok(states)
     }
 
+    /// Returns where in [`Workspace::inputs`] the trained rows are before block `layer`.
+    fn input(&self, layer: usize, keep: bool) -> usize {
+        let w = self.workspace;
+        if keep { layer.saturating_sub(w.first).min(w.inputs.count() - 1) } else { 0 }
+    }
+
     /// Runs one pack through one block.
-    fn forward_layer(
-        &self,
-        layer: usize,
-        weights: &LayerWeights,
-        pack: &Pack,
-        place: Place,
-        keep: bool,
-    ) -> Result<()> {
-        let (w, last) = (self.workspace, layer + 1 == self.base.architecture.layers);
-        let block = self.block(layer, weights, pack);
-        let kept = self.kept(layer).filter(|_| keep);
+    fn forward_layer(&self, layer: &Layer, pack: &Pack, place: Place, keep: bool) -> Result<()> {
+        let (w, index) = (self.workspace, layer.index);
+        let last = index + 1 == self.base.architecture.layers;
+        let block = self.block(layer, pack);
+        let kept = self.kept(index).filter(|_| keep);
         let key_values = match kept {
             Some((_, key_values)) => key_values.rows(place.all, pack.ids.len())?,
             None => w.key_values.rows(0, pack.ids.len())?,
         };
-        let next = self.states(layer + 1, pack, place, keep)?;
-        for ((part, h), (_, next)) in self.states(layer, pack, place, keep)?.iter().zip(&next) {
+        let next = self.states(index + 1, pack, place, keep)?;
+        for ((part, h), (_, next)) in self.states(index, pack, place, keep)?.iter().zip(&next) {
             let trained = std::ptr::eq(*part, &pack.trained);
             let rows = rows(pack, part, last);
             let (count, results) = (part.rows.len(), rows.results());
@@ -170,12 +190,12 @@ impl Sweep<'_> {
     fn head(&self, pack: &Pack, place: Place, keep: bool) -> Result<Vec<BranchStats>> {
         let (w, n) = (self.workspace, pack.head_rows());
         let (last, normed) = (w.last.0.rows(place.heads, n)?, w.last.1.rows(0, n)?);
-        rms_norm(&normed, &last, &self.base.final_norm, self.base.architecture.rms_eps).numeric()?;
+        rms_norm(&normed, &last, self.base.final_norm(), self.base.architecture.rms_eps).numeric()?;
         let unit = match keep && pack.gradient_entries > 0 {
             true => Some(w.unit.rows(place.unit, pack.gradient_entries)?),
             false => None,
         };
-        let chunks = head::Chunks { logits: &w.logits, rows: w.head_rows };
+        let chunks = head::Chunks { device: self.base.device(), logits: &w.logits, rows: w.head_rows };
         let stats = head::run(&chunks, &normed, self.base.head()?, &pack.entries, unit.as_ref())?;
         Ok(branch_stats(pack, &stats))
     }
@@ -207,15 +227,20 @@ impl Sweep<'_> {
         for ((pack, place), coefficients) in packs.iter().zip(&places).zip(coefficients) {
             self.head_backward(pack, *place, coefficients)?;
         }
-        for layer in (w.first..self.base.architecture.layers).rev() {
-            let weights = self.base.layer(layer)?;
+        let mut gradient = Gradient::new(self.base.device(), gradients)?;
+        for index in (w.first..self.base.architecture.layers).rev() {
+            w.inputs.fetch(index - w.first)?;
+            let layer =
+                Layer { index, weights: self.base.layer(index)?, factors: of(&forward.factors, index) };
+            let to = gradient.begin(index)?;
             for (pack, place) in packs.iter().zip(&places).filter(|(p, _)| p.gradient_entries > 0) {
-                self.backward_layer(layer, &weights, pack, *place, gradients)?;
+                self.backward_layer(&layer, pack, *place, &to)?;
             }
-            self.base.release(layer);
-            self.tell(self.base.architecture.layers - layer, self.base.architecture.layers - w.first);
+            gradient.end(index)?;
+            self.base.release(index)?;
+            self.tell(self.base.architecture.layers - index, self.base.architecture.layers - w.first);
         }
-        Ok(())
+        gradient.finish(w.first)
     }
 
     /// Writes the gradient of the last block's output for the trained head rows.
@@ -235,7 +260,7 @@ impl Sweep<'_> {
             clear(&dnormed)?;
             scatter_add_rows(&dnormed, &unit, &rows)?;
             clear(&d)?;
-            rms_norm_backward(&d, &dnormed, &last, &self.base.final_norm, self.base.architecture.rms_eps)
+            rms_norm_backward(&d, &dnormed, &last, self.base.final_norm(), self.base.architecture.rms_eps)
         };
         run().numeric()
     }
@@ -243,21 +268,20 @@ impl Sweep<'_> {
     /// Takes one pack back through one block.
     fn backward_layer(
         &self,
-        layer: usize,
-        weights: &LayerWeights,
+        layer: &Layer,
         pack: &Pack,
         place: Place,
-        gradients: &Lora,
+        gradient: &BlockFactors<Tensor>,
     ) -> Result<()> {
-        let (w, part) = (self.workspace, &pack.trained);
-        let last = layer + 1 == self.base.architecture.layers;
-        let block = self.block(layer, weights, pack);
+        let (w, part, index) = (self.workspace, &pack.trained, layer.index);
+        let last = index + 1 == self.base.architecture.layers;
+        let block = self.block(layer, pack);
         let rows = rows(pack, part, last);
         let (count, results) = (part.rows.len(), rows.results());
-        let h = w.inputs[layer - w.first].rows(place.trained, count)?;
+        let h = w.inputs.rows(index - w.first, place.trained, count)?;
         let dh = w.gradient.0.rows(place.trained, count)?;
         let d = if last { w.gradient.1.rows(place.trained_heads, results)? } else { dh.clone() };
-        let kept = self.kept(layer);
+        let kept = self.kept(index);
         let (a, key_values) = match kept {
             Some((a, key_values)) => {
                 (a.rows(place.trained, count, results)?, key_values.rows(place.all, count)?)
@@ -269,7 +293,7 @@ impl Sweep<'_> {
             block.recompute(pass, &w.scratch.forward(count, results)?).numeric()?;
         }
         let scratch = w.scratch.rows(count, results)?;
-        block.backward((&dh, &d), pass, &scratch, &gradients.layers[layer], layer > w.first).numeric()
+        block.backward((&dh, &d), pass, &scratch, gradient, index > w.first).numeric()
     }
 
     fn tell(&self, done: usize, of: usize) {
@@ -283,17 +307,21 @@ impl Sweep<'_> {
         self.workspace.kept.get(self.base.architecture.layers - 1 - layer)
     }
 
-    fn block<'b>(&'b self, layer: usize, weights: &'b LayerWeights, pack: &Pack) -> Block<'b> {
+    fn block<'b>(&'b self, layer: &'b Layer, pack: &Pack) -> Block<'b> {
         // KL branches estimate the policy itself: no mask where nothing is trained.
         let masked = self.dropout.filter(|d| d.p > 0.0 && !pack.trained.rows.is_empty());
         Block {
             architecture: &self.base.architecture,
-            rope: &self.base.rope,
-            weights,
-            factors: self.lora.map(|l| (&l.layers[layer], l.scale)),
-            dropout: masked.map(|d| DropoutKey { key: random::key(&[d.key, layer as u64]), ..d }),
+            rope: self.base.rope(),
+            weights: &layer.weights,
+            factors: layer.factors.zip(self.lora.map(|l| l.scale)),
+            dropout: masked.map(|d| DropoutKey { key: random::key(&[d.key, layer.index as u64]), ..d }),
         }
     }
+}
+
+fn of(factors: &Option<Vec<BlockFactors<Tensor>>>, index: usize) -> Option<&BlockFactors<Tensor>> {
+    factors.as_ref().map(|f| &f[index])
 }
 
 fn rows<'a>(pack: &'a Pack, part: &'a Part, last: bool) -> Rows<'a> {

@@ -8,13 +8,20 @@ use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tensors::push_floats,
 };
-use kto_kernels::Weight;
+use kto_kernels::{Weight, device::FrozenWeight};
 use kto_model::{architecture::Module, base::BaseModel};
 use safetensors::Dtype;
 use std::path::{Path, PathBuf};
 
 fn testdata(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata").join(name)
+}
+
+fn host(weight: &FrozenWeight) -> &Weight {
+    match weight {
+        FrozenWeight::Host(weight) => weight,
+        FrozenWeight::Gpu(_) => panic!("on a GPU"),
+    }
 }
 
 fn values(weight: &Weight) -> Vec<f32> {
@@ -88,8 +95,8 @@ fn stored_values_are_those_of_the_reader() {
                     }
                 };
                 let linear = &weights.linears[module as usize];
-                assert!(matches!(linear.weight, Weight::Stored(_)));
-                assert_eq!(values(&linear.weight), expected, "{name}");
+                assert!(matches!(host(&linear.weight), Weight::Stored(_)));
+                assert_eq!(values(host(&linear.weight)), expected, "{name}");
             }
             // Beside the codes and their scales an NF4 matrix has its table and the scales of the scales.
             let more = base.bytes_stored(layer) - bytes;
@@ -98,7 +105,7 @@ fn stored_values_are_those_of_the_reader() {
         let tensor = |name: &str| directory.tensors.get(name).map(|t| t.to_f32().unwrap());
         let embedding = tensor("model.embed_tokens.weight").unwrap();
         assert_eq!(values(base.embedding().unwrap()), embedding);
-        assert_eq!(values(base.head().unwrap()), tensor("lm_head.weight").unwrap_or(embedding));
+        assert_eq!(values(host(base.head().unwrap())), tensor("lm_head.weight").unwrap_or(embedding));
         assert_eq!(base.bytes_head() == 0, base.architecture.tied);
     }
 }
@@ -111,13 +118,14 @@ fn a_model_in_f64_holds_the_same_values() {
     for layer in 0..2 {
         let of = |base: &BaseModel, m: Module| base.layer(layer).unwrap().linears[m as usize].weight.clone();
         for module in Module::ALL {
-            let Weight::Dense(tensor) = of(&wide, module) else { panic!("not dense") };
+            let wide = of(&wide, module);
+            let Weight::Dense(tensor) = host(&wide) else { panic!("not dense") };
             assert_eq!(tensor.dtype(), DType::F64);
             let tensor = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
-            assert_eq!(tensor.to_vec1::<f32>().unwrap(), values(&of(&stored, module)));
+            assert_eq!(tensor.to_vec1::<f32>().unwrap(), values(host(&of(&stored, module))));
         }
     }
-    assert!(matches!(wide.head().unwrap(), Weight::Dense(_)));
+    assert!(matches!(host(wide.head().unwrap()), Weight::Dense(_)));
     assert!(matches!(wide.embedding().unwrap(), Weight::Dense(_)));
 }
 
@@ -178,7 +186,7 @@ fn when_streaming_one_block_is_in_memory() {
     assert!(resident(&file) < slack);
     for layer in (0..LAYERS).chain((0..LAYERS).rev()) {
         let weights = base.layer(layer).unwrap();
-        let sum: f32 = weights.linears.iter().flat_map(|l| values(&l.weight)).sum();
+        let sum: f32 = weights.linears.iter().flat_map(|l| values(host(&l.weight))).sum();
         assert_eq!(sum, block as f32 / 4.0);
         let found = resident(&file);
         assert!((block..block + slack).contains(&found), "block {layer}: {found} bytes in memory");
@@ -187,7 +195,7 @@ fn when_streaming_one_block_is_in_memory() {
     }
     base.set_streaming(false);
     for layer in 0..LAYERS {
-        base.layer(layer).unwrap().linears.iter().for_each(|l| drop(values(&l.weight)));
+        base.layer(layer).unwrap().linears.iter().for_each(|l| drop(values(host(&l.weight))));
         base.release(layer);
     }
     assert!(resident(&file) > LAYERS * block);

@@ -106,8 +106,8 @@ fn check(packing: Packing, dropout: Option<DropoutKey>, modules: &[Module], kept
     }
     let tokens = tokens();
     let packs = Batch::new(&tokens, 100, &jobs(), packing).packs;
-    let spec = WorkspaceSpec { kept_layers, head_rows: 17 };
-    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, DType::F64);
+    let spec = WorkspaceSpec { kept_layers, head_rows: 17, offload_inputs: false };
+    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     let sweep = Sweep { base: &base, lora: Some(&lora), dropout, workspace: &workspace, watch: None };
     let gradients = lora.zeros_like().unwrap();
     let forward = sweep.forward(&packs, true).unwrap();
@@ -167,8 +167,8 @@ fn packing_does_not_change_scores() {
     write_model(dir.path());
     let base = BaseModel::load(ModelDir::open(dir.path()).unwrap(), DType::F64, 100).unwrap();
     let tokens = tokens();
-    let spec = WorkspaceSpec { kept_layers: 0, head_rows: 64 };
-    let workspace = Workspace::new(&base.architecture, None, spec, DType::F64);
+    let spec = WorkspaceSpec { head_rows: 64, ..Default::default() };
+    let workspace = Workspace::new(&base.architecture, None, spec, base.device());
     let sweep = Sweep { base: &base, lora: None, dropout: None, workspace: &workspace, watch: None };
     let scores = |packing| {
         let batch = Batch::new(&tokens, 100, &jobs(), packing);

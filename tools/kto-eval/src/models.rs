@@ -7,7 +7,6 @@ use kto_formats::{
     adapter::{self, Adapter},
     model_dir::ModelDir,
 };
-use kto_kernels::RopeTable;
 use kto_model::{architecture::Architecture, base::BaseModel, fit, lora::Lora, weights};
 use std::path::Path;
 
@@ -35,12 +34,13 @@ impl Policy {
     }
 
     /// Makes room for sequences of `positions` tokens.
-    pub fn reserve(&mut self, positions: usize) {
+    pub fn reserve(&mut self, positions: usize) -> Result<()> {
         if positions > self.positions {
             let a = &self.base.architecture;
             self.positions = positions.max((2 * self.positions).min(a.max_positions));
-            self.base.rope = RopeTable::new(a.shape.dim, a.rope_theta, self.positions);
+            self.base.set_positions(self.positions)?;
         }
+        Ok(())
     }
 }
 

@@ -16,7 +16,6 @@ use crate::{
     step::Trainer,
     steps::{Steps, Why},
 };
-use candle_core::DType;
 use kto_cli::{Result, Ui, atomic::AtomicDir};
 use kto_formats::{
     adapter::{AdapterConfig, AdapterMeta},
@@ -77,8 +76,9 @@ impl Run<'_> {
         self.cadence.saved(start.step);
         self.write_state("running", Value::Null)?;
         let mut logs = self.open_logs(&mut start)?;
-        let spec = WorkspaceSpec { kept_layers: self.memory.kept_layers, head_rows: self.memory.head_rows };
-        let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, DType::F32);
+        let MemoryPlan { kept_layers, head_rows, .. } = *self.memory;
+        let spec = WorkspaceSpec { kept_layers, head_rows, offload_inputs: false };
+        let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, self.base.device());
         workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
         workspace.reserve_shape(&self.memory.steps, true)?;
         let Some((references, scored)) = self.references(initial.as_ref(), &workspace)? else {

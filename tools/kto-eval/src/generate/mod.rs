@@ -86,7 +86,7 @@ fn read_batch(
             (None, ids) => ids.clone(),
         };
         check_prompt(&ids, policy, args).at(&prompt.place)?;
-        policy.reserve(ids.len() + args.max_new_tokens as usize);
+        policy.reserve(ids.len() + args.max_new_tokens as usize)?;
         batch.push(Ready { prompt, ids });
     }
     Ok(true)

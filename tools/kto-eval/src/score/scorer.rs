@@ -194,8 +194,8 @@ impl Scorer<'_> {
     fn sweep(&self, base: &BaseModel, lora: Option<&Lora>, jobs: &[Job]) -> Result<Vec<BranchStats>> {
         let max_length = self.tokens.meta.max_length as usize;
         let batch = Batch::new(self.tokens, max_length, jobs, Packing::Shared(PACK_ROWS));
-        let spec = WorkspaceSpec { kept_layers: 0, head_rows: HEAD_ROWS };
-        let workspace = Workspace::new(&base.architecture, lora, spec, base.dtype());
+        let spec = WorkspaceSpec { head_rows: HEAD_ROWS, ..Default::default() };
+        let workspace = Workspace::new(&base.architecture, lora, spec, base.device());
         let sweep = Sweep { base, lora, dropout: None, workspace: &workspace, watch: None };
         Ok(batch.by_job(&sweep.forward(&batch.packs, false)?.branches))
     }

@@ -50,8 +50,8 @@ fn replay(case: &Case, dtype: DType, packing: Packing) -> Replay {
         undesirable_weight: case.number("uw"),
     };
     let initial = case.reference_is_adapter().then(|| lora.deep_copy().unwrap());
-    let spec = WorkspaceSpec { kept_layers: 1, head_rows: 50 };
-    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, dtype);
+    let spec = WorkspaceSpec { kept_layers: 1, head_rows: 50, offload_inputs: false };
+    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     let reference = reference(&base, initial.as_ref(), &workspace, &tokens, &order);
     let trainer = Trainer {
         base: &base,

@@ -1,0 +1,24 @@
+//! The operations of the engine wherever its tensors are: each calls its form for the host or for a GPU.
+//!
+//! Called by `kto-model`. Invariant: the operands of one call are all in one place; another place is an error, never a copy.
+//! What an operation computes, its shapes and its errors stand with the form for the host, in the root of this crate.
+
+mod attention;
+mod operations;
+mod products;
+mod tensor;
+
+pub use attention::{AttentionGradients, AttentionInputs, AttentionOutputs, attention, attention_backward};
+pub use operations::{
+    Rotation, add, add_bias, clear, dropout, gather_rows, gather_rows_into, logprobs, rms_norm,
+    rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows, swiglu, swiglu_backward,
+};
+pub use products::{Factor, Onto, Product, matmul, multiply};
+pub use tensor::{Device, FrozenWeight, Tensor};
+
+use candle_core::{Result, bail};
+
+/// Fails because the operands of a call are in different places.
+fn apart<T>(what: &str) -> Result<T> {
+    bail!("{what}: operands on the host and on a GPU")
+}

@@ -1,0 +1,190 @@
+//! The adapter on a GPU: its factors in the computation's type, brought for a sweep, and the gradient of one block at a time in f32.
+//!
+//! The masters, the gradient of the step and the optimizer's state are the host's, in f32. A block's gradient is complete when the
+//! sweep leaves the block; it goes to page-locked memory while the next block computes.
+
+use crate::{
+    block::BlockFactors,
+    lora::{Factors, Lora},
+    numeric::Numeric,
+};
+use candle_core::Tensor as HostTensor;
+use kto_cli::Result;
+use kto_kernels::{
+    Dense,
+    device::{Device, Tensor},
+    gpu::{Gpu, Mark, Matrix, Memory, Pinned, Stream},
+};
+use std::sync::Arc;
+
+/// Distance between tensors, in bytes.
+const ALIGN: usize = 256;
+
+/// Lays the tensors of some factors out one after the other; returns their places and the size of all.
+fn places(factors: &BlockFactors, from: usize, size: usize) -> (Vec<(usize, usize, usize)>, usize) {
+    let (mut all, mut at) = (Vec::new(), from);
+    for tensor in factors.iter().flatten().flat_map(|f| [&f.a, &f.b]) {
+        let (rows, columns) = (tensor.dims()[0], tensor.dims()[1]);
+        all.push((at, rows, columns));
+        at = (at + rows * columns * size).next_multiple_of(ALIGN);
+    }
+    (all, at)
+}
+
+/// Returns factors of the shape of `like` at some places of a memory.
+fn within(
+    like: &BlockFactors,
+    memory: &Arc<Memory>,
+    places: &[(usize, usize, usize)],
+    element: Dense,
+) -> BlockFactors<Tensor> {
+    let mut places = places.iter();
+    let mut next = || {
+        places.next().map(|(at, r, c)| Tensor::Gpu(Matrix::in_memory(memory.clone(), *at, *r, *c, element)))
+    };
+    let mut out = BlockFactors::default();
+    for (to, from) in out.iter_mut().zip(like) {
+        if from.is_some() {
+            *to = next().zip(next()).map(|(a, b)| Factors { a, b });
+        }
+    }
+    out
+}
+
+/// Returns the factors of every block where a sweep computes; on the host they are the same memory.
+pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors<Tensor>>> {
+    let Device::Gpu(gpu, element) = device else {
+        return lora.layers.iter().map(|block| on_host(device, block)).collect();
+    };
+    let (mut all, mut end) = (Vec::with_capacity(lora.layers.len()), 0);
+    for block in &lora.layers {
+        let (of, next) = places(block, end, element.size());
+        (end, _) = (next, all.push(of));
+    }
+    let memory = Arc::new(gpu.borrow(end).numeric()?);
+    let mut bytes = vec![0; end];
+    let tensors = lora.tensors().zip(all.iter().flatten());
+    for (tensor, (at, rows, columns)) in tensors {
+        let values = floats(tensor)?;
+        element.encode(&values, &mut bytes[*at..][..rows * columns * element.size()]);
+    }
+    if end > 0 {
+        gpu.machine().upload(memory.address(), &bytes).numeric()?;
+    }
+    Ok(lora.layers.iter().zip(&all).map(|(block, places)| within(block, &memory, places, *element)).collect())
+}
+
+fn on_host(device: &Device, block: &BlockFactors) -> Result<BlockFactors<Tensor>> {
+    let mut out = BlockFactors::default();
+    for (to, from) in out.iter_mut().zip(block) {
+        if let Some(f) = from {
+            *to = Some(Factors { a: device.bring(&f.a).numeric()?, b: device.bring(&f.b).numeric()? });
+        }
+    }
+    Ok(out)
+}
+
+fn floats(tensor: &HostTensor) -> Result<Vec<f32>> {
+    tensor.to_dtype(candle_core::DType::F32).and_then(|t| t.flatten_all()?.to_vec1()).numeric()
+}
+
+/// The gradient of an adapter while a way back computes it.
+pub(crate) enum Gradient<'a> {
+    /// The host's own.
+    Host(&'a Lora, &'a Device),
+    Gpu(Box<GpuGradient<'a>>),
+}
+
+/// Two blocks' gradients on the device, and all of them on the host.
+pub(crate) struct GpuGradient<'a> {
+    gpu: Arc<Gpu>,
+    lora: &'a Lora,
+    /// Places of each block's tensors in its own run, the run's size and its place in the host's memory.
+    blocks: Vec<(Vec<(usize, usize, usize)>, usize, usize)>,
+    buffers: [Arc<Memory>; 2],
+    host: Pinned,
+    copied: [Option<Mark>; 2],
+}
+
+impl<'a> Gradient<'a> {
+    /// Prepares to add to `gradients`.
+    pub fn new(device: &'a Device, gradients: &'a Lora) -> Result<Self> {
+        let Device::Gpu(gpu, _) = device else { return Ok(Self::Host(gradients, device)) };
+        let (mut blocks, mut end, mut most) = (Vec::with_capacity(gradients.layers.len()), 0, 0);
+        for block in &gradients.layers {
+            let (of, bytes) = places(block, 0, Dense::F32.size());
+            blocks.push((of, bytes, end));
+            (end, most) = (end + bytes, most.max(bytes));
+        }
+        let buffer = || Ok(Arc::new(gpu.borrow(most).numeric()?));
+        let (buffers, host) = ([buffer()?, buffer()?], gpu.pin(end).numeric()?);
+        Ok(Self::Gpu(Box::new(GpuGradient {
+            gpu: gpu.clone(),
+            lora: gradients,
+            blocks,
+            buffers,
+            host,
+            copied: [None, None],
+        })))
+    }
+
+    /// Returns where the gradient of a block is added to.
+    pub fn begin(&self, layer: usize) -> Result<BlockFactors<Tensor>> {
+        match self {
+            Self::Host(lora, device) => on_host(device, &lora.layers[layer]),
+            Self::Gpu(g) => {
+                let machine = g.gpu.machine();
+                let (places, bytes, _) = &g.blocks[layer];
+                let memory = &g.buffers[layer % 2];
+                if let Some(copied) = &g.copied[layer % 2] {
+                    machine.follow(Stream::Compute, copied).numeric()?;
+                }
+                if *bytes > 0 {
+                    machine.clear(memory.address(), *bytes).numeric()?;
+                }
+                Ok(within(&g.lora.layers[layer], memory, places, Dense::F32))
+            }
+        }
+    }
+
+    /// Says that all work on the gradient of a block is queued.
+    pub fn end(&mut self, layer: usize) -> Result<()> {
+        let Self::Gpu(g) = self else { return Ok(()) };
+        g.gpu.order(Stream::Compute, Stream::Copy).numeric()?;
+        let (_, bytes, at) = g.blocks[layer];
+        g.host.download(at, g.buffers[layer % 2].address(), bytes).numeric()?;
+        g.copied[layer % 2] = Some(g.gpu.machine().mark(Stream::Copy).numeric()?);
+        Ok(())
+    }
+
+    /// Adds the gradients of the blocks from `first` on to the host's.
+    pub fn finish(self, first: usize) -> Result<()> {
+        let Self::Gpu(g) = self else { return Ok(()) };
+        let done = g.gpu.machine().mark(Stream::Copy).numeric()?;
+        g.gpu.machine().wait(&done).numeric()?;
+        let bytes = g.host.read();
+        for (layer, block) in g.lora.layers.iter().enumerate().skip(first) {
+            let (places, _, start) = &g.blocks[layer];
+            let tensors = block.iter().flatten().flat_map(|f| [&f.a, &f.b]);
+            for (tensor, (at, rows, columns)) in tensors.zip(places) {
+                let from = &bytes[start + at..][..rows * columns * 4];
+                let values: Vec<f32> =
+                    from.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                let found = HostTensor::from_vec(values, (*rows, *columns), &candle_core::Device::Cpu)
+                    .and_then(|t| t.to_dtype(tensor.dtype()))
+                    .numeric()?;
+                kto_kernels::add(tensor, &found).numeric()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for GpuGradient<'_> {
+    fn drop(&mut self) {
+        // Memory that a copy still writes is not given back: an error on the way leaves copies behind.
+        if let Ok(done) = self.gpu.machine().mark(Stream::Copy) {
+            let _ = self.gpu.machine().wait(&done);
+        }
+    }
+}

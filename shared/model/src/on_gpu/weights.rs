@@ -1,0 +1,220 @@
+//! The frozen base on a GPU: every block as a run of bytes as the file holds it, widened when the sweep comes to it.
+//!
+//! Resident runs are uploaded once. Streamed ones take turns in two places: while a block computes, the next one is copied from
+//! the page cache to page-locked memory and from there to the device. Widened matrices share one place a module.
+
+use crate::{architecture::Module, base::LayerWeights, numeric::Numeric, projection::Linear};
+use candle_core::Tensor as HostTensor;
+use kto_cli::{Error, Result};
+use kto_kernels::{
+    Dense, Stored, Weight,
+    device::{Device, FrozenWeight, Tensor},
+    gpu::{
+        Gpu, Mark, Matrix, Memory, Packed, Pinned, Stream,
+        products::{Frozen, Tiles},
+    },
+};
+use std::{cell::RefCell, sync::Arc};
+
+/// One block as the host has it.
+pub(crate) struct HostLayer<'a> {
+    pub input_norm: &'a HostTensor,
+    pub post_norm: &'a HostTensor,
+    /// By [`Module`]: the matrix and its bias.
+    pub linears: Vec<(&'a Weight, Option<&'a HostTensor>)>,
+}
+
+/// The blocks on a GPU.
+pub(crate) struct GpuLayers {
+    gpu: Arc<Gpu>,
+    element: Dense,
+    layers: Vec<GpuLayer>,
+    /// Where matrices are widened, by [`Module`].
+    widened: Vec<Arc<Memory>>,
+    runs: Runs,
+}
+
+struct GpuLayer {
+    input_norm: Tensor,
+    post_norm: Tensor,
+    biases: Vec<Option<Tensor>>,
+    packed: Packed,
+}
+
+enum Runs {
+    Resident(Vec<Arc<Memory>>),
+    Streamed(RefCell<Slots>),
+}
+
+/// Two blocks on their way or in use.
+struct Slots {
+    slots: [Slot; 2],
+    /// The block of the last fetch, and whether the sweep goes up.
+    last: usize,
+    up: bool,
+}
+
+struct Slot {
+    host: Pinned,
+    memory: Arc<Memory>,
+    holds: Option<usize>,
+    /// End of the upload, and of the last use.
+    uploaded: Option<Mark>,
+    used: Option<Mark>,
+}
+
+impl GpuLayers {
+    /// Uploads what is resident.
+    pub fn new<'a>(
+        device: &Device,
+        layers: impl Iterator<Item = HostLayer<'a>>,
+        streamed: bool,
+        mut uploaded: impl FnMut(usize),
+    ) -> Result<Self> {
+        let Device::Gpu(gpu, element) = device else {
+            return Err(Error::internal("weights for a GPU that is none"));
+        };
+        let mut own = Vec::new();
+        for layer in layers {
+            let stored = layer.linears.iter().map(|(weight, _)| stored(weight)).collect::<Result<_>>()?;
+            let bring = |t: &HostTensor| device.bring(t).numeric();
+            own.push(GpuLayer {
+                input_norm: bring(layer.input_norm)?,
+                post_norm: bring(layer.post_norm)?,
+                biases: layer.linears.iter().map(|(_, b)| b.map(bring).transpose()).collect::<Result<_>>()?,
+                packed: Packed::new(stored, *element),
+            });
+        }
+        let size = |m: usize| {
+            let quantized = own.iter().filter(|l| l.packed.is_quantized(m));
+            quantized.map(|l| l.packed.dims(m)).map(|(r, c)| r * c * element.size()).max().unwrap_or(0)
+        };
+        let widened = (0..Module::ALL.len()).map(|m| Ok(Arc::new(gpu.take(size(m)).numeric()?)));
+        let widened = widened.collect::<Result<_>>()?;
+        let most = own.iter().map(|l| l.packed.bytes()).max().unwrap_or(0);
+        let slot = || -> Result<Slot> {
+            let (host, memory) = (gpu.pin(most).numeric()?, Arc::new(gpu.take(most).numeric()?));
+            Ok(Slot { host, memory, holds: None, uploaded: None, used: None })
+        };
+        let runs = match streamed {
+            true => Runs::Streamed(RefCell::new(Slots { slots: [slot()?, slot()?], last: 0, up: true })),
+            false => {
+                let mut staged = gpu.pin(most).numeric()?;
+                let mut resident = Vec::with_capacity(own.len());
+                for (i, layer) in own.iter().enumerate() {
+                    let memory = Arc::new(gpu.take(layer.packed.bytes()).numeric()?);
+                    staged.write(|run| layer.packed.write(&mut run[..layer.packed.bytes()]));
+                    staged.upload(0, memory.address(), layer.packed.bytes()).numeric()?;
+                    let done = gpu.order(Stream::Copy, Stream::Compute).numeric()?;
+                    gpu.machine().wait(&done).numeric()?;
+                    resident.push(memory);
+                    uploaded(i);
+                }
+                Runs::Resident(resident)
+            }
+        };
+        Ok(Self { gpu: gpu.clone(), element: *element, layers: own, widened, runs })
+    }
+
+    /// Returns the weights of block `layer`, widened. They are good until the next block is asked for.
+    pub fn layer(&self, layer: usize) -> Result<LayerWeights> {
+        let memory = match &self.runs {
+            Runs::Resident(all) => all[layer].clone(),
+            Runs::Streamed(slots) => {
+                slots.borrow_mut().fetch(&self.gpu, layer, &self.layers[layer].packed)?
+            }
+        };
+        let own = &self.layers[layer];
+        let linear = |m: usize| -> Result<Linear> {
+            let (rows, columns) = own.packed.dims(m);
+            let wide = || Ok(Matrix::in_memory(self.widened[m].clone(), 0, rows, columns, self.element));
+            let matrix = own.packed.matrix(&memory, m, wide).numeric()?;
+            Ok(Linear { weight: FrozenWeight::Gpu(Frozen::Whole(matrix)), bias: own.biases[m].clone() })
+        };
+        let linears: Vec<Linear> = (0..Module::ALL.len()).map(linear).collect::<Result<_>>()?;
+        let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
+        Ok(LayerWeights { input_norm: own.input_norm.clone(), post_norm: own.post_norm.clone(), linears })
+    }
+
+    /// Says that all work with block `layer` is queued: the next one may come.
+    pub fn release(&self, layer: usize) -> Result<()> {
+        let Runs::Streamed(slots) = &self.runs else { return Ok(()) };
+        let mut slots = slots.borrow_mut();
+        let used = self.gpu.machine().mark(Stream::Compute).numeric()?;
+        if let Some(slot) = slots.slots.iter_mut().find(|s| s.holds == Some(layer)) {
+            slot.used = Some(used);
+        }
+        let next = if slots.up { layer + 1 } else { layer.wrapping_sub(1) };
+        match self.layers.get(next) {
+            Some(own) => slots.load(&self.gpu, next, &own.packed).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Slots {
+    fn fetch(&mut self, gpu: &Gpu, layer: usize, packed: &Packed) -> Result<Arc<Memory>> {
+        // A sweep goes up from the first block; one that asks for a block again turns there.
+        self.up = layer == 0 || layer > self.last;
+        self.last = layer;
+        let slot = self.load(gpu, layer, packed)?;
+        if let Some(uploaded) = &slot.uploaded {
+            gpu.machine().follow(Stream::Compute, uploaded).numeric()?;
+        }
+        Ok(slot.memory.clone())
+    }
+
+    /// Begins to bring a block that is not there yet, in the place of the one that was used longer ago.
+    fn load(&mut self, gpu: &Gpu, layer: usize, packed: &Packed) -> Result<&Slot> {
+        if let Some(found) = self.slots.iter().position(|s| s.holds == Some(layer)) {
+            return Ok(&self.slots[found]);
+        }
+        let place = usize::from(self.slots[0].holds == Some(self.last));
+        let slot = &mut self.slots[place];
+        if let Some(uploaded) = slot.uploaded.take() {
+            gpu.machine().wait(&uploaded).numeric()?;
+        }
+        slot.host.write(|run| packed.write(&mut run[..packed.bytes()]));
+        if let Some(used) = slot.used.take() {
+            gpu.machine().follow(Stream::Copy, &used).numeric()?;
+        }
+        slot.host.upload(0, slot.memory.address(), packed.bytes()).numeric()?;
+        slot.uploaded = Some(gpu.machine().mark(Stream::Copy).numeric()?);
+        slot.holds = Some(layer);
+        Ok(&self.slots[place])
+    }
+}
+
+fn stored(weight: &Weight) -> Result<Arc<Stored>> {
+    match weight {
+        Weight::Stored(stored) => Ok(stored.clone()),
+        Weight::Dense(_) => Err(Error::internal("a widened weight for a GPU")),
+    }
+}
+
+/// Brings a matrix that is used once a sweep, such as the head: whole, or in tiles of so many rows.
+pub(crate) fn frozen(device: &Device, weight: &Weight, tile_rows: Option<usize>) -> Result<FrozenWeight> {
+    let Device::Gpu(gpu, element) = device else {
+        return Ok(FrozenWeight::Host(weight.clone()));
+    };
+    let stored = stored(weight)?;
+    let (rows, columns) = (stored.rows(), stored.columns());
+    let tile_rows = tile_rows.map_or(rows, |r| r.clamp(1, rows));
+    let tiles: Option<Vec<Packed>> = (0..rows)
+        .step_by(tile_rows.max(1))
+        .map(|start| {
+            let tile = stored.rows_of(start..(start + tile_rows).min(rows))?;
+            Some(Packed::new(vec![Arc::new(tile)], *element))
+        })
+        .collect();
+    if let Some(tiles) = tiles.filter(|t| t.len() > 1) {
+        return Ok(FrozenWeight::Gpu(Frozen::Tiles(Arc::new(Tiles { rows, columns, tiles, tile_rows }))));
+    }
+    let packed = Packed::new(vec![stored], *element);
+    let memory = Arc::new(gpu.take(packed.bytes()).numeric()?);
+    let mut run = vec![0; packed.bytes()];
+    packed.write(&mut run);
+    gpu.machine().upload(memory.address(), &run).numeric()?;
+    let matrix = packed.matrix(&memory, 0, || Matrix::new(gpu, rows, columns, *element)).numeric()?;
+    Ok(FrozenWeight::Gpu(Frozen::Whole(matrix)))
+}
