@@ -232,10 +232,12 @@ fn streams_change_no_bit() {
         let plain = run_in(dir.path(), Some(&gpu), WHOLE);
         for lazy in [Stream::Copy, Stream::Compute] {
             let gpu = device(Dense::Bf16, lazy).unwrap();
-            let spec = WorkspaceSpec { offload_inputs: true, ..WHOLE.spec };
-            let placement = Placement { streamed: true, head_tile: None };
-            let found = run_in(dir.path(), Some(&gpu), Form { placement, spec, ..WHOLE });
-            assert!(found == plain, "{model}, {lazy:?} lazy: {:?}", differences(&found, &plain));
+            for (streamed, offload_inputs) in [(true, true), (true, false), (false, true)] {
+                let spec = WorkspaceSpec { offload_inputs, ..WHOLE.spec };
+                let placement = Placement { streamed, head_tile: None };
+                let found = run_in(dir.path(), Some(&gpu), Form { placement, spec, ..WHOLE });
+                assert!(found == plain, "{model}, {lazy:?} lazy: {:?}", differences(&found, &plain));
+            }
         }
     }
 }
