@@ -26,7 +26,7 @@ fn main() {
         let mut command = Command::new(&nvcc);
         command.args([
             "--ptx",
-            "-arch=compute_80",
+            "-arch=compute_75",
             "--fmad=false",
             "-std=c++17",
             "--diag-suppress=177",

@@ -26,7 +26,7 @@ mod support;
 mod swiglu;
 
 #[cfg(feature = "cuda")]
-pub use cuda::Cuda;
+pub use cuda::OnCuda;
 #[cfg(emulated)]
 pub use emulator::Emulator;
 #[cfg(emulated)]

@@ -29,9 +29,6 @@ macro_rules! params {
         const _: () = assert!(size_of::<$name>() == 0 $(+ size_of::<$type>())*);
         // SAFETY: numbers only, without padding as asserted; the emulator compares the size with the kernel's.
         unsafe impl Params for $name {}
-        #[cfg(feature = "cuda")]
-        // SAFETY: as above.
-        unsafe impl candle_core::cuda_backend::cudarc::driver::DeviceRepr for $name {}
     };
 }
 
