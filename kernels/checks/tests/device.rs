@@ -2,11 +2,12 @@
 
 #![cfg(feature = "cuda")]
 
-use kto_kernel_checks::{CHECKS, Cuda};
+use kto_kernel_checks::{CHECKS, OnCuda};
+use kto_kernels::gpu::cuda::Cuda;
 
 #[test]
 fn kernels_on_the_gpu_are_what_the_cpu_computes() {
-    let device = Cuda::new(0).expect("an NVIDIA GPU with its driver");
+    let device = OnCuda(Cuda::open(0).expect("an NVIDIA GPU with its driver"));
     for (name, check) in CHECKS {
         if let Err(e) = check(&device) {
             panic!("{name}: {e}");
