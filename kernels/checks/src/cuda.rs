@@ -24,7 +24,8 @@ impl Machine for OnCuda {
             self.0.upload(at, buffer.whole())?;
             there.push(at);
         }
-        let pointers: Vec<u64> = call.places.iter().map(|place| there[*place] + Buffer::OFFSET as u64).collect();
+        let pointers: Vec<u64> =
+            call.places.iter().map(|place| there[*place] + Buffer::OFFSET as u64).collect();
         self.0.launch(kernel, element, call.grid, &pointers, call.params)?;
         for (buffer, at) in buffers.iter_mut().zip(there) {
             self.0.download(at, buffer.whole_mut())?;

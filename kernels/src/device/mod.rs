@@ -6,6 +6,7 @@
 mod attention;
 mod operations;
 mod products;
+mod self_test;
 mod tensor;
 
 pub use attention::{AttentionGradients, AttentionInputs, AttentionOutputs, attention, attention_backward};
@@ -14,6 +15,7 @@ pub use operations::{
     rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows, swiglu, swiglu_backward,
 };
 pub use products::{Factor, Onto, Product, matmul, multiply};
+pub use self_test::self_test;
 pub use tensor::{Device, FrozenWeight, Tensor};
 
 use candle_core::{Result, bail};

@@ -14,7 +14,7 @@ use crate::{AttentionLayout, Dense, HeadShape, Segment};
 use candle_core::{Result, bail};
 
 /// Scores that exist at a time, over all heads.
-pub const SCORES: usize = 1 << 25;
+pub const SCORES: usize = 1 << 23;
 /// Fewest queries of a block, unless the segment has fewer.
 const FEWEST: usize = 16;
 

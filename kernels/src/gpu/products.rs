@@ -127,6 +127,11 @@ impl Frozen {
     }
 }
 
+/// Returns the bytes that a tile of a matrix borrows.
+pub fn tile_bytes(rows: usize, columns: usize, element: Dense) -> usize {
+    rows * columns * element.size()
+}
+
 impl Tiles {
     /// Computes `out = x · Wᵀ`. Shapes: x (m, columns), out (m, rows) in f32.
     pub fn linear(&self, out: &Matrix, x: &Matrix) -> Result<()> {

@@ -73,7 +73,7 @@ struct Placed {
 }
 
 /// What of the base is on a GPU all the time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
     /// Whether blocks come when they are needed.
     pub streamed: bool,

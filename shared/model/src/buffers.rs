@@ -160,6 +160,16 @@ impl Widths {
         self.hidden + self.intermediate
     }
 
+    /// Returns the same on a GPU, where attention's way back needs nothing of its way up.
+    pub fn on_gpu(self) -> Self {
+        Self { stats: 0, ..self }
+    }
+
+    /// Returns the elements a row that a backward pass on a GPU needs beyond [`Widths::forward_scratch`]; attention borrows its sums.
+    pub fn backward_on_gpu(&self) -> usize {
+        self.hidden + 2 * self.queries + 2 * self.keys + self.rank_sum()
+    }
+
     /// Returns the elements a row that a backward pass needs beyond [`Widths::forward_scratch`]. Attention sums the gradients of keys
     /// and values in parts.
     pub fn backward_scratch(&self) -> usize {
@@ -213,9 +223,9 @@ impl Workspace {
         spec: WorkspaceSpec,
         device: &Device,
     ) -> Self {
-        let Widths { hidden, queries, stats, keys, intermediate, ranks } = Widths::new(architecture, lora);
-        // On a GPU the way back of attention keeps nothing.
-        let stats = if matches!(device, Device::Gpu(..)) { 0 } else { stats };
+        let widths = Widths::new(architecture, lora);
+        let widths = if matches!(device, Device::Gpu(..)) { widths.on_gpu() } else { widths };
+        let Widths { hidden, queries, stats, keys, intermediate, ranks } = widths;
         let buffer = |width: usize| Buffer::new(width, device);
         let inner = || ranks.map(buffer);
         let key_values = || KeyValues { k: buffer(keys), v: buffer(keys) };

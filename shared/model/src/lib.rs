@@ -10,6 +10,7 @@ pub mod architecture;
 pub mod base;
 mod block;
 pub mod buffers;
+pub mod devices;
 pub mod fit;
 pub mod generate;
 mod head;

@@ -253,6 +253,13 @@ fn a_head_in_tiles_computes_the_same() {
     assert!(scores < 1e-7 && gradients < 1e-6, "scores {scores:.1e}, gradients {gradients:.1e}");
 }
 
+#[test]
+fn the_self_test_passes() {
+    if let Some(machine) = emulated_gpu(1 << 30, Stream::Copy) {
+        kto_kernels::device::self_test(machine).unwrap();
+    }
+}
+
 /// Generation works on a GPU too, and what it does not fit into is said in MiB.
 #[test]
 fn it_generates_and_keeps_its_limit() {

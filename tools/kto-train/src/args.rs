@@ -10,6 +10,8 @@ use kto_cli::{
     lock::Wait,
     number::{Size, duration, finite, not_negative, positive, size},
 };
+use kto_kernels::Dense;
+use kto_model::devices::Choice;
 use std::{path::PathBuf, time::Duration};
 
 /// Train a LoRA adapter on a language model with KTO
@@ -23,7 +25,14 @@ use std::{path::PathBuf, time::Duration};
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// Model directory: config.json and safetensors (llama, qwen2)
-    #[arg(long, value_name = "DIR", alias = "model-name-or-path", help_heading = "Input")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        alias = "model-name-or-path",
+        required_unless_present = "check_device",
+        default_value_if("check_device", "true", ""),
+        help_heading = "Input"
+    )]
     pub model: PathBuf,
 
     /// Token file (.kto.arrow); standard input is copied into the run directory, and --resume reads that copy
@@ -31,7 +40,15 @@ pub struct Args {
     pub data: PathBuf,
 
     /// Run directory to create
-    #[arg(long, short, value_name = "DIR", alias = "output-dir", help_heading = "Output")]
+    #[arg(
+        long,
+        short,
+        value_name = "DIR",
+        alias = "output-dir",
+        required_unless_present = "check_device",
+        default_value_if("check_device", "true", ""),
+        help_heading = "Output"
+    )]
     pub out: PathBuf,
 
     /// Replace the run in --out, finished or not
@@ -162,7 +179,21 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), help_heading = "Run")]
     pub threads: Option<u32>,
 
+    /// Where to compute: auto (an NVIDIA GPU if this program was built for them and there is one), cpu, cuda, cuda:N
+    #[arg(long, value_name = "WHERE", default_value = "auto", value_parser = Choice::parse, help_heading = "Run")]
+    pub device: Choice,
+
+    /// Element type of activations on a GPU [default: bf16, or f16 on cards without it]; the processor computes in f32
+    #[arg(long, value_name = "TYPE", help_heading = "Run")]
+    pub dtype: Option<ElementKind>,
+
+    /// List the GPUs with their memory and versions, test their kernels, and exit
+    #[arg(long, exclusive = true, help_heading = "Run")]
+    pub check_device: bool,
+
     /// Most memory that the run may hold, weights included: 8GiB, 900MiB, 50% of what is available [default: 90%]
+    ///
+    /// On a GPU it is the device's memory, and a hard limit.
     ///
     /// With less, blocks compute their activations again, then packs get smaller, then weights are read from the file block by
     /// block; a run that still does not fit is refused (71) before it starts.
@@ -239,6 +270,27 @@ pub enum ReferenceKind {
     Base,
     /// The base model with --init-adapter as given
     InitAdapter,
+}
+
+/// Element types of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ElementKind {
+    /// bfloat16
+    Bf16,
+    /// float16
+    F16,
+    /// float32
+    F32,
+}
+
+impl From<ElementKind> for Dense {
+    fn from(kind: ElementKind) -> Self {
+        match kind {
+            ElementKind::Bf16 => Self::Bf16,
+            ElementKind::F16 => Self::F16,
+            ElementKind::F32 => Self::F32,
+        }
+    }
 }
 
 /// Names of the losses.

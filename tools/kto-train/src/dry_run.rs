@@ -64,6 +64,14 @@ pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
     if let (Some(held_out), Some(every)) = (inputs.held_out, plan.eval_every) {
         line("evaluation", format!("{} rows every {every} steps", held_out.tokens.len()))?;
     }
+    line("compute", plan.compute.clone())?;
+    if let Some((items, peak, limit)) = fit.on_gpu() {
+        for item in items {
+            line(&format!("GPU: {}", item.name), units::size(item.bytes))?;
+        }
+        line("GPU: predicted peak", units::size(peak))?;
+        line("GPU: limit", limit.to_string())?;
+    }
     for item in &fit.plan.items {
         line(&format!("memory: {}", item.name), units::size(item.bytes))?;
     }

@@ -8,6 +8,7 @@ mod args;
 mod cadence;
 mod checkpoint;
 mod data;
+mod device;
 mod dry_run;
 mod evaluation;
 mod logs;
@@ -34,9 +35,11 @@ pub use resume::Resume;
 
 use cadence::{Cadence, Keep};
 use candle_core::DType;
+use device::RunDevice;
 use evaluation::HeldOut;
 use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, lock::RunLock, output, signal};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
+use kto_kernels::device::Device;
 use kto_model::{
     architecture::Architecture,
     base::BaseModel,
@@ -55,6 +58,9 @@ use unchanged::Verdict;
 /// Runs the tool.
 pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     let began = Instant::now();
+    if args.check_device {
+        return device::check();
+    }
     signal::install();
     let (_, micro) = plan::batches(&args)?;
     if let Some(Resume::From(path)) = &args.resume {
@@ -88,7 +94,8 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         adapter: adapter.as_ref(),
         held_out: held_out.as_ref(),
     };
-    let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
+    let device = RunDevice::choose(&args)?;
+    let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch(), device.name())?;
     match unchanged::verdict(&args, &plan)? {
         Verdict::Done => return unchanged::done(&args, &plan),
         Verdict::Replace => args.resume = None,
@@ -97,7 +104,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     data::report(&plan, &architecture, &tokens, ui);
     data::check_ids(&architecture, &tokens)?;
     held_out.as_ref().map_or(Ok(()), |h| h.check_ids(&architecture))?;
-    let fit = Fit::new(&args, &plan, &inputs, &order)?;
+    let fit = Fit::new(&args, &plan, &inputs, &order, &device)?;
     // Nothing of the run's size exists before the plan has been found to fit.
     let lora = if fit.fits() { Some(initial(&plan, &inputs)?) } else { None };
     if args.dry_run {
@@ -111,6 +118,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         args: &args,
         plan: &plan,
         memory: &fit.plan,
+        device: fit.device(&device),
         tokens: &tokens,
         held_out: held_out.as_ref(),
         order: &order,
@@ -146,6 +154,8 @@ struct Planned<'a> {
     args: &'a Args,
     plan: &'a Plan,
     memory: &'a MemoryPlan,
+    /// A GPU, if it computes on one.
+    device: Option<Device>,
     tokens: &'a TokenSet,
     held_out: Option<&'a HeldOut>,
     order: &'a Order,
@@ -154,10 +164,16 @@ struct Planned<'a> {
 
 impl Planned<'_> {
     fn train(&self, model: ModelDir, lora: &Lora, lock: Option<RunLock>, ui: &Ui) -> Result<Exit> {
-        let Planned { args, plan, memory, tokens, held_out, order, .. } = *self;
+        let Planned { args, plan, memory, ref device, tokens, held_out, order, .. } = *self;
         let positions = data::positions(tokens).max(held_out.map_or(0, |h| data::positions(&h.tokens)));
         let mut base = BaseModel::load(model, DType::F32, positions).at(shown(&args.model))?;
-        base.set_streaming(memory.stream);
+        match (device, &memory.on_gpu) {
+            (Some(device), Some(on_gpu)) => {
+                ui.detail(format_args!("uploading weights to the GPU"));
+                base.place(device, on_gpu.placement, |_| {}).at(shown(&args.model))?;
+            }
+            _ => base.set_streaming(memory.stream),
+        }
         let lock = |path: &Path| match lock {
             Some(lock) => Ok(lock),
             None => run_dir::lock(path, args.wait.unwrap_or_default(), ui),

@@ -2,6 +2,7 @@
 
 use crate::{
     args::{Args, OptimizerKind},
+    device::RunDevice,
     order::{Order, jobs},
     plan::{Inputs, Plan},
     resume::{self, Resume},
@@ -9,9 +10,11 @@ use crate::{
 };
 use kto_cli::{Error, Kind, Result, Ui, memory, number::Size, units};
 use kto_formats::{bnb, model_dir::ModelDir, tokens::TokenRow};
+use kto_kernels::device::Device;
 use kto_model::{
     memory::{
-        self as planned, AdapterSize, BatchShape, Batches, Demand, Item, MemoryPlan, Moments, WeightSize,
+        self as planned, AdapterSize, BatchShape, Batches, Demand, GpuDemand, GpuWeights, Item, MemoryPlan,
+        Moments, WeightSize,
     },
     reference::{self, Pair},
     rows::{Packing, groups},
@@ -65,8 +68,10 @@ fn limit(asked: Option<Size>) -> Result<Limit> {
 pub struct Fit {
     /// What the engine obeys.
     pub plan: MemoryPlan,
-    /// What it was fitted to.
+    /// What it was fitted to, of the host.
     pub limit: Limit,
+    /// The same of a GPU.
+    pub gpu_limit: Option<Limit>,
     /// The adapter.
     pub adapter: AdapterSize,
     /// Blocks through which gradients go.
@@ -75,8 +80,9 @@ pub struct Fit {
 
 impl Fit {
     /// Plans the memory of a run. Nothing large is allocated.
-    pub fn new(args: &Args, plan: &Plan, inputs: &Inputs, order: &Order) -> Result<Self> {
-        let limit = limit(args.memory)?;
+    pub fn new(args: &Args, plan: &Plan, inputs: &Inputs, order: &Order, device: &RunDevice) -> Result<Self> {
+        let gpu_limit = device.limit(args.memory).map(|(bytes, origin)| Limit { bytes, origin });
+        let limit = limit(args.memory.filter(|_| gpu_limit.is_none()))?;
         let (a, tokens) = (inputs.architecture, inputs.tokens);
         let held_out = inputs.held_out.map(|h| &h.tokens);
         let rows = || tokens.rows().chain(held_out.into_iter().flat_map(|t| t.rows()));
@@ -104,13 +110,37 @@ impl Fit {
             pack_rows: settled(args)?,
             batches: &Counted { plan, inputs, order },
         };
-        let memory = planned::plan(&demand, limit.bytes).unwrap_or_else(|smallest| *smallest);
-        Ok(Self { plan: memory, limit, adapter, blocks: adapter.blocks(a) })
+        let memory = match (device, &gpu_limit) {
+            (RunDevice::Gpu(_, element), Some(limit)) => {
+                let gpu = GpuDemand {
+                    element: *element,
+                    weights: GpuWeights::of(a, inputs.model, *element),
+                    dropout: plan.lora_dropout > 0.0,
+                    longest: demand.positions,
+                    limit: limit.bytes,
+                };
+                planned::plan_on_gpu(&demand, &gpu)
+            }
+            _ => planned::plan(&demand, limit.bytes),
+        };
+        let plan = memory.unwrap_or_else(|smallest| *smallest);
+        Ok(Self { plan, limit, gpu_limit, adapter, blocks: adapter.blocks(a) })
+    }
+
+    /// Returns the device for the engine; nothing is the processor.
+    pub fn device(&self, device: &RunDevice) -> Option<Device> {
+        device.for_engine(self.gpu_limit.as_ref()?.bytes)
+    }
+
+    /// Returns (items, peak, limit) of the GPU.
+    pub fn on_gpu(&self) -> Option<(&[Item], u64, &Limit)> {
+        let on_gpu = self.plan.on_gpu.as_ref()?;
+        Some((&on_gpu.items, on_gpu.peak, self.gpu_limit.as_ref()?))
     }
 
     /// Returns whether the run may begin.
     pub fn fits(&self) -> bool {
-        self.plan.peak <= self.limit.bytes
+        self.plan.peak <= self.limit.bytes && self.on_gpu().is_none_or(|(_, peak, limit)| peak <= limit.bytes)
     }
 
     /// Refuses (71) a run that does not fit, with the numbers.
@@ -118,37 +148,50 @@ impl Fit {
         if self.fits() {
             return Ok(());
         }
-        let mut largest: Vec<&Item> = self.plan.items.iter().collect();
+        let (items, peak, limit, of) = match self.on_gpu() {
+            Some((items, peak, limit)) if peak > limit.bytes => (items, peak, limit, " on the GPU"),
+            _ => (&self.plan.items[..], self.plan.peak, &self.limit, ""),
+        };
+        let mut largest: Vec<&Item> = items.iter().collect();
         largest.sort_by_key(|item| std::cmp::Reverse(item.bytes));
         let shown: Vec<String> =
             largest.iter().take(4).map(|item| format!("{} {}", item.name, units::size(item.bytes))).collect();
         let quantized = if bnb::is_quantized(&model.tensors) { "" } else { ", or a base from kto-quantize" };
         let text = format!(
-            "the run needs at least {}, it may take {}; largest: {}",
-            units::size(self.plan.peak),
-            self.limit,
+            "the run needs at least {}{of}, it may take {limit}; largest: {}",
+            units::size(peak),
             shown.join(", ")
         );
         Err(Error::new(Kind::OutOfMemory, text).with_hint(format!(
             "--memory {} if the machine has it, or a lower --batch, kto-tokenize --max-length or --lora-r{quantized}",
-            units::flag(self.plan.peak)
+            units::flag(peak)
         )))
     }
 
     /// Says what the plan is, loudly when it gives up something that costs time.
     pub fn report(&self, ui: &Ui) {
-        let text = format!("memory: {} of {}: {}", units::size(self.plan.peak), self.limit, self.choices());
-        if self.plan.kept_layers < self.blocks || self.plan.stream { ui.note(text) } else { ui.detail(text) }
+        let (peak, limit) =
+            self.on_gpu().map_or((self.plan.peak, &self.limit), |(_, peak, limit)| (peak, limit));
+        let text = format!("memory: {} of {limit}: {}", units::size(peak), self.choices());
+        let complete = self.plan.kept_layers == self.blocks && !self.plan.stream;
+        if complete && self.gpu_limit.is_none() { ui.detail(text) } else { ui.note(text) }
     }
 
     /// Returns what the plan decides, in words.
     pub fn choices(&self) -> String {
-        let MemoryPlan { kept_layers, pack_rows, stream, .. } = self.plan;
-        let weights = if stream { "streamed from the file" } else { "resident" };
-        format!(
+        let MemoryPlan { kept_layers, pack_rows, stream, ref on_gpu, .. } = self.plan;
+        let streamed = on_gpu.as_ref().map_or(stream, |g| g.placement.streamed);
+        let weights = if streamed { "streamed" } else { "resident" };
+        let mut text = format!(
             "{kept_layers} of {} blocks keep activations, packs of {pack_rows} rows, weights {weights}",
             self.blocks
-        )
+        );
+        if let Some(on_gpu) = on_gpu {
+            let place = |away: bool| if away { "host" } else { "GPU" };
+            let (head, inputs) = (place(on_gpu.placement.head_tile.is_some()), place(on_gpu.offload_inputs));
+            text += &format!(", head on the {head}, inputs of blocks on the {inputs}");
+        }
+        text
     }
 }
 

@@ -68,6 +68,8 @@ pub struct Plan {
     pub weight_decay: f64,
     /// Largest gradient norm; 0 is no limit.
     pub max_grad_norm: f64,
+    /// Device and element type of the computation: cpu f32, cuda bf16, ….
+    pub compute: String,
     /// Rows per step.
     pub batch: usize,
     /// Rows per KL block: the whole step, unless `preset` is trl.
@@ -134,7 +136,7 @@ pub struct Inputs<'a> {
 impl Plan {
     /// Resolves the arguments. `steps_per_epoch` comes from the order of the data.
     /// Errors: flags that contradict each other (2), data or adapter of another model (65, 78).
-    pub fn resolve(args: &Args, inputs: &Inputs, steps_per_epoch: u64) -> Result<Self> {
+    pub fn resolve(args: &Args, inputs: &Inputs, steps_per_epoch: u64, compute: String) -> Result<Self> {
         check_fit(args, inputs)?;
         let (batch, micro) = batches(args)?;
         let modules = modules(args.target_modules.as_deref().unwrap_or("all-linear"))?;
@@ -177,6 +179,7 @@ impl Plan {
             adam_epsilon: args.adam_epsilon,
             weight_decay: args.weight_decay,
             max_grad_norm: args.max_grad_norm,
+            compute,
             batch,
             micro_batch: micro,
             preset: args.preset.map_or("none".into(), value_name),
@@ -232,6 +235,7 @@ pub fn before(field: &str) -> Value {
         "adam_beta2" => json!(0.999),
         "adam_epsilon" => json!(1e-8),
         "load_best" => json!(false),
+        "compute" => json!("cpu f32"),
         _ => Value::Null,
     }
 }

@@ -76,8 +76,9 @@ impl Run<'_> {
         self.cadence.saved(start.step);
         self.write_state("running", Value::Null)?;
         let mut logs = self.open_logs(&mut start)?;
-        let MemoryPlan { kept_layers, head_rows, .. } = *self.memory;
-        let spec = WorkspaceSpec { kept_layers, head_rows, offload_inputs: false };
+        let MemoryPlan { kept_layers, head_rows, ref on_gpu, .. } = *self.memory;
+        let offload_inputs = on_gpu.as_ref().is_some_and(|g| g.offload_inputs);
+        let spec = WorkspaceSpec { kept_layers, head_rows, offload_inputs };
         let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, self.base.device());
         workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
         workspace.reserve_shape(&self.memory.steps, true)?;

@@ -36,7 +36,8 @@ pub fn present() -> Result<()> {
     }
     Err(Failure::Missing(
         "cuBLAS was not found (libcublas.so, .so.13 or .so.12)".into(),
-        "install CUDA's libraries, or pip install nvidia-cublas and add its lib folder to LD_LIBRARY_PATH".into(),
+        "install CUDA's libraries, or pip install nvidia-cublas and add its lib folder to LD_LIBRARY_PATH"
+            .into(),
     )
     .into())
 }
@@ -46,7 +47,8 @@ impl Blas {
     pub fn new(stream: driver_sys::CUstream) -> Result<Self> {
         let handle = check(cu::create_handle(), "creating a handle")?;
         // SAFETY: memory without content, given back by `close`.
-        let workspace = driver::check(unsafe { memory::malloc_sync(WORKSPACE) }, "allocating the work space")?;
+        let workspace =
+            driver::check(unsafe { memory::malloc_sync(WORKSPACE) }, "allocating the work space")?;
         // SAFETY: handle, stream and memory of this context. The stream first: it would reset the work space.
         unsafe {
             check(cu::set_stream(handle, stream.cast()), "setting the stream")?;
@@ -60,7 +62,10 @@ impl Blas {
     pub fn version(&self) -> Result<String> {
         let mut version = 0;
         // SAFETY: writes the integer.
-        check(unsafe { sys::cublasGetVersion_v2(self.handle, &mut version) }.result(), "asking for the version")?;
+        check(
+            unsafe { sys::cublasGetVersion_v2(self.handle, &mut version) }.result(),
+            "asking for the version",
+        )?;
         Ok(format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100))
     }
 

@@ -54,7 +54,8 @@ pub fn capability(device: sys::CUdevice) -> Result<(u32, u32)> {
     };
     let of = |attribute| -> Result<u32> {
         // SAFETY: a device of the driver.
-        let number = check(unsafe { cu::device::get_attribute(device, attribute) }, "asking for a capability")?;
+        let number =
+            check(unsafe { cu::device::get_attribute(device, attribute) }, "asking for a capability")?;
         Ok(number as u32)
     };
     Ok((of(MAJOR)?, of(MINOR)?))

@@ -8,8 +8,9 @@ mod driver;
 mod ring;
 
 use super::{
-    DeviceInfo, Failure, Gemm, Grid, type_name,
+    DeviceInfo, Failure, Gemm, Grid,
     machine::{Machine, Mark, Stream},
+    type_name,
 };
 use crate::Dense;
 use blas::Blas;

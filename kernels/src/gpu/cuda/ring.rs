@@ -37,10 +37,14 @@ impl Ring {
             }
             let n = (HALF - self.at).min(from.len() - done);
             // SAFETY: inside the half that is being filled; what was copied from this place before is done.
-            let place = unsafe { std::slice::from_raw_parts_mut(self.memory.add(self.half * HALF + self.at), n) };
+            let place =
+                unsafe { std::slice::from_raw_parts_mut(self.memory.add(self.half * HALF + self.at), n) };
             place.copy_from_slice(&from[done..][..n]);
             // SAFETY: memory of the device that the caller owns; the place is not written before the copy is done.
-            check(unsafe { cu::memcpy_htod_async(to + done as u64, place, stream) }, "copying to the device")?;
+            check(
+                unsafe { cu::memcpy_htod_async(to + done as u64, place, stream) },
+                "copying to the device",
+            )?;
             (self.at, done) = (self.at + n, done + n);
         }
         Ok(())

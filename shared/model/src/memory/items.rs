@@ -26,6 +26,7 @@ pub(super) fn empty() -> MemoryPlan {
         stream: false,
         steps: BatchShape::default(),
         reference: BatchShape::default(),
+        on_gpu: None,
         items: Vec::new(),
         peak: 0,
     }
@@ -52,12 +53,23 @@ pub(super) fn with_items(
     MemoryPlan { steps, reference, peak, items, ..choice }
 }
 
-fn total(items: &[Item]) -> u64 {
+pub(super) fn total(items: &[Item]) -> u64 {
     items.iter().map(|item| item.bytes).fold(0, u64::saturating_add)
 }
 
-fn item(name: impl Into<String>, bytes: u64) -> Item {
+pub(super) fn item(name: impl Into<String>, bytes: u64) -> Item {
     Item { name: name.into(), bytes }
+}
+
+/// Returns a plan for a GPU with what the host holds: page-locked memory, the trained part, the tokens.
+pub(super) fn host_of_gpu(demand: &Demand, plan: MemoryPlan, pinned: Vec<Item>) -> MemoryPlan {
+    let mut items = fixed(demand, true);
+    // The driver, cuBLAS and what they keep for a context: a figure of experience.
+    items.push(item("driver", 512 * MIB));
+    items.extend(pinned);
+    items.retain(|item| item.bytes > 0);
+    let peak = total(&items);
+    MemoryPlan { items, peak, ..plan }
 }
 
 /// What does not depend on the batches.

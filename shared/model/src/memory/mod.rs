@@ -7,11 +7,13 @@
 //! decides only [`MemoryPlan::pack_rows`] can change their last bits.
 
 mod items;
+mod on_gpu;
 mod shape;
 #[cfg(test)]
 mod tests;
 mod weights;
 
+pub use on_gpu::{GpuDemand, GpuWeights, OnGpu, plan_on_gpu};
 pub use shape::{BatchShape, PackShape};
 pub use weights::{AdapterSize, WeightSize};
 
@@ -44,7 +46,9 @@ pub struct MemoryPlan {
     pub steps: BatchShape,
     /// The same over the sweeps of the reference pass.
     pub reference: BatchShape,
-    /// What is held at the peak, in the order of the table.
+    /// What a GPU holds, of a run on one.
+    pub on_gpu: Option<OnGpu>,
+    /// What the host holds at the peak, in the order of the table.
     pub items: Vec<Item>,
     /// Their sum.
     pub peak: u64,
