@@ -25,8 +25,10 @@ mod run_log;
 pub mod schedule;
 pub mod step;
 mod steps;
+mod stored;
 mod train;
 mod unchanged;
+mod weights;
 
 pub use args::{Args, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
 pub use cadence::Every;
@@ -42,15 +44,16 @@ use kto_model::{
     base::BaseModel,
     lora::{Lora, LoraSpec},
     memory::MemoryPlan,
-    weights,
 };
 use memory::Fit;
 use order::Order;
 use plan::{Inputs, Plan};
 use run_dir::{Existing, RunDir};
 use std::{path::Path, time::Instant};
+use stored::Stored;
 use train::Ended;
 use unchanged::Verdict;
+use weights::Weights;
 
 /// Runs the tool.
 pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
@@ -76,7 +79,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
-    weights::check(&architecture, &model).at(shown(&args.model))?;
+    kto_model::weights::check(&architecture, &model).at(shown(&args.model))?;
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;
     let tokens = data::read(&args)?;
     let held_out = HeldOut::read(&args, micro)?;
@@ -88,7 +91,10 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         adapter: adapter.as_ref(),
         held_out: held_out.as_ref(),
     };
-    let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
+    let mut plan = Plan::resolve(&args, &inputs, order.steps_per_epoch())?;
+    if args.common.make.if_changed && !args.dry_run {
+        plan.note_weights(Weights::of(&model, &args, ui)?);
+    }
     match unchanged::verdict(&args, &plan)? {
         Verdict::Done => return unchanged::done(&args, &plan),
         Verdict::Replace => args.resume = None,
@@ -107,6 +113,10 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     drop(adapter);
     let Some(lora) = lora.filter(|_| !args.dry_run) else { return Ok(Exit::Ok) };
     fit.report(ui);
+    // As late as can be: what is refused is refused at once.
+    if plan.base_weights.is_none() {
+        plan.note_weights(Weights::of(&model, &args, ui)?);
+    }
     let planned = Planned {
         args: &args,
         plan: &plan,
@@ -163,15 +173,14 @@ impl Planned<'_> {
             None => run_dir::lock(path, args.wait.unwrap_or_default(), ui),
         };
         let dir = open_run(args, plan, lock)?.with_record(unchanged::record(args, plan));
-        if args.resume.is_some()
-            && run_dir::settled_pack_rows(&args.out).is_some_and(|r| r != memory.pack_rows)
-        {
+        let stored = dir.stored().filter(|_| args.resume.is_some());
+        if stored.as_ref().and_then(Stored::pack_rows).is_some_and(|rows| rows != memory.pack_rows) {
             // Another process has begun the run since the memory was planned.
             let text = format!("{}: the run has only just begun elsewhere", shown(&args.out));
             return Err(Error::new(Kind::TryAgain, text).with_hint("the same command again"));
         }
         let goes_back = matches!(args.resume, Some(Resume::From(_)));
-        if args.resume.is_some() && !goes_back && dir.is_finished() {
+        if !goes_back && stored.is_some_and(|stored| stored.is_finished()) {
             ui.note(format_args!("{}: the run is finished", shown(&args.out)));
             dir.finish()?;
             output::print_path(&args.out)?;
@@ -218,23 +227,29 @@ fn open_run(args: &Args, plan: &Plan, lock: impl FnOnce(&Path) -> Result<RunLock
     }
     let existing = existing(args);
     let dir = RunDir::open(&args.out, existing, lock)?;
-    let stored = dir.stored_plan();
     if existing != Existing::Resume {
         return Ok(dir);
     }
+    let stored = dir.stored();
+    if let Some(from) = stored.as_ref().and_then(Stored::copied_from) {
+        let text = "a run that was killed before it had copied the checkpoint that it begins from";
+        return Err(Error::config(format!("{}: {text}", shown(&args.out)))
+            .with_hint(format!("--resume={}", escape(from))));
+    }
+    let stored = stored.as_ref().and_then(Stored::plan);
     if stored.is_none() && dir.checkpoints().exists() {
         let text = "checkpoints, but no readable run.json that says what they are of";
         return Err(Error::config(format!("{}: {text}", shown(&args.out)))
             .with_hint("--force to start anew in this directory"));
     }
-    stored.map_or(Ok(()), |stored| run_dir::refuse_differences(&stored, plan)).at(shown(&args.out))?;
+    stored.map_or(Ok(()), |stored| run_dir::refuse_differences(stored, plan)).at(shown(&args.out))?;
     Ok(dir)
 }
 
 fn set_threads(threads: Option<u32>) -> Result<()> {
-    let Some(n) = threads else { return Ok(()) };
-    let built = rayon::ThreadPoolBuilder::new().num_threads(n as usize).build_global();
-    built.map_err(|e| Error::new(Kind::Internal, format!("--threads {n}: {e}")))
+    // Not left to the first use, which would panic where no thread can be started. 0: as many as there are cores.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.map_or(0, |n| n as usize));
+    pool.build_global().map_err(Error::threads)
 }
 
 fn shown(path: &Path) -> String {
