@@ -63,19 +63,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     if let Some(Resume::From(path)) = &args.resume {
         resume::peek(path)?;
     }
-    let mut lock = None;
-    if !args.dry_run {
-        // Before the model is loaded, when the directory is there already.
-        if args.out.is_dir() {
-            lock = Some(run_dir::lock(&args.out, args.wait.unwrap_or_default(), ui)?);
-        }
-        let (existing, if_changed) = (existing(&args), args.common.make.if_changed);
-        run_dir::check(&args.out, if if_changed { Existing::Resume } else { existing })?;
-        // Whether --if-changed replaces the run is known only when its plan is.
-        let may_replace = existing == Existing::Replace || (if_changed && args.force);
-        run_dir::check_inputs(&args, if may_replace { Existing::Replace } else { existing })?;
-        unchanged::check(&args)?;
-    }
+    let lock = if args.dry_run { None } else { claim(&args, ui)? };
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
@@ -127,6 +115,19 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         began,
     };
     planned.train(model, &lora, lock, ui)
+}
+
+/// Refuses what the run directory does not allow, before the model is loaded. Returns the lock of one that is there already.
+fn claim(args: &Args, ui: &Ui) -> Result<Option<RunLock>> {
+    let wait = args.wait.unwrap_or_default();
+    let lock = if args.out.is_dir() { Some(run_dir::lock(&args.out, wait, ui)?) } else { None };
+    let (existing, if_changed) = (existing(args), args.common.make.if_changed);
+    run_dir::check(&args.out, if if_changed { Existing::Resume } else { existing })?;
+    // Whether --if-changed replaces the run is known only when its plan is.
+    let may_replace = existing == Existing::Replace || (if_changed && args.force);
+    run_dir::check_inputs(args, if may_replace { Existing::Replace } else { existing })?;
+    unchanged::check(args)?;
+    Ok(lock)
 }
 
 /// Returns which rows make which step.

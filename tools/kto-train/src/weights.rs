@@ -12,7 +12,7 @@ use kto_cli::{
 };
 use kto_formats::{
     model_dir::ModelDir,
-    tensors::{FileStamp, TensorStore},
+    tensors::{FileStamp, TensorStore, TensorView},
 };
 use rayon::prelude::*;
 
@@ -46,13 +46,14 @@ fn hash(tensors: &TensorStore, ui: &Ui) -> Result<String> {
     let views: Vec<_> = tensors.views().collect();
     let all = views.iter().flat_map(|view| (0..pieces(view.data.len())).map(move |at| (view, at)));
     let all: Vec<_> = all.collect();
-    let progress = ui.progress(all.len() as u64, "piece of the weights");
-    let digest = |(view, at): &(&kto_formats::tensors::TensorView, usize)| {
+    let total = views.iter().map(|view| view.data.len() as u64).sum();
+    let progress = ui.progress(total, "bytes of weights");
+    let digest = |(view, at): &(&TensorView, usize)| {
         signal::check().map_err(|e| Error::new(e.kind(), format!("{e} before the first step")))?;
         let bytes = at * PIECE..view.data.len().min((at + 1) * PIECE);
         let digest = sha256_hex(&view.data[bytes.clone()]);
+        progress.add(bytes.len() as u64);
         tensors.release_part(view.name, bytes);
-        progress.add(1);
         Ok(digest)
     };
     let digests = all.par_iter().map(digest).collect::<Result<Vec<String>>>()?;
@@ -71,10 +72,7 @@ fn hash(tensors: &TensorStore, ui: &Ui) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kto_formats::{
-        safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
-        tensors::TensorStore,
-    };
+    use kto_formats::safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata};
     use safetensors::Dtype;
 
     #[test]
