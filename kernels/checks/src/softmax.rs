@@ -1,6 +1,6 @@
 //! The masked softmax of attention scores against its formula in f64.
 
-use crate::{Arg, Buffer, Machine, launch, support::*};
+use crate::{Arg, Machine, launch, support::*};
 use candle_core::Result;
 use kto_kernels::{
     Dense, Segment,

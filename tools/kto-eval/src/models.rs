@@ -2,7 +2,7 @@
 
 use crate::args::ModelArgs;
 use candle_core::DType;
-use kto_cli::{Context, Error, Kind, Record, Result, escape};
+use kto_cli::{Context, Error, Record, Result, escape};
 use kto_formats::{
     adapter::{self, Adapter},
     model_dir::ModelDir,
