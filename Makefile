@@ -84,10 +84,11 @@ golden: ## check the fixtures against TRL and transformers (PYTHON=, versions: t
 peers: demo ## load what the demo made in PEFT, transformers and pyarrow (PYTHON=)
 	$(PYTHON) scripts/oracle/peers.py demo-out
 
-bench: build ## our step and TRL's in turn, growth, kernels; 35 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
+bench: build ## our step and TRL's in turn, growth, kernels, memory; 45 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
 	$(PYTHON) scripts/bench/compare.py allocator paired-default paired-precomputed small-memory unshared
 	$(PYTHON) scripts/bench/growth.py
 	$(PYTHON) scripts/bench/kernels.py
+	$(PYTHON) scripts/check-memory
 	$(PYTHON) scripts/bench/report.py
 
 bench-large: build ## random NF4 models of 7B and 14B shape: 40 minutes, 15 GB under target/bench (PYTHON=)

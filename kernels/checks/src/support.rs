@@ -149,7 +149,8 @@ pub(crate) fn same_bits(what: &str, element: Dense, found: &Buffer, expected: &[
     Ok(())
 }
 
-/// Fails unless every element lies within `tolerance · max(1, largest expected magnitude)` and one rounding of `expected`.
+/// Fails unless every element lies within `tolerance · max(1, largest expected magnitude)` and one rounding of `expected`. Where that
+/// is NaN, the poison of a result that nobody writes, a NaN must be.
 pub(crate) fn close(
     what: &str,
     element: Dense,
@@ -166,8 +167,8 @@ pub(crate) fn close(
     let tiny = if element == Dense::F16 { 1.0 / (1u64 << 25) as f64 } else { 0.0 };
     for (i, (f, e)) in found.iter().zip(expected).enumerate() {
         let allowed = bound + roundoff(element) * (e.abs() + bound) + tiny;
-        // Written so that a NaN fails.
-        let near = (f64::from(*f) - e).abs() <= allowed;
+        // Written so that a NaN that is not expected fails.
+        let near = if e.is_nan() { f.is_nan() } else { (f64::from(*f) - e).abs() <= allowed };
         if !near {
             bail!("{what}: element {i} is {f:e}, expected {e:e} within {allowed:e}");
         }

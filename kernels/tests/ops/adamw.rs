@@ -4,17 +4,8 @@ use kto_kernels::{AdamW, adamw_step};
 
 const STEPS: u64 = 12;
 
-/// Coefficients of a step: a falling rate, a strong decay, clipping on every third step.
 fn options(step: u64) -> AdamW {
-    AdamW {
-        lr: 0.1 / step as f64,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.3,
-        step,
-        gradient_scale: if step.is_multiple_of(3) { 0.25 } else { 1.0 },
-    }
+    adamw_options(0.1, step)
 }
 
 fn gradient(step: u64, n: usize) -> Tensor {

@@ -9,15 +9,7 @@ use kto_kernels::{
 };
 
 fn options(step: u64) -> AdamW {
-    AdamW {
-        lr: 0.01 / step as f64,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.3,
-        step,
-        gradient_scale: if step.is_multiple_of(3) { 0.25 } else { 1.0 },
-    }
+    adamw_options(0.01, step)
 }
 
 fn tensor(values: &[f32]) -> Tensor {

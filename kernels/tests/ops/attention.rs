@@ -148,13 +148,23 @@ fn many_tiles_are_the_definition_and_autograd() -> Outcome {
         {
             let [q, k, v, dout] = pack.tensors(shape, 31);
             let y = attend(&q, &k, &v, &pack.layout, shape)?;
-            assert_close("f64", &values(&y), &reference(&pack, [&q, &k, &v], shape), SAME_IN_F64);
+            let definition = reference(&pack, [&q, &k, &v], shape);
+            assert_close("f64", &values(&y), &definition, SAME_IN_F64);
             let expected = autograd(&[&q, &k, &v], &dout, |x| composed(&pack, x, shape));
             let (dq, dk, dv) = attend_backward(&dout, &q, &k, &v, &pack.layout, shape)?;
             for (what, found, expected) in
                 [("dq", dq, &expected[0]), ("dk", dk, &expected[1]), ("dv", dv, &expected[2])]
             {
                 assert_tensors(what, &found, expected, SAME_IN_F64);
+            }
+            let [q, k, v, dout] = [&q, &k, &v, &dout].map(single);
+            let y = attend(&q, &k, &v, &pack.layout, shape)?;
+            assert_close("f32", &values(&y), &definition, tolerance(&pack, shape));
+            let (dq, dk, dv) = attend_backward(&dout, &q, &k, &v, &pack.layout, shape)?;
+            for (what, found, expected) in
+                [("dq", dq, &expected[0]), ("dk", dk, &expected[1]), ("dv", dv, &expected[2])]
+            {
+                assert_tensors(&format!("{what} in f32"), &found, expected, tolerance(&pack, shape));
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Random tensors, comparisons and the two oracles of gradients.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use kto_kernels::AdamW;
 
 /// What a test returns.
 pub(crate) type Outcome = Result<()>;
@@ -146,5 +147,18 @@ pub(crate) fn assert_refused<T>(what: &str, result: Result<T>) {
     match result {
         Ok(_) => panic!("{what}: accepted"),
         Err(e) => assert!(!e.to_string().is_empty(), "{what}: no message"),
+    }
+}
+
+/// Coefficients of an update: a rate that falls from `peak`, a strong decay, clipping on every third step.
+pub(crate) fn adamw_options(peak: f64, step: u64) -> AdamW {
+    AdamW {
+        lr: peak / step as f64,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.3,
+        step,
+        gradient_scale: if step.is_multiple_of(3) { 0.25 } else { 1.0 },
     }
 }

@@ -50,6 +50,9 @@ struct Args {
     /// The same as --usual slow
     #[arg(long, conflicts_with = "usual")]
     slow: bool,
+    /// A time, or none
+    #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "ever")]
+    again: Option<String>,
     /// A switch
     #[arg(long)]
     keep: bool,
@@ -96,6 +99,8 @@ enum Job {
     Tell,
     /// Writes a directory of two files
     Dir,
+    /// Finds that two options contradict each other
+    Contradiction,
 }
 
 fn main() -> ExitCode {
@@ -153,6 +158,8 @@ fn run(args: Args, ui: &Ui) -> Result<Exit> {
                 progress.add(1);
             }
         }
+        Job::Tell if args.again.is_some() => say(&format!("again={:?}", args.again))?,
+        Job::Contradiction => return Err(Error::usage("--rank has a meaning with --keep only")),
         Job::Tell => say(&format!(
             "lr={} rank={:?} tags={:?} note={:?} how={:?} keep={} drop={}",
             args.lr,

@@ -20,14 +20,14 @@ use clap::{
 };
 use file::Origin;
 use layers::Layers;
-use option::Scope;
+use option::{Opt, Scope};
 use std::{ffi::OsString, path::PathBuf};
 
 /// The part of every long help that tells about it.
 pub(crate) const CONFIGURATION: &str = "\
 Configuration:
   Every option can be set in these ways; the first that is there counts:
-    --batch 8      the flag
+    --batch 8      the flag (underscores in a long flag are hyphens)
     KTO_BATCH=8    an environment variable; a switch is 1 or 0
     batch = 8      a key of the TOML file of --config: at its top, for every tool that
                    reads it, or in a table for one: [kto-train]
@@ -37,8 +37,8 @@ Configuration:
 pub(crate) enum Found {
     /// To run with these arguments.
     Run(ArgMatches, Resolution),
-    /// To print the configuration.
-    Print(String),
+    /// To print the configuration, and these warnings.
+    Print(String, Vec<String>),
 }
 
 /// What is wrong.
@@ -73,9 +73,10 @@ pub(crate) fn resolve(tool: &'static str, command: &Command, argv: &[OsString]) 
     // What is required may be missing from a configuration that is only shown.
     let parsed = if print { relaxed(command.clone()) } else { command.clone() }.try_get_matches_from(argv);
     let matches = parsed.map_err(|error| placed(error, &scope, &layers))?;
-    let resolution = Resolution::new(tool, &scope, &layers, &matches);
+    let mut resolution = Resolution::new(tool, &scope, &layers, &matches);
+    resolution.warnings = environment::misspelt(&scope);
     if print {
-        return Ok(Found::Print(print::toml(&resolution)));
+        return Ok(Found::Print(print::toml(&resolution), resolution.warnings));
     }
     Ok(Found::Run(matches, resolution))
 }
@@ -85,8 +86,13 @@ fn collect(tool: &str, scope: &Scope, typed: &ArgMatches) -> Result<Layers> {
     let mut layers = Layers::default();
     let mut flags = Layers::default();
     flags.add_typed(scope, typed);
-    if let Some(path) = flags.path(scope, "from_manifest") {
-        layers.add_environment(scope, |option| option.common && !option.steering)?;
+    let typed_manifest = flags.path(scope, "from_manifest");
+    let mut variable = Layers::default();
+    variable.add_environment(scope, |option| option.id == "from_manifest")?;
+    if let Some(path) = typed_manifest.clone().or_else(|| variable.path(scope, "from_manifest")) {
+        // A manifest that is typed beats a file that a variable names; of two variables neither does.
+        let wanted = |option: &Opt| typed_manifest.is_none() || !option.steering;
+        layers.add_environment(scope, |option| option.common && wanted(option))?;
         manifest::configuration(&path, &scope.full_name(tool))?
             .into_iter()
             .try_for_each(|(key, value)| layers.add_manifest(scope, &path, &key, &value))?;

@@ -124,6 +124,13 @@ impl Error {
         };
         Self::new(kind, format!("{}: {}", escape(&path.display().to_string()), io_text(error)))
     }
+    /// Returns the error (71) of worker threads that cannot be started.
+    pub fn threads(error: impl fmt::Display) -> Self {
+        let text = error.to_string();
+        let text = text.split(" (os error").next().unwrap_or_default().to_lowercase();
+        Self::new(Kind::OutOfMemory, format!("cannot start the worker threads: {text}"))
+            .with_hint("a smaller --threads, or raise ulimit -u")
+    }
     /// Adds what to do: a command or a flag.
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());

@@ -28,6 +28,7 @@ pub mod signal;
 mod stale;
 pub mod tool;
 mod ui;
+mod underscores;
 pub mod units;
 pub mod version;
 

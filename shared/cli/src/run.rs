@@ -7,7 +7,7 @@ use crate::{
     output::Output,
     signal, tool as running,
     ui::{self, report},
-    version,
+    underscores, version,
 };
 use clap::{ColorChoice, Command, Parser, error::ErrorKind};
 use std::{
@@ -38,8 +38,10 @@ pub fn run<A: Parser>(
     set_panic_hook(tool, signal::out_of_memory_is_71());
     let argv: Vec<OsString> = env::args_os().collect();
     let mut colour = ui::colour(color_flag(&argv), io::stderr().is_terminal());
+    let mut origins = Resolution::default();
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
         let command = dress(tool, A::command());
+        let argv = underscores::without(&command, argv);
         if let Some(kind) = generate::asked(&argv) {
             return print(&generate::text(tool, command, &kind)?);
         }
@@ -49,6 +51,8 @@ pub fn run<A: Parser>(
         };
         colour = ui::colour(common(&args).color, io::stderr().is_terminal());
         let ui = Ui::new(tool, common(&args));
+        resolution.warnings.iter().for_each(|text| ui.warn(text));
+        origins = resolution.clone();
         let _ = common(&args).make.resolution.set(resolution);
         body(args, &ui)
     }));
@@ -56,7 +60,7 @@ pub fn run<A: Parser>(
         Ok(error) => Err(*error),
         Err(_) => Err(Error::internal("")), // The panic hook has printed the line.
     });
-    ExitCode::from(finish(tool, result, colour))
+    ExitCode::from(finish(tool, result.map_err(|error| origins.placed(error)), colour))
 }
 
 enum Parsed<A> {
@@ -96,7 +100,10 @@ fn with_exit_status(command: Command) -> Command {
 
 fn parse<A: Parser>(tool: &'static str, mut command: Command, argv: &[OsString]) -> Result<Parsed<A>> {
     let (error, place) = match config::resolve(tool, &command, argv) {
-        Ok(Found::Print(text)) => return print(text.as_bytes()).map(|_| Parsed::Shown),
+        Ok(Found::Print(text, warnings)) => {
+            warnings.iter().for_each(|w| ui::say(format_args!("{tool}: warning: {w}")));
+            return print(text.as_bytes()).map(|_| Parsed::Shown);
+        }
         Ok(Found::Run(matches, resolution)) => match A::from_arg_matches(&matches) {
             Ok(args) => return Ok(Parsed::Args(args, resolution)),
             Err(error) => (error, None),

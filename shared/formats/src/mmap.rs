@@ -8,8 +8,10 @@
 mod bus;
 
 use kto_cli::{Error, Kind, Result, escape};
+use serde::{Deserialize, Serialize};
 use std::{
     ops::{Deref, Range},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -22,6 +24,34 @@ pub struct Map {
     /// Before the map: fields are dropped in this order.
     _entry: bus::Entry,
     map: memmap2::Mmap,
+    stamp: FileStamp,
+}
+
+/// What the system says of a file. A file that was written to, or replaced, since then has another one: the time of its last change
+/// cannot be set by hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileStamp {
+    /// Bytes.
+    pub size: u64,
+    /// Its number in the file system.
+    pub inode: u64,
+    /// Time of the last write, in nanoseconds since 1970.
+    pub modified: i64,
+    /// Time of the last change of content, name or mode, likewise.
+    pub changed: i64,
+}
+
+impl FileStamp {
+    fn of(file: &std::fs::Metadata) -> Self {
+        let time =
+            |seconds: i64, nanoseconds: i64| seconds.wrapping_mul(1_000_000_000).wrapping_add(nanoseconds);
+        Self {
+            size: file.size(),
+            inode: file.ino(),
+            modified: time(file.mtime(), file.mtime_nsec()),
+            changed: time(file.ctime(), file.ctime_nsec()),
+        }
+    }
 }
 
 impl Map {
@@ -33,15 +63,21 @@ impl Map {
             return Err(Error::new(Kind::Data, format!("{}: not a regular file", shown(path))));
         }
         let file = kto_cli::input::open_file(path)?;
+        let stamp = FileStamp::of(&file.metadata().map_err(|e| Error::reading(path, &e))?);
         // SAFETY: the map is private and read-only and is only handed out as `&[u8]`. Inputs are promised not to change
         // while a tool runs; when another process shortens one all the same, SIGBUS ends the process.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::reading(path, &e))?;
-        Ok(Self { path: path.into(), _entry: bus::Entry::new(path, &map), map })
+        Ok(Self { path: path.into(), _entry: bus::Entry::new(path, &map), map, stamp })
     }
 
     /// Returns the path as it was given.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns what the system said of the file when it was opened.
+    pub fn stamp(&self) -> FileStamp {
+        self.stamp
     }
 
     /// Tells the system how a byte range is about to be used. Failure is harmless and ignored.

@@ -4,7 +4,7 @@
 //! [`crate::adapter`] and the tools. Invariant: every view lies inside its file and its length is shape × dtype.
 //! Nothing is copied until [`TensorView::to_f32`].
 
-pub use crate::mmap::{Access, Map};
+pub use crate::mmap::{Access, FileStamp, Map};
 
 use crate::safetensors_header;
 use half::{bf16, f16};
@@ -143,6 +143,11 @@ impl TensorStore {
             let start = entry.range.start;
             self.files[entry.file].release(start + bytes.start..(start + bytes.end).min(entry.range.end));
         }
+    }
+
+    /// Returns what the system said of each file when it was opened.
+    pub fn stamps(&self) -> impl Iterator<Item = FileStamp> {
+        self.files.iter().map(|file| file.stamp())
     }
 
     /// Returns the file that holds `name`, for messages.

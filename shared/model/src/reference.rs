@@ -4,7 +4,7 @@ use crate::{
     rows::{Batch, Job, Packing},
     sweep::Sweep,
 };
-use kto_cli::{Error, Result};
+use kto_cli::{Error, Result, escape, hash::Sha256Hex};
 use kto_formats::{
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tensors::TensorStore,
@@ -95,41 +95,63 @@ impl Reference {
         Ok(())
     }
 
-    /// Writes the cache under `key`, which names base, adapter, tokens and form.
+    /// Writes the cache under `key`, which names base, adapter, tokens and form, sealed by a hash.
     pub fn write(&self, path: &Path, key: &str) -> Result<()> {
         let n = self.logps.len();
-        let metadata = BTreeMap::from([("kto.reference_key".to_string(), key.to_string())]);
+        let pairs: Vec<u8> =
+            self.logps.keys().flat_map(|p| [p.0.to_le_bytes(), p.1.to_le_bytes()]).flatten().collect();
+        let logps: Vec<u8> = self.logps.values().flat_map(|v| v.to_le_bytes()).collect();
+        let metadata = BTreeMap::from([
+            (KEY.to_string(), key.to_string()),
+            (SEAL.to_string(), seal(key, &pairs, &logps)),
+        ]);
         let specs = vec![
             TensorSpec::new("logps".to_string(), Dtype::F64, [n]),
             TensorSpec::new("pairs".to_string(), Dtype::U32, [n, 2]),
         ];
         let mut writer = SafetensorsWriter::new(path, specs, &metadata)?;
-        let pairs: Vec<u8> =
-            self.logps.keys().flat_map(|p| [p.0.to_le_bytes(), p.1.to_le_bytes()]).flatten().collect();
-        let logps: Vec<u8> = self.logps.values().flat_map(|v| v.to_le_bytes()).collect();
         writer.write("logps", &logps)?;
         writer.write("pairs", &pairs)?;
         writer.finish()
     }
 
-    /// Reads a cache; `None` when there is none, it was made under another key, or it cannot be read: it is then made anew.
-    pub fn read(path: &Path, key: &str) -> Option<Self> {
-        let store = TensorStore::open_file(path).ok()?;
-        if store.metadata().get("kto.reference_key").map(String::as_str) != Some(key) {
-            return None;
+    /// Reads a cache; `None` when there is none. Errors: it cannot be read, was made under another key, or does not match its
+    /// seal. Nothing is lost with it but the time to make it anew.
+    pub fn read(path: &Path, key: &str) -> Result<Option<Self>> {
+        if !path.exists() {
+            return Ok(None);
         }
-        let (logps, pairs) = (store.get("logps")?, store.get("pairs")?);
-        if logps.dtype != Dtype::F64 || pairs.dtype != Dtype::U32 || pairs.data.len() != logps.data.len() {
-            return None;
+        let store = TensorStore::open_file(path)?;
+        let bad = |what: &str| Error::data(format!("{}: {what}", escape(&path.display().to_string())));
+        let metadata = |name: &str| store.metadata().get(name).map(String::as_str);
+        if metadata(KEY) != Some(key) {
+            return Err(bad("made of another base, adapter or data"));
         }
-        let number = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        let keys = pairs.data.chunks_exact(8).map(|b| (number(&b[..4]), number(&b[4..])));
-        let values = logps
-            .data
-            .chunks_exact(8)
-            .map(|b| f64::from_bits(number(&b[..4]) as u64 | (number(&b[4..]) as u64) << 32));
-        Some(Self { logps: keys.zip(values).collect() })
+        let (logps, pairs) = (store.require("logps")?, store.require("pairs")?);
+        let sealed = metadata(SEAL) == Some(&seal(key, pairs.data, logps.data));
+        if !sealed || logps.dtype != Dtype::F64 || pairs.dtype != Dtype::U32 {
+            return Err(bad("damaged: its numbers are not those of its checksum"));
+        }
+        let pair = |b: &[u8; 8]| {
+            let both = u64::from_le_bytes(*b);
+            (both as u32, (both >> 32) as u32)
+        };
+        let keys = pairs.data.as_chunks().0.iter().map(pair);
+        let values = logps.data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b));
+        Ok(Some(Self { logps: keys.zip(values).collect() }))
     }
+}
+
+/// What the cache is of, in the file's metadata.
+const KEY: &str = "kto.reference_key";
+/// SHA-256 over key and numbers, in the file's metadata.
+const SEAL: &str = "kto.reference_sha256";
+
+fn seal(key: &str, pairs: &[u8], logps: &[u8]) -> String {
+    let mut hash = Sha256Hex::new();
+    // The key has a fixed length, and there are as many pairs as numbers.
+    [key.as_bytes(), pairs, logps].into_iter().for_each(|part| hash.update(part));
+    hash.finish()
 }
 
 /// Returns the work of a sweep over `pairs`.
@@ -154,4 +176,38 @@ pub fn sweeps(tokens: &TokenSet, pairs: &[Pair], limit: usize) -> Vec<Range<usiz
         cuts.push(start..pairs.len());
     }
     cuts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_changed_bit_is_taken_for_a_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("reference.safetensors");
+        let key = kto_cli::hash::sha256_hex(b"base and data");
+        let whole =
+            Reference { logps: BTreeMap::from([((0, 0), -1.5), ((0, 1), -0.0), ((7, u32::MAX), -99.25)]) };
+        assert_eq!(Reference::read(&path, &key).unwrap(), None);
+        whole.write(&path, &key).unwrap();
+        assert_eq!(Reference::read(&path, &key).unwrap().unwrap(), whole);
+        assert!(Reference::read(&path, &key[1..]).is_err());
+        let bytes = std::fs::read(&path).unwrap();
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut other = bytes.clone();
+                other[at] ^= 1 << bit;
+                std::fs::write(&path, other).unwrap();
+                // A bit of the header may mean nothing: an escape of JSON, a space that fills up.
+                if let Ok(read) = Reference::read(&path, &key) {
+                    assert_eq!(read.as_ref(), Some(&whole), "byte {at}, bit {bit}");
+                }
+            }
+        }
+        for length in 0..bytes.len() {
+            std::fs::write(&path, &bytes[..length]).unwrap();
+            assert!(Reference::read(&path, &key).is_err(), "cut at {length}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::args::ModelArgs;
 use candle_core::DType;
-use kto_cli::{Context, Error, Kind, Record, Result, escape};
+use kto_cli::{Context, Error, Record, Result, escape};
 use kto_formats::{
     adapter::{self, Adapter},
     model_dir::ModelDir,
@@ -69,9 +69,9 @@ pub fn adapter(
 
 /// Sets the number of worker threads of the process.
 pub fn set_threads(threads: Option<u32>) -> Result<()> {
-    let Some(n) = threads else { return Ok(()) };
-    let built = rayon::ThreadPoolBuilder::new().num_threads(n as usize).build_global();
-    built.map_err(|e| Error::new(Kind::Internal, format!("--threads {n}: {e}")))
+    // Not left to the first use, which would panic where no thread can be started. 0: as many as there are cores.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.map_or(0, |n| n as usize));
+    pool.build_global().map_err(Error::threads)
 }
 
 /// A path for messages.

@@ -29,8 +29,7 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     let threads = args.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.map_err(|e| Error::internal(format!("no threads: {e}")))?;
-    pool.install(|| merge(&args, ui))
+    pool.map_err(Error::threads)?.install(|| merge(&args, ui))
 }
 
 fn merge(args: &Args, ui: &Ui) -> Result<Exit> {

@@ -28,8 +28,7 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     let threads = args.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.map_err(|e| Error::internal(format!("no threads: {e}")))?;
-    pool.install(|| quantize(&args, ui))
+    pool.map_err(Error::threads)?.install(|| quantize(&args, ui))
 }
 
 fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {

@@ -74,7 +74,7 @@ fn tokenize(plan: Plan, ui: &Ui) -> Result<(TokenSet, Report)> {
     let worker = thread::Builder::new().name("tokenize".into()).spawn(move || {
         let _ = sender.send(pass::run(&plan, &worker_watch));
     });
-    let worker = worker.map_err(|e| Error::internal(format!("no thread: {e}")))?;
+    let worker = worker.map_err(Error::threads)?;
     let progress = ui.progress(0, "row");
     let mut shown = 0;
     loop {

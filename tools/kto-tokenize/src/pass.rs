@@ -27,7 +27,7 @@ pub fn run(plan: &Plan, watch: &Watch) -> Result<(TokenSet, Report)> {
     let encoder = watch.over(None, 0, || encoder(plan))?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads).stack_size(STACK);
     let pool = pool.thread_name(|i| format!("tokenize-{i}")).build();
-    let pool = pool.map_err(|e| Error::internal(format!("no threads: {e}")))?;
+    let pool = pool.map_err(Error::threads)?;
     let meta = TokenMeta {
         tokenizer: encoder.tokenizer.fingerprint().into(),
         vocab_size: encoder.tokenizer.vocab_size(),

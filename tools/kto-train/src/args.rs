@@ -132,15 +132,15 @@ pub struct Args {
     pub optimizer: OptimizerKind,
 
     /// Decay of AdamW's first moment
-    #[arg(long, value_name = "X", default_value_t = 0.9, value_parser = probability, alias = "adam_beta1", help_heading = "Optimizer")]
+    #[arg(long, value_name = "X", default_value_t = 0.9, value_parser = probability, help_heading = "Optimizer")]
     pub adam_beta1: f64,
 
     /// Decay of AdamW's second moment
-    #[arg(long, value_name = "X", default_value_t = 0.999, value_parser = probability, alias = "adam_beta2", help_heading = "Optimizer")]
+    #[arg(long, value_name = "X", default_value_t = 0.999, value_parser = probability, help_heading = "Optimizer")]
     pub adam_beta2: f64,
 
     /// Added to AdamW's denominator
-    #[arg(long, value_name = "X", default_value_t = 1e-8, value_parser = epsilon, alias = "adam_epsilon", help_heading = "Optimizer")]
+    #[arg(long, value_name = "X", default_value_t = 1e-8, value_parser = epsilon, help_heading = "Optimizer")]
     pub adam_epsilon: f64,
 
     /// Decoupled weight decay of AdamW

@@ -11,7 +11,7 @@ pub use manifest::{MANIFEST, Manifest};
 use crate::{cadence::Keep, optimizer::Optimizer, run_dir::RunDir};
 use candle_core::{DType, Tensor};
 use kto_cli::{
-    Error, Result,
+    Error, Kind, Result,
     atomic::{self, AtomicDir},
     escape,
 };
@@ -115,7 +115,7 @@ pub fn save(run: &RunDir, state: State, keep: Keep) -> Result<()> {
     write_tensors(&directory.path().join(STATE), &named(state.lora, state.optimizer))?;
     if state.position.evaluated.best_step > 0 {
         // No hard links: whoever edits a file of best/ would edit the checkpoints.
-        copy_dir(&run.file(BEST), &directory.path().join(BEST))?;
+        copy_best(run, &directory.path().join(BEST))?;
     }
     Manifest::new(directory.path(), state.position, state.pack_rows, state.plan)?.write(directory.path())?;
     directory.commit()?;
@@ -150,6 +150,16 @@ pub fn load(path: &Path, manifest: &Manifest, lora: &Lora, optimizer: &Optimizer
         target.slice_set(values, 0, 0).map_err(internal)?;
     }
     Ok(())
+}
+
+/// Copies the best adapter so far. Error (74): somebody has removed it.
+pub fn copy_best(run: &RunDir, to: &Path) -> Result<()> {
+    let best = run.file(BEST);
+    if best.is_dir() {
+        return copy_dir(&best, to);
+    }
+    let text = format!("{}: removed while the run was under way", escape(&best.display().to_string()));
+    Err(Error::new(Kind::Io, text).with_hint("--resume brings back the one of the newest checkpoint"))
 }
 
 /// Returns the checkpoint directories by step, oldest first.

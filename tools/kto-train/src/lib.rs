@@ -26,8 +26,10 @@ mod run_log;
 pub mod schedule;
 pub mod step;
 mod steps;
+mod stored;
 mod train;
 mod unchanged;
+mod weights;
 
 pub use args::{Args, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
 pub use cadence::Every;
@@ -45,15 +47,16 @@ use kto_model::{
     base::BaseModel,
     lora::{Lora, LoraSpec},
     memory::MemoryPlan,
-    weights,
 };
 use memory::Fit;
 use order::Order;
 use plan::{Inputs, Plan};
 use run_dir::{Existing, RunDir};
 use std::{path::Path, time::Instant};
+use stored::Stored;
 use train::Ended;
 use unchanged::Verdict;
+use weights::Weights;
 
 /// Runs the tool.
 pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
@@ -66,23 +69,11 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     if let Some(Resume::From(path)) = &args.resume {
         resume::peek(path)?;
     }
-    let mut lock = None;
-    if !args.dry_run {
-        // Before the model is loaded, when the directory is there already.
-        if args.out.is_dir() {
-            lock = Some(run_dir::lock(&args.out, args.wait.unwrap_or_default(), ui)?);
-        }
-        let (existing, if_changed) = (existing(&args), args.common.make.if_changed);
-        run_dir::check(&args.out, if if_changed { Existing::Resume } else { existing })?;
-        // Whether --if-changed replaces the run is known only when its plan is.
-        let may_replace = existing == Existing::Replace || (if_changed && args.force);
-        run_dir::check_inputs(&args, if may_replace { Existing::Replace } else { existing })?;
-        unchanged::check(&args)?;
-    }
+    let lock = if args.dry_run { None } else { claim(&args, ui)? };
     set_threads(args.threads)?;
     let model = ModelDir::open(&args.model)?;
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
-    weights::check(&architecture, &model).at(shown(&args.model))?;
+    kto_model::weights::check(&architecture, &model).at(shown(&args.model))?;
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;
     let tokens = data::read(&args)?;
     let held_out = HeldOut::read(&args, micro)?;
@@ -95,7 +86,10 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         held_out: held_out.as_ref(),
     };
     let device = RunDevice::choose(&args)?;
-    let plan = Plan::resolve(&args, &inputs, order.steps_per_epoch(), device.name())?;
+    let mut plan = Plan::resolve(&args, &inputs, order.steps_per_epoch(), device.name())?;
+    if args.common.make.if_changed && !args.dry_run {
+        plan.note_weights(Weights::of(&model, &args, ui)?);
+    }
     match unchanged::verdict(&args, &plan)? {
         Verdict::Done => return unchanged::done(&args, &plan),
         Verdict::Replace => args.resume = None,
@@ -114,6 +108,10 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     drop(adapter);
     let Some(lora) = lora.filter(|_| !args.dry_run) else { return Ok(Exit::Ok) };
     fit.report(ui);
+    // As late as can be: what is refused is refused at once.
+    if plan.base_weights.is_none() {
+        plan.note_weights(Weights::of(&model, &args, ui)?);
+    }
     let planned = Planned {
         args: &args,
         plan: &plan,
@@ -125,6 +123,19 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         began,
     };
     planned.train(model, &lora, lock, ui)
+}
+
+/// Refuses what the run directory does not allow, before the model is loaded. Returns the lock of one that is there already.
+fn claim(args: &Args, ui: &Ui) -> Result<Option<RunLock>> {
+    let wait = args.wait.unwrap_or_default();
+    let lock = if args.out.is_dir() { Some(run_dir::lock(&args.out, wait, ui)?) } else { None };
+    let (existing, if_changed) = (existing(args), args.common.make.if_changed);
+    run_dir::check(&args.out, if if_changed { Existing::Resume } else { existing })?;
+    // Whether --if-changed replaces the run is known only when its plan is.
+    let may_replace = existing == Existing::Replace || (if_changed && args.force);
+    run_dir::check_inputs(args, if may_replace { Existing::Replace } else { existing })?;
+    unchanged::check(args)?;
+    Ok(lock)
 }
 
 /// Returns which rows make which step.
@@ -179,15 +190,14 @@ impl Planned<'_> {
             None => run_dir::lock(path, args.wait.unwrap_or_default(), ui),
         };
         let dir = open_run(args, plan, lock)?.with_record(unchanged::record(args, plan));
-        if args.resume.is_some()
-            && run_dir::settled_pack_rows(&args.out).is_some_and(|r| r != memory.pack_rows)
-        {
+        let stored = dir.stored().filter(|_| args.resume.is_some());
+        if stored.as_ref().and_then(Stored::pack_rows).is_some_and(|rows| rows != memory.pack_rows) {
             // Another process has begun the run since the memory was planned.
             let text = format!("{}: the run has only just begun elsewhere", shown(&args.out));
             return Err(Error::new(Kind::TryAgain, text).with_hint("the same command again"));
         }
         let goes_back = matches!(args.resume, Some(Resume::From(_)));
-        if args.resume.is_some() && !goes_back && dir.is_finished() {
+        if !goes_back && stored.is_some_and(|stored| stored.is_finished()) {
             ui.note(format_args!("{}: the run is finished", shown(&args.out)));
             dir.finish()?;
             output::print_path(&args.out)?;
@@ -234,23 +244,29 @@ fn open_run(args: &Args, plan: &Plan, lock: impl FnOnce(&Path) -> Result<RunLock
     }
     let existing = existing(args);
     let dir = RunDir::open(&args.out, existing, lock)?;
-    let stored = dir.stored_plan();
     if existing != Existing::Resume {
         return Ok(dir);
     }
+    let stored = dir.stored();
+    if let Some(from) = stored.as_ref().and_then(Stored::copied_from) {
+        let text = "a run that was killed before it had copied the checkpoint that it begins from";
+        return Err(Error::config(format!("{}: {text}", shown(&args.out)))
+            .with_hint(format!("--resume={}", escape(from))));
+    }
+    let stored = stored.as_ref().and_then(Stored::plan);
     if stored.is_none() && dir.checkpoints().exists() {
         let text = "checkpoints, but no readable run.json that says what they are of";
         return Err(Error::config(format!("{}: {text}", shown(&args.out)))
             .with_hint("--force to start anew in this directory"));
     }
-    stored.map_or(Ok(()), |stored| run_dir::refuse_differences(&stored, plan)).at(shown(&args.out))?;
+    stored.map_or(Ok(()), |stored| run_dir::refuse_differences(stored, plan)).at(shown(&args.out))?;
     Ok(dir)
 }
 
 fn set_threads(threads: Option<u32>) -> Result<()> {
-    let Some(n) = threads else { return Ok(()) };
-    let built = rayon::ThreadPoolBuilder::new().num_threads(n as usize).build_global();
-    built.map_err(|e| Error::new(Kind::Internal, format!("--threads {n}: {e}")))
+    // Not left to the first use, which would panic where no thread can be started. 0: as many as there are cores.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.map_or(0, |n| n as usize));
+    pool.build_global().map_err(Error::threads)
 }
 
 fn shown(path: &Path) -> String {

@@ -6,7 +6,7 @@ use crate::{
     order::{Order, jobs},
     plan::{Inputs, Plan},
     resume::{self, Resume},
-    run_dir,
+    stored::Stored,
 };
 use kto_cli::{Error, Kind, Result, Ui, memory, number::Size, units};
 use kto_formats::{bnb, model_dir::ModelDir, tokens::TokenRow};
@@ -200,7 +200,7 @@ fn settled(args: &Args) -> Result<Option<usize>> {
     Ok(match &args.resume {
         None => None,
         Some(Resume::From(path)) => Some(resume::peek(path)?.pack_rows).filter(|rows| *rows > 0),
-        Some(Resume::Auto | Resume::Strict) => run_dir::settled_pack_rows(&args.out),
+        Some(Resume::Auto | Resume::Strict) => Stored::read(&args.out).and_then(|stored| stored.pack_rows()),
     })
 }
 

@@ -62,7 +62,7 @@ impl Optimizer {
         Ok(Self { spec, moments })
     }
 
-    /// Updates the adapter. `step` counts from 1. `grad_norm` is [`norm`] of the gradients.
+    /// Updates the adapter. `step` counts the updates from 1. `grad_norm` is [`norm`] of the gradients.
     /// Errors: an 8-bit update that would leave the range of f32 (65).
     pub fn step(&self, lora: &Lora, gradients: &Lora, grad_norm: f64, lr: f64, step: u64) -> Result<()> {
         let spec = self.spec;
@@ -82,9 +82,8 @@ impl Optimizer {
             match moments {
                 Moments::F32 { m, v } => adamw_step(p, m, v, g, options).map_err(internal)?,
                 // Types and shapes are this module's, so what it refuses is the numbers.
-                Moments::Bits8(moments) => adamw8_step(p, moments, g, options).map_err(|e| {
-                    Error::data(format!("step {step}: {name}: {e}")).with_hint("a lower --lr")
-                })?,
+                Moments::Bits8(moments) => adamw8_step(p, moments, g, options)
+                    .map_err(|e| Error::data(format!("{name}: {e}")).with_hint("a lower --lr"))?,
             }
         }
         Ok(())

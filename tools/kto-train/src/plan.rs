@@ -4,9 +4,10 @@ use crate::{
     args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind},
     evaluation::HeldOut,
     optimizer::OptimizerSpec,
+    weights::Weights,
 };
 use kto_cli::{Context, Error, Result, escape};
-use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
+use kto_formats::{adapter::Adapter, model_dir::ModelDir, tensors::FileStamp, tokens::TokenSet};
 use kto_model::{
     architecture::{Architecture, Module},
     fit,
@@ -22,6 +23,8 @@ use std::path::PathBuf;
 pub struct Plan {
     /// SHA-256 identity of the base.
     pub base: String,
+    /// SHA-256 of all its weights; not looked for in a dry run.
+    pub base_weights: Option<String>,
     /// SHA-256 of the token rows.
     pub data: String,
     /// Number of rows.
@@ -117,6 +120,8 @@ pub struct Typed {
     pub reference_is_adapter: bool,
     /// As the user named it.
     pub model: PathBuf,
+    /// Its files when `base_weights` was found.
+    pub base_files: Vec<FileStamp>,
 }
 
 /// The checked inputs of a plan.
@@ -156,6 +161,7 @@ impl Plan {
         let names = |m: &[Module]| m.iter().map(|m| m.name().to_string()).collect();
         Ok(Self {
             base: inputs.model.fingerprint(),
+            base_weights: None,
             data: inputs.tokens.fingerprint(),
             rows: inputs.tokens.len(),
             max_length: inputs.tokens.meta.max_length as usize,
@@ -204,12 +210,19 @@ impl Plan {
                 trl: args.preset == Some(Preset::Trl),
                 reference_is_adapter: args.reference == ReferenceKind::InitAdapter,
                 model: args.model.clone(),
+                base_files: Vec::new(),
             },
         })
     }
 }
 
 impl Plan {
+    /// Takes in what is known of the base's weights.
+    pub fn note_weights(&mut self, weights: Weights) {
+        self.base_weights = Some(weights.sha256);
+        self.typed.base_files = weights.files;
+    }
+
     /// Returns how rows become packs of about `rows` rows.
     pub fn packing(&self, rows: usize) -> Packing {
         if self.lora_dropout > 0.0 { Packing::Single } else { Packing::Shared(rows) }
@@ -227,9 +240,11 @@ impl Plan {
     }
 }
 
-/// Returns what a plan that does not name `field` did: the field is newer than the run. Null for a field that all plans have.
-pub fn before(field: &str) -> Value {
-    match field {
+/// Returns what a plan that does not name `field` did: the field is newer than the run. Null for a field that all plans have, nothing
+/// for one of which nobody knows.
+pub fn before(field: &str) -> Option<Value> {
+    Some(match field {
+        "base_weights" => return None,
         "optimizer" => json!("adamw"),
         "adam_beta1" => json!(0.9),
         "adam_beta2" => json!(0.999),
@@ -237,7 +252,7 @@ pub fn before(field: &str) -> Value {
         "load_best" => json!(false),
         "compute" => json!("cpu f32"),
         _ => Value::Null,
-    }
+    })
 }
 
 fn optimizer(args: &Args) -> OptimizerSpec {

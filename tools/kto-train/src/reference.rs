@@ -63,7 +63,14 @@ impl Run<'_> {
             format!("{} {} {adapter} {}", self.plan.base, pass.fingerprint, pass.max_length).as_bytes(),
         );
         let path = self.dir.file(pass.file);
-        let mut reference = Reference::read(&path, &key).unwrap_or_default();
+        let mut reference = match Reference::read(&path, &key) {
+            Ok(cached) => cached.unwrap_or_default(),
+            // The same numbers come out again: nothing is lost but time.
+            Err(e) => {
+                self.ui.warn(format_args!("{e}; the {} is made again", pass.name));
+                Reference::default()
+            }
+        };
         if reference.covers(&pass.pairs) {
             return Ok(Scored::All(reference, None));
         }

@@ -139,7 +139,7 @@ impl Search<'_> {
         }
         for name in run_dir::REFERENCES {
             // Made anew when they are missing, or of something else.
-            let _ = fs::copy(run.join(name), self.dir.file(name));
+            let _ = copy_start(&run.join(name), &self.dir.file(name), u64::MAX);
         }
         atomic::create_dir_all(&self.dir.checkpoints())?;
         let directory = AtomicDir::create(to, true)?;

@@ -8,6 +8,7 @@ use crate::{
     args::Args,
     plan::{self, Plan},
     resume::Resume,
+    stored::{State, Stored},
 };
 use kto_cli::{
     Error, Kind, Record, Result, Ui, atomic, escape,
@@ -80,7 +81,8 @@ impl RunDir {
         // A run that was killed at its last checkpoint, or with a best adapter half replaced, writes no further one.
         atomic::sweep(&this.checkpoints());
         atomic::sweep(path);
-        if existing == Existing::Replace {
+        // Copies that a killed process has left are of no use: they are made again.
+        if existing == Existing::Replace || existing == Existing::Refuse && is_copying(path) {
             this.clear()?;
         }
         Ok(this)
@@ -97,10 +99,9 @@ impl RunDir {
         self.record.as_ref().map_or(Ok(()), |record| finish(&self.path, record))
     }
 
-    /// Returns whether the run has ended and its adapter is there.
-    pub fn is_finished(&self) -> bool {
-        let state = self.manifest().and_then(|m| m.get("state").cloned());
-        state == Some(json!("finished")) && self.file("adapter").exists()
+    /// Returns what run.json says.
+    pub fn stored(&self) -> Option<Stored> {
+        Stored::read(&self.path)
     }
 
     /// Returns the directory.
@@ -118,26 +119,23 @@ impl RunDir {
         self.path.join(name)
     }
 
-    /// Returns the plan of the run that is in the directory.
-    pub fn stored_plan(&self) -> Option<Value> {
-        self.manifest()?.get("plan").filter(|p| p.is_object()).cloned()
-    }
-
-    fn manifest(&self) -> Option<Value> {
-        manifest(&self.path)
-    }
-
     /// Writes run.json.
-    pub fn write_manifest(&self, plan: &Plan, memory: &MemoryPlan, state: &str, result: Value) -> Result<()> {
+    pub fn write_manifest(
+        &self,
+        plan: &Plan,
+        memory: &MemoryPlan,
+        state: State,
+        result: Value,
+    ) -> Result<()> {
         let mut sections = match &self.record {
-            Some(record) => record.sections(&self.results(state == "finished"))?,
+            Some(record) => record.sections(&self.results(state == State::Finished))?,
             None => Map::new(),
         };
         let manifest = json!({
             "format": 1,
             "tool": "kto-train",
             "version": kto_cli::version::number(),
-            "state": state,
+            "state": state.name(),
             "configuration": sections.remove("configuration"),
             "inputs": sections.remove("inputs"),
             "outputs": sections.remove("outputs"),
@@ -151,6 +149,8 @@ impl RunDir {
                 "stream": memory.stream,
                 "predicted_peak": memory.peak,
             },
+            // When they are other ones, the weights are hashed again on --resume.
+            "base_files": plan.typed.base_files,
             "model": plan.typed.model.display().to_string(),
             "result": result,
             "environment": sections.remove("environment"),
@@ -193,16 +193,9 @@ pub fn finish(path: &Path, record: &Record) -> Result<()> {
     record.finish_with(&[path.join("adapter").join(ADAPTER)], &path.join("run.json"))
 }
 
-/// Returns what run.json in `path` says.
-pub fn manifest(path: &Path) -> Option<Value> {
-    let bytes = kto_cli::input::read(&path.join("run.json"), 16 << 20).ok()?;
-    serde_json::from_slice(&bytes).ok()
-}
-
-/// Returns the rows of a pack with which the run in `path` has begun: sums over other packs would differ in their last bits.
-pub fn settled_pack_rows(path: &Path) -> Option<usize> {
-    let rows = manifest(path)?.get("memory")?.get("pack_rows")?.as_u64()?;
-    usize::try_from(rows).ok().filter(|rows| *rows > 0)
+/// Whether the directory holds no more than what a killed process has copied into it.
+fn is_copying(path: &Path) -> bool {
+    Stored::read(path).is_some_and(|stored| stored.copied_from().is_some())
 }
 
 /// Refuses (73) a directory with a run in it, unless that is wanted. Called before the model is loaded, and under the lock.
@@ -212,7 +205,8 @@ pub fn check(path: &Path, existing: Existing) -> Result<()> {
         let text = format!("{shown}: not a run directory: there is \"{foreign}\" in it");
         return Err(Error::new(Kind::CantCreate, text).with_hint("--out with a new directory"));
     }
-    if existing != Existing::Refuse || !SIGNS.iter().any(|name| path.join(name).exists()) {
+    let is_run = SIGNS.iter().any(|name| path.join(name).exists()) && !is_copying(path);
+    if existing != Existing::Refuse || !is_run {
         return Ok(());
     }
     Err(Error::new(Kind::CantCreate, format!("{shown}: there is a run in this directory"))
@@ -265,8 +259,8 @@ pub fn differences(old: &Value, new: &Plan) -> Vec<(String, String, String)> {
     let (Some(old), Some(new)) = (old.as_object(), new.as_object()) else { return Vec::new() };
     let gone = old.keys().filter(|field| !new.contains_key(*field));
     let differs = |field: &String| {
-        let before = old.get(field).cloned().unwrap_or_else(|| plan::before(field));
         let value = new.get(field).cloned().unwrap_or_default();
+        let before = old.get(field).cloned().or_else(|| plan::before(field))?;
         (before != value).then(|| (field.clone(), before.to_string(), value.to_string()))
     };
     new.keys().chain(gone).filter_map(differs).collect()

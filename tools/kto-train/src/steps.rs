@@ -16,7 +16,7 @@ use crate::{
     step::{StepOutput, Trainer},
     train::Run,
 };
-use kto_cli::{Error, Kind, Result, signal};
+use kto_cli::{Context, Error, Kind, Result, signal};
 use kto_kernels::{DropoutKey, random};
 use kto_model::{lora::Lora, partners::purpose};
 use serde_json::{Value, json};
@@ -144,7 +144,8 @@ impl Steps<'_> {
         };
         let line = match tried {
             Tried::Finite(gradients, norm, out) => {
-                self.optimizer.step(self.lora, &gradients, norm, lr, next.updates())?;
+                let updated = self.optimizer.step(self.lora, &gradients, norm, lr, next.updates());
+                updated.at(format_args!("step {}", next.step))?;
                 check_finite(self.lora, next.step)?;
                 metrics::line(facts, &out.blocks, plan.typed.loss.loss)
             }
@@ -174,8 +175,8 @@ impl Steps<'_> {
         let key = random::key(&[plan.seed, purpose("dropout"), done]);
         let p = plan.lora_dropout;
         let dropout = (p > 0.0).then_some(DropoutKey { p, key });
-        let at = |e: Error| Error::new(e.kind(), format!("step {}: {e}", done + 1));
-        let out = self.trainer.step(self.lora, blocks, dropout, &gradients, watch).map_err(at)?;
+        let out = self.trainer.step(self.lora, blocks, dropout, &gradients, watch);
+        let out = out.at(format_args!("step {}", done + 1))?;
         if !out.finite {
             return Ok(Tried::NonFinite(NonFinite::new(What::Loss, blocks, &out.rows), out));
         }

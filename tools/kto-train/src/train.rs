@@ -2,7 +2,7 @@
 
 use crate::{
     cadence::Cadence,
-    checkpoint::{BEST, Position, copy_dir},
+    checkpoint::{Position, copy_best},
     evaluation::HeldOut,
     logs::Logs,
     memory::pairs,
@@ -11,10 +11,11 @@ use crate::{
     pace::{self, Lap, Work},
     plan::Plan,
     reference::{RefPass, Scored},
-    resume::{Resume, Search},
+    resume::{Resume, Search, foreign},
     run_dir::{LOGS, REFERENCES, RunDir},
     step::Trainer,
     steps::{Steps, Why},
+    stored::State,
 };
 use kto_cli::{Result, Ui, atomic::AtomicDir};
 use kto_formats::{
@@ -72,9 +73,13 @@ impl Run<'_> {
         let initial = if self.plan.typed.reference_is_adapter { Some(lora.deep_copy()?) } else { None };
         let optimizer = Optimizer::new(self.plan.typed.optimizer, lora)?;
         let search = Search { dir: self.dir, plan: self.plan, ui: self.ui };
+        if let Some(from) = foreign(self.dir.path(), resume) {
+            // Whatever is killed from here on until the next state begins anew with the same command.
+            self.write_state(State::Copying, json!({ "from": from.display().to_string() }))?;
+        }
         let mut start = resume.map_or(Ok(Position::default()), |how| search.load(how, lora, &optimizer))?;
         self.cadence.saved(start.step);
-        self.write_state("running", Value::Null)?;
+        self.write_state(State::Running, Value::Null)?;
         let mut logs = self.open_logs(&mut start)?;
         let MemoryPlan { kept_layers, head_rows, ref on_gpu, .. } = *self.memory;
         let offload_inputs = on_gpu.as_ref().is_some_and(|g| g.offload_inputs);
@@ -83,7 +88,7 @@ impl Run<'_> {
         workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
         workspace.reserve_shape(&self.memory.steps, true)?;
         let Some((references, scored)) = self.references(initial.as_ref(), &workspace)? else {
-            self.write_state("paused", counts(start))?;
+            self.write_state(State::Paused, counts(start))?;
             return Ok(Ended::Paused("the reference pass is not done, what it has is saved".into()));
         };
         if let Some(lap) = scored {
@@ -188,7 +193,7 @@ impl Run<'_> {
     /// Leaves the run directory as it is to be found.
     fn end(&self, why: Why, end: Position, logs: &Logs, lora: &Lora, summary: String) -> Result<Ended> {
         if why == Why::Paused {
-            self.write_state("paused", counts(end))?;
+            self.write_state(State::Paused, counts(end))?;
             return Ok(Ended::Paused(format!(
                 "{summary}; step {} of {} is saved",
                 end.step, self.plan.total_steps
@@ -219,11 +224,11 @@ impl Run<'_> {
         if end.skipped > 0 {
             summary += &format!(", {} steps skipped (nonfinite.jsonl)", end.skipped);
         }
-        self.write_state("finished", result)?;
+        self.write_state(State::Finished, result)?;
         Ok(Ended::Finished(summary))
     }
 
-    fn write_state(&self, state: &str, result: Value) -> Result<()> {
+    fn write_state(&self, state: State, result: Value) -> Result<()> {
         self.dir.write_manifest(self.plan, self.memory, state, result)
     }
 
@@ -246,7 +251,7 @@ impl Run<'_> {
 
     fn copy_best(&self) -> Result<()> {
         let directory = AtomicDir::create(&self.dir.file("adapter"), true)?;
-        copy_dir(&self.dir.file(BEST), directory.path())?;
+        copy_best(self.dir, directory.path())?;
         directory.commit()
     }
 }

@@ -1,6 +1,6 @@
 //! What a run has read, and whether the run in --out is the one that is asked for (`--if-changed`).
 
-use crate::{args::Args, plan::Plan, run_dir, shown};
+use crate::{args::Args, plan::Plan, run_dir, shown, stored::Stored};
 use kto_cli::{Error, Exit, Record, Result, output};
 
 /// What --if-changed finds in --out.
@@ -23,13 +23,14 @@ pub fn check(args: &Args) -> Result<()> {
 
 /// Compares the plan of the run in --out. Error (78): it is another one, field by field, and --force is not given.
 pub fn verdict(args: &Args, plan: &Plan) -> Result<Verdict> {
-    let manifest = run_dir::manifest(&args.out).filter(|_| args.common.make.if_changed && !args.dry_run);
-    let Some(manifest) = manifest else { return Ok(Verdict::GoOn) };
-    let Some(stored) = manifest.get("plan").filter(|plan| plan.is_object()) else { return Ok(Verdict::GoOn) };
-    let finished =
-        manifest.get("state").is_some_and(|s| s == "finished") && args.out.join("adapter").exists();
-    let differences = run_dir::differences(stored, plan);
-    match (differences.is_empty(), finished) {
+    let stored = Stored::read(&args.out).filter(|_| args.common.make.if_changed && !args.dry_run);
+    // Of what was only being copied nothing is kept.
+    let stored = stored.filter(|stored| stored.copied_from().is_none());
+    let Some((stored, old)) = stored.as_ref().and_then(|stored| Some((stored, stored.plan()?))) else {
+        return Ok(Verdict::GoOn);
+    };
+    let differences = run_dir::differences(old, plan);
+    match (differences.is_empty(), stored.is_finished()) {
         (true, true) => Ok(Verdict::Done),
         (false, _) if args.force => Ok(Verdict::Replace),
         (false, true) => {

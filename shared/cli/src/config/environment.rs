@@ -8,6 +8,9 @@ use super::{
 use crate::{Error, Kind, Result, escape};
 use std::{env, ffi::OsStr};
 
+/// Every tool's variables, `scripts/ci-manners` compares: what another tool has is no misspelt name of this one.
+const KNOWN: &str = include_str!("variables.txt");
+
 impl Layers {
     /// Adds the variables of the options that `wanted` takes. An empty variable is not set. Error (78): a switch that
     /// is neither on nor off.
@@ -29,6 +32,34 @@ impl Layers {
     }
 }
 
+/// Returns what to say about set variables that nobody knows and that look like one of the scope's. Other names are left alone:
+/// they may be somebody else's.
+pub(super) fn misspelt(scope: &Scope) -> Vec<String> {
+    let mut told: Vec<String> = env::vars_os()
+        .filter(|(_, value)| !value.is_empty())
+        .filter_map(|(name, _)| {
+            let name = name.into_string().ok()?;
+            let near = nearest(scope, &name)?;
+            Some(format!("{} is no variable of the KTO tools; {near} is", escape(&name)))
+        })
+        .collect();
+    told.sort();
+    told
+}
+
+/// Returns the variable that `name` was perhaps meant to be; nothing for one that is known.
+fn nearest<'a>(scope: &'a Scope, name: &str) -> Option<&'a str> {
+    let own = name.strip_prefix("KTO_")?;
+    let variables = scope.options.iter().flat_map(|option| &option.variables);
+    if KNOWN.lines().any(|known| known == name) || variables.clone().any(|known| known == name) {
+        return None;
+    }
+    let distance = |known: &str| Some(strsim::damerau_levenshtein(own, known.strip_prefix("KTO_")?));
+    let near = variables.filter_map(|known| Some((distance(known)?, known.as_str())));
+    // Two slips, and in a short name one: the shorter a name, the more of its neighbours are other words.
+    near.min().filter(|(slips, _)| *slips <= 2 && slips * 4 <= own.len()).map(|(_, known)| known)
+}
+
 fn words(option: &Opt, value: &OsStr) -> Option<Words> {
     let text = value.to_str().map(str::to_ascii_lowercase);
     let on = match text.as_deref() {
@@ -44,10 +75,8 @@ fn words(option: &Opt, value: &OsStr) -> Option<Words> {
             Some(Ok(times)) => Some(Words::Bare(times)),
             _ => as_switch,
         },
-        // 1 and 0 may be values of such an option; the words are not.
-        Shape::One { optional: true } if text.is_none_or(|t| t.parse::<u8>().is_err()) && on.is_some() => {
-            as_switch
-        }
+        // None of these words is a value of such an option: KTO_RESUME=1 is --resume.
+        Shape::One { optional: true } if on.is_some() => as_switch,
         _ => Some(Words::Values(vec![value.to_os_string()])),
     }
 }

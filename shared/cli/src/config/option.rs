@@ -58,12 +58,14 @@ impl Opt {
             ArgAction::Append => Shape::Many,
             _ => Shape::One { optional },
         };
-        let own =
-            (!arg.is_positional()).then(|| format!("KTO_{}", key.replace('-', "_").to_ascii_uppercase()));
+        let aliases: Vec<String> =
+            arg.get_all_aliases().unwrap_or_default().into_iter().map(str::to_string).collect();
+        let names = [&key].into_iter().chain(&aliases).filter(|_| !arg.is_positional());
+        let own = names.map(|name| format!("KTO_{}", name.replace('-', "_").to_ascii_uppercase()));
         let other = arg.get_env().map(|name| name.to_string_lossy().into_owned());
         Self {
-            aliases: arg.get_all_aliases().unwrap_or_default().into_iter().map(str::to_string).collect(),
-            variables: own.into_iter().chain(other).collect(),
+            variables: own.chain(other).collect(),
+            aliases,
             shape,
             defaults: arg.get_default_values().iter().map(OsString::from).collect(),
             text: kind == TypeId::of::<String>()
@@ -78,9 +80,10 @@ impl Opt {
             key,
         }
     }
-    /// Whether `name` is its key or another name of it.
+    /// Whether `name` is its key or another name of it, perhaps with underscores.
     pub fn is_called(&self, name: &str) -> bool {
-        self.key == name || self.aliases.iter().any(|alias| alias == name)
+        let is = |name: &str| self.key == name || self.aliases.iter().any(|alias| alias == name);
+        is(name) || is(&name.replace('_', "-"))
     }
 }
 

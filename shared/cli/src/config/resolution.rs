@@ -5,6 +5,7 @@ use super::{
     layers::{Layers, Words, raw},
     option::{Opt, Scope, Shape},
 };
+use crate::{Context, Error, Kind, Result, escape};
 use clap::{ArgMatches, parser::ValueSource};
 use serde_json::{Map, Value as Json};
 use std::ffi::OsString;
@@ -34,6 +35,8 @@ pub struct Resolution {
     pub tool: String,
     pub(super) tables: Vec<String>,
     pub(super) settings: Vec<Resolved>,
+    /// What is odd about the environment.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// An option's key and value.
@@ -61,13 +64,61 @@ impl Resolution {
                 repeated: !option.common && !NOT_REPEATED.contains(&option.key.as_str()),
             }
         };
-        Self { tool: scope.full_name(tool), tables, settings: settings.map(resolved).collect() }
+        Self {
+            tool: scope.full_name(tool),
+            tables,
+            settings: settings.map(resolved).collect(),
+            warnings: Vec::new(),
+        }
     }
     /// Returns what a manifest keeps, and `--from-manifest` sets again: neither messages, nor paths of make, nor what
     /// permits something once.
     pub fn configuration(&self) -> Map<String, Json> {
         let kept = self.settings.iter().filter(|s| s.repeated);
         kept.filter_map(|s| Some((s.key.clone(), json(&s.value)?))).collect()
+    }
+}
+
+impl Resolution {
+    /// Puts the place of a value that was not typed in front of an error about it, which names the flag (2), or begins with the path
+    /// that is not to be read or written (66, 73). A wrong value that was not typed is 78.
+    pub(crate) fn placed(&self, error: Error) -> Error {
+        let text = error.to_string();
+        let is_path = |value: &str| text.strip_prefix(value).is_some_and(|rest| rest.starts_with([':', '/']));
+        let is_meant = |s: &&Resolved| match (error.kind(), &s.value) {
+            (Kind::Usage, _) => names_flag(&text, &s.key),
+            (Kind::NoInput | Kind::CantCreate, Value::Text(value)) => is_path(&escape(value)),
+            _ => false,
+        };
+        let elsewhere = self.settings.iter().filter(|s| !matches!(s.origin, Origin::Flag | Origin::Default));
+        let Some(setting) = elsewhere.filter(|s| !is_place(&text, s)).find(is_meant) else { return error };
+        let kind = if error.kind() == Kind::Usage { Kind::Config } else { error.kind() };
+        let place = match (&setting.origin, words(&setting.value)) {
+            (Origin::Variable(name), Some(value)) if kind == Kind::Config => format!("{name}={value}"),
+            (origin, _) => origin.to_string(),
+        };
+        let placed: Result<()> = Err(error.with_kind(kind)).at(place);
+        placed.err().unwrap_or_else(|| Error::internal("an error remains one"))
+    }
+}
+
+/// Whether a message begins with a setting's place already.
+fn is_place(text: &str, setting: &Resolved) -> bool {
+    text.starts_with(&format!("{}: ", setting.origin))
+}
+
+fn names_flag(text: &str, key: &str) -> bool {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    text.split(|c| !is_name(c)).any(|word| word.strip_prefix("--") == Some(key))
+}
+
+/// A value as a variable has it.
+fn words(value: &Value) -> Option<String> {
+    match value {
+        Value::Unset => None,
+        Value::Bool(on) => Some(u8::from(*on).to_string()),
+        Value::Number(text) | Value::Text(text) => Some(escape(text)),
+        Value::List(list) => Some(list.iter().filter_map(words).collect::<Vec<_>>().join(",")),
     }
 }
 

@@ -131,6 +131,113 @@ fn a_wrong_variable_is_78_with_its_name() {
 }
 
 #[test]
+fn a_complaint_of_the_tool_names_where_the_value_came_from() {
+    let said = "--rank has a meaning with --keep only\n";
+    let hint = "hint: probe --help\n";
+    for (config, arguments, environment, code, expected) in [
+        ("", &["--rank", "4"][..], &[][..], 2, format!("probe: {said}{hint}")),
+        ("", &[], &[("KTO_RANK", "4")], 78, format!("probe: KTO_RANK=4: {said}")),
+        ("\nrank = 4\n", &[], &[], 78, format!("probe: p.toml:2: {said}")),
+        ("rank = 3\n", &["--rank", "4"], &[], 2, format!("probe: {said}{hint}")),
+    ] {
+        let dir = with(config);
+        let all = [&["contradiction", "--config", "p.toml"], arguments].concat();
+        let out = run(dir.path(), &all, environment);
+        assert_eq!((out.status.code(), text(&out.stderr)), (Some(code), expected.as_str()), "{config}");
+    }
+    let dir = with("files = 'none/x'\n[probe]\nout = 'none/y'\n");
+    let out = run(dir.path(), &["copy", "--config=p.toml", "-o", "y"], &[]);
+    assert_eq!(out.status.code(), Some(66));
+    let out = run(dir.path(), &["lines", "--config=p.toml"], &[]);
+    assert_eq!(out.status.code(), Some(73));
+    assert!(text(&out.stderr).starts_with("probe: p.toml:3: none/y: "), "{}", text(&out.stderr));
+    let out = run(dir.path(), &["lines"], &[("KTO_OUT", "none/z")]);
+    assert!(text(&out.stderr).starts_with("probe: KTO_OUT: none/z: "), "{}", text(&out.stderr));
+}
+
+#[test]
+fn a_misspelt_variable_is_named_and_others_are_not() {
+    let dir = with("");
+    let warned = |name: &str, value: &str| {
+        let out = run(dir.path(), &["tell"], &[(name, value)]);
+        assert_eq!(out.status.code(), Some(0), "{name}");
+        text(&out.stderr).to_string()
+    };
+    for (name, near) in [
+        ("KTO_RNAK", "KTO_RANK"),
+        ("KTO_LERNING_RATE", "KTO_LEARNING_RATE"),
+        ("KTO_QIUET", "KTO_QUIET"),
+        ("KTO_FROM_MANIFST", "KTO_FROM_MANIFEST"),
+    ] {
+        let said = format!("probe: warning: {name} is no variable of the KTO tools; {near} is\n");
+        assert_eq!(warned(name, "0"), said);
+    }
+    // Set to nothing; another tool's, though it is like KTO_NOTE; nobody's; a word of its own; one in another case.
+    for (name, value) in
+        [("KTO_RNAK", ""), ("KTO_NOW", "1"), ("KTO_MY_PROJECT", "x"), ("KTO_HOME", "/x"), ("kto_rnak", "1")]
+    {
+        assert_eq!(warned(name, value), "", "{name}");
+    }
+    let out = run(dir.path(), &["tell", "-q"], &[("KTO_RNAK", "3")]);
+    assert_eq!(text(&out.stderr), "");
+    let out = run(dir.path(), &["tell", "--print-config"], &[("KTO_RNAK", "3")]);
+    assert!(out.status.success() && text(&out.stderr).contains("KTO_RANK is"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn other_names_of_a_flag_are_variables_and_keys_too() {
+    let dir = with("learning_rate = 3\n");
+    assert!(told(dir.path(), &[], &[("KTO_LEARNING_RATE", "2")]).starts_with("lr=2 "));
+    assert!(told(dir.path(), &["--config=p.toml"], &[]).starts_with("lr=3 "));
+    assert!(told(dir.path(), &["--learning_rate", "1"], &[]).starts_with("lr=1 "));
+    assert!(told(dir.path(), &["--learning_rate=1", "--note", "a_b"], &[]).contains("note=Some(\"a_b\")"));
+    let out = run(dir.path(), &["tell", "--learning__rate", "1"], &[]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("'--learning__rate'"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn an_option_whose_value_may_be_missing_is_also_a_switch() {
+    let dir = with("");
+    for (value, expected) in [("1", "ever"), ("true", "ever"), ("on", "ever"), ("2", "2"), ("10m", "10m")] {
+        let said = format!("again=Some(\"{expected}\")");
+        assert_eq!(told(dir.path(), &[], &[("KTO_AGAIN", value)]), said);
+    }
+    for value in ["0", "no", ""] {
+        assert!(told(dir.path(), &[], &[("KTO_AGAIN", value)]).starts_with("lr="), "{value}");
+    }
+}
+
+#[test]
+fn a_manifest_can_be_a_variable() {
+    let dir = with("lr = 9\n");
+    let manifest = "{\"tool\": \"probe\", \"configuration\": {\"job\": \"tell\", \"lr\": 2}}";
+    fs::write(dir.path().join("m.json"), manifest).unwrap();
+    let variable = ("KTO_FROM_MANIFEST", "m.json");
+    let of = |arguments: &[&str], environment: &[(&str, &str)]| {
+        let out = run(dir.path(), arguments, environment);
+        (out.status.code().unwrap(), format!("{}{}", text(&out.stdout), text(&out.stderr)))
+    };
+    // Other variables do not touch a run that is repeated.
+    let (code, said) = of(&[], &[variable, ("KTO_LR", "7"), ("KTO_QUIET", "1")]);
+    assert!(code == 0 && said.starts_with("lr=2 "), "{said}");
+    let (code, said) = of(&["tell", "--lr=3"], &[variable]);
+    assert!(code == 0 && said.starts_with("lr=3 "), "{said}");
+    assert_eq!(of(&[], &[("KTO_FROM_MANIFEST", "none.json")]).0, 66);
+    // A file of configuration beside it is as wrong as beside the flag.
+    for (arguments, environment, wrong) in [
+        (&["--config=p.toml"][..], &[variable][..], true),
+        (&[], &[variable, ("KTO_CONFIG", "p.toml")], true),
+        (&["--from-manifest=m.json"], &[("KTO_CONFIG", "p.toml")], false),
+    ] {
+        let (code, said) = of(arguments, environment);
+        // Of two variables the one that clap meets last is named.
+        let found = said.starts_with("probe: KTO_") && said.contains("cannot be used with");
+        assert_eq!((code, found), if wrong { (78, true) } else { (0, false) }, "{arguments:?}: {said}");
+    }
+}
+
+#[test]
 fn conflicts_and_requirements_see_every_layer() {
     let conflict = "the argument '--drop' cannot be used with '--keep'";
     let (code, said) = refused("keep = true\n", &["--drop"], &[]);

@@ -4,7 +4,8 @@ use crate::{
     cli::{Bench, rows, stderr, write},
     golden::Case,
 };
-use std::path::PathBuf;
+use kto_formats::{model_dir::ModelDir, tensors::TensorStore};
+use std::path::{Path, PathBuf};
 
 /// A run of two of six steps with everything that a plan can hold, saved.
 fn paused() -> (Bench, Vec<String>) {
@@ -107,14 +108,83 @@ fn other_rows_another_batch_and_another_base_are_refused() {
     assert!(stderr(&output).contains("batch was 4, is 5"), "{}", stderr(&output));
 }
 
-/// A copy of a model with one number changed.
-fn changed_model(b: &Bench, model: &PathBuf) -> PathBuf {
+/// A copy of a model.
+fn copied_model(b: &Bench, model: &Path) -> PathBuf {
     let copy = b.dir.path().join("changed");
     std::fs::create_dir(&copy).unwrap();
     for entry in std::fs::read_dir(model).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
     }
+    copy
+}
+
+/// The fingerprint has samples of both ends of each tensor; what a run goes on with is known to the last bit.
+#[test]
+fn a_base_that_differs_by_a_bit_in_the_middle_of_a_tensor_is_refused() {
+    let (mut b, flags) = paused();
+    b.model = copied_model(&b, &b.model);
+    let path = b.model.join("model.safetensors");
+    let store = TensorStore::open_file(&path).unwrap();
+    let print = ModelDir::open(&b.model).unwrap().fingerprint();
+    let (_, range) = store.bytes("model.embed_tokens.weight").unwrap();
+    assert!(range.len() > 66 << 10, "{range:?}");
+    let resume = |how: &str| train(&b, &flags, &["--max-time", "0.001s", how]);
+    // Another file with the same bytes, then the same file after somebody has touched it.
+    assert!(resume("--resume").status.success());
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes).unwrap();
+    assert!(resume("--resume").status.success());
+    let time = std::fs::metadata(&path).unwrap().modified().unwrap();
+    let mut other = bytes.clone();
+    other[range.start + (33 << 10)] ^= 1;
+    let write = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        // The time of the last write can be set back; that of the last change cannot.
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+    };
+    write(&other);
+    assert_eq!(ModelDir::open(&b.model).unwrap().fingerprint(), print, "the samples do not see it");
+    for how in ["--resume", "--resume=strict"] {
+        let output = resume(how);
+        assert_eq!(output.status.code(), Some(78), "{how}: {}", stderr(&output));
+        assert!(stderr(&output).contains("cannot resume: base_weights was "), "{}", stderr(&output));
+    }
+    write(&bytes);
+    assert!(resume("--resume").status.success());
+    // What only --resume=strict sees: the same file by all that the system says, with other bytes.
+    let manifest = b.out().join("run.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let (_, hash) = text.split_once("\"base_weights\": \"").unwrap();
+    std::fs::write(&manifest, text.replace(&hash[..64], &"0".repeat(64))).unwrap();
+    let output = resume("--resume=strict");
+    assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
+    assert!(stderr(&output).contains("base_weights was \"00"), "{}", stderr(&output));
+    std::fs::write(&manifest, text).unwrap();
+    assert!(train(&b, &flags, &["-q", "--resume=strict"]).status.success());
+}
+
+/// make asks too: a run that is finished is not the one of another base.
+#[test]
+fn if_changed_sees_a_bit_in_the_middle_of_a_tensor() {
+    let mut b = Bench::new();
+    b.model = copied_model(&b, &b.model);
+    let flags = ["-q", "--max-steps", "1", "--if-changed"];
+    assert!(b.train(&flags).status.success() && b.train(&flags).status.success());
+    let path = b.model.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let (_, range) = TensorStore::open_file(&path).unwrap().bytes("model.embed_tokens.weight").unwrap();
+    bytes[range.start + (33 << 10)] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let output = b.train(&flags);
+    assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
+    assert!(stderr(&output).contains("base_weights was "), "{}", stderr(&output));
+    assert!(b.train(&[&flags[..], &["--force"]].concat()).status.success());
+}
+
+/// A copy of a model with one number changed.
+fn changed_model(b: &Bench, model: &Path) -> PathBuf {
+    let copy = copied_model(b, model);
     let path = copy.join("model.safetensors");
     let mut bytes = std::fs::read(&path).unwrap();
     let last = bytes.len() - 4;

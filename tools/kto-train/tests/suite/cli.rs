@@ -92,6 +92,30 @@ fn bad_inputs_are_refused() {
     assert!(!b.out().exists(), "a refused run leaves nothing");
 }
 
+/// A stack of a pebibyte cannot be had; `ulimit -u` does not hold for root.
+#[test]
+fn threads_that_cannot_be_started_are_71() {
+    let b = Bench::new();
+    for threads in [&[][..], &["--threads", "3"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_kto-train"))
+            .args([
+                Path::new("--model"),
+                &b.model,
+                Path::new("--data"),
+                &b.data,
+                Path::new("--out"),
+                &b.out(),
+            ])
+            .args(threads)
+            .env("RUST_MIN_STACK", (1u64 << 50).to_string())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        refused(&output, 71, "cannot start the worker threads: ");
+        assert!(stderr(&output).contains("hint: a smaller --threads"), "{}", stderr(&output));
+    }
+}
+
 #[test]
 fn an_initial_adapter_may_come_from_a_4_bit_form_of_the_base() {
     let b = Bench::new();

@@ -150,6 +150,37 @@ fn another_run_goes_on_from_a_checkpoint() {
     refused(&b.train(&[&FLAGS[..], &["--resume", &nothing]].concat()), 78, "not a checkpoint directory");
 }
 
+/// `scripts/kill-test` kills such a run at every one of its calls.
+#[test]
+fn a_run_that_was_killed_while_it_copied_its_checkpoint_begins_anew() {
+    let (a, b, truth) = (Bench::new(), Bench::new(), Bench::new());
+    done(&truth, &[]);
+    done(&a, &["--checkpoint-every", "6", "--keep-last", "9"]);
+    let from = format!("--resume={}", a.out().join("checkpoints/step-00000006").display());
+    done(&b, &[&from]);
+    // As it was found after a kill: the state that is written before anything is copied, and a part of the copies.
+    std::fs::remove_dir_all(b.out().join("adapter")).unwrap();
+    std::fs::remove_file(b.out().join("checkpoints/step-00000006/state.safetensors")).unwrap();
+    std::fs::create_dir(b.out().join("checkpoints/.step-00000012.999999999.kto-tmp")).unwrap();
+    let mut manifest = state(&b);
+    manifest["state"] = "copying".into();
+    manifest["result"] = serde_json::json!({ "from": &from["--resume=".len()..] });
+    std::fs::write(b.out().join("run.json"), manifest.to_string()).unwrap();
+    for how in ["--resume", "--resume=strict"] {
+        let output = b.train(&[&FLAGS[..], &[how]].concat());
+        refused(&output, 78, "killed before it had copied the checkpoint");
+        assert!(stderr(&output).contains(&format!("hint: {from}")), "{}", stderr(&output));
+    }
+    done(&b, &[&from]);
+    same_result(&b, &truth);
+    assert_eq!(checkpoints(&b), steps(&[6]));
+    // Any other run may begin there too: nothing of it was ever more than a copy.
+    std::fs::write(b.out().join("run.json"), manifest.to_string()).unwrap();
+    done(&b, &[]);
+    same_result(&b, &truth);
+    assert_eq!(checkpoints(&b), steps(&[]));
+}
+
 #[test]
 fn force_does_not_remove_the_checkpoint_that_a_run_goes_on_from() {
     let b = Bench::new();

@@ -6,7 +6,10 @@ use crate::{
 };
 use kto_formats::tokens::{TokenRow, TokenSet};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
 /// The rows `range` of a token set, with other labels if `flip`.
 pub fn part(tokens: &TokenSet, range: std::ops::Range<usize>, flip: bool) -> TokenSet {
@@ -189,6 +192,38 @@ fn the_best_adapter_is_kept_and_given_out_when_asked_for() {
         names
     };
     assert_eq!(files("best"), files("adapter"));
+}
+
+/// Training goes on without it as long as it can; what needs it in the end says what has happened.
+#[test]
+fn a_best_adapter_that_somebody_removes_is_one_line() {
+    let b = Bench::new();
+    let eval = worsening(&b);
+    let child = Command::new(env!("CARGO_BIN_EXE_kto-train"))
+        .args(["--batch", "4", "--epochs", "60", "--lr", "3e-3", "--eval-every", "4", "--load-best"])
+        .args(["--checkpoint-every", "1", "--eval-data", &eval, "--model"])
+        .args([&b.model, Path::new("--data"), &b.data, Path::new("--out"), &b.out()])
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let signal = |name: &str| {
+        assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+    };
+    while std::fs::metadata(b.out().join("eval.jsonl")).map_or(0, |m| m.len()) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    signal("-STOP");
+    std::fs::remove_dir_all(b.out().join("best")).unwrap();
+    signal("-CONT");
+    let output = child.wait_with_output().unwrap();
+    let err = stderr(&output);
+    assert_eq!(output.status.code(), Some(74), "{err}");
+    let told = format!("{}/best: removed while the run was under way", b.out().display());
+    let lines: Vec<&str> = err.lines().filter(|l| l.contains("/best: ")).collect();
+    assert_eq!(lines.len(), 2, "{err}");
+    assert!(lines[0].contains("warning: no checkpoint of step ") && lines[0].contains(&told), "{err}");
+    assert!(lines[1].starts_with(&format!("kto-train: {told}")) && err.contains("hint: --resume"), "{err}");
 }
 
 #[test]

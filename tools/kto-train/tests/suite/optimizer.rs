@@ -192,6 +192,21 @@ fn an_update_out_of_range_ends_the_run_before_it_is_written() {
     assert!(!b.out().join("checkpoints").exists());
 }
 
+/// The step that is named is the run's, not the optimizer's own count, in which skipped steps are none.
+#[test]
+fn after_a_skipped_step_an_update_out_of_range_names_the_step_of_the_run() {
+    let mut b = Bench::new();
+    crate::nonfinite::poison(&mut b);
+    // In the order of the file the first eight rows have the one that overflows.
+    let order = ["--preset", "trl", "--on-nonfinite", "skip"];
+    let output = b.train_in_batches("8", &[&FLAGS[..5], &order, &["--lr", "1e308"]].concat());
+    let err = stderr(&output);
+    assert_eq!(output.status.code(), Some(65), "{err}");
+    let listed = std::fs::read_to_string(b.out().join("nonfinite.jsonl")).unwrap();
+    assert!(listed.contains("\"step\":1,") && listed.lines().count() == 1, "{listed}");
+    assert!(err.contains("kto-train: step 2: ") && err.contains("adamw8_step: element 0"), "{err}");
+}
+
 #[test]
 fn the_optimizer_is_a_part_of_the_plan() {
     let b = Bench::new();
@@ -221,9 +236,10 @@ fn a_run_of_before_these_flags_goes_on_with_the_defaults() {
     let path = b.out().join("run.json");
     let mut manifest: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let plan = manifest["plan"].as_object_mut().unwrap();
-    for field in ["optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"] {
+    for field in ["base_weights", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"] {
         assert!(plan.shift_remove(field).is_some(), "{field}");
     }
+    assert!(manifest.as_object_mut().unwrap().shift_remove("base_files").is_some());
     manifest["state"] = json!("running");
     std::fs::write(&path, manifest.to_string()).unwrap();
     let other = b.train(&[&flags[..], &["--resume", "--optimizer", "adamw-8bit"]].concat());

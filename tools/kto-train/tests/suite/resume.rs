@@ -109,6 +109,43 @@ fn a_damaged_checkpoint_is_passed_over() {
 }
 
 #[test]
+fn damaged_references_are_noticed_and_made_again() {
+    let b = Bench::new();
+    let flags = [&FLAGS[1..], &["--checkpoint-every", "20"]].concat();
+    assert!(b.train(&flags).status.success());
+    let (truth, path) = (result(&b.out()), b.out().join("reference.safetensors"));
+    let whole = std::fs::read(&path).unwrap();
+    let resumed = || {
+        std::fs::remove_dir_all(b.out().join("adapter")).unwrap();
+        let output = b.train(&[&flags[..], &["--resume"]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert!(result(&b.out()) == truth);
+        stderr(&output)
+    };
+    assert!(!resumed().contains("warning"));
+    // A number, a key of the header, and a part that is missing.
+    let numbers = whole.len() - 100;
+    let flipped = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 4;
+        bytes
+    };
+    for (bytes, said) in [
+        (flipped(numbers), "damaged: its numbers are not those of its checksum"),
+        (flipped(9), "reference.safetensors: "),
+        (whole[..numbers].to_vec(), "reference.safetensors: "),
+    ] {
+        std::fs::write(&path, bytes).unwrap();
+        let err = resumed();
+        let warnings: Vec<&str> = err.lines().filter(|l| l.contains("warning")).collect();
+        assert_eq!(warnings.len(), 1, "{err}");
+        assert!(warnings[0].contains(said), "{err}");
+        assert!(warnings[0].ends_with("; the reference pass is made again"), "{err}");
+        assert_eq!(std::fs::read(&path).unwrap(), whole, "to the same bytes");
+    }
+}
+
+#[test]
 fn a_finished_run_stays_as_it_is() {
     let b = Bench::new();
     assert!(b.train(&["-q", "--max-steps", "2"]).status.success());
