@@ -190,13 +190,13 @@ fn when_streaming_one_block_is_in_memory() {
         assert_eq!(sum, block as f32 / 4.0);
         let found = resident(&file);
         assert!((block..block + slack).contains(&found), "block {layer}: {found} bytes in memory");
-        base.release(layer);
+        base.release(layer).unwrap();
         assert!(resident(&file) < slack, "block {layer}");
     }
     base.set_streaming(false);
     for layer in 0..LAYERS {
         base.layer(layer).unwrap().linears.iter().for_each(|l| drop(values(host(&l.weight))));
-        base.release(layer);
+        base.release(layer).unwrap();
     }
     assert!(resident(&file) > LAYERS * block);
 }
