@@ -281,4 +281,3 @@ DEVICE u64 mixed(u64 v) {
 
 DEVICE float block_sum(Here here, SHARED float *scratch, float v) { REDUCE(float, scratch, v, a + b); }
 DEVICE float block_max(Here here, SHARED float *scratch, float v) { REDUCE(float, scratch, v, b > a ? b : a); }
-DEVICE u64 block_min(Here here, SHARED u64 *scratch, u64 v) { REDUCE(u64, scratch, v, b < a ? b : a); }

@@ -4,7 +4,6 @@
 //! guards around it and results begin as NaN, so a kernel that leaves something out, reads or writes outside, or changes
 //! an input is noticed. Deliberately absent: timings, devices.
 
-mod adamw;
 mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -17,7 +16,6 @@ mod emulator;
 mod gpu;
 mod logprob;
 mod machine;
-mod reduce;
 mod rms_norm;
 mod rope;
 mod rows;
@@ -52,15 +50,13 @@ pub fn emulated_gpu(memory: usize, lazy: Stream) -> Option<Arc<dyn GpuMachine>> 
 pub type Check = fn(&dyn Machine) -> Result<()>;
 
 /// All checks by name.
-pub const CHECKS: [(&str, Check); 14] = [
-    ("adamw", adamw::check),
+pub const CHECKS: [(&str, Check); 12] = [
     ("attention", attention::check),
     ("casts", elementwise::check_casts),
     ("dequantize", dequantize::check),
     ("dropout", dropout::check),
     ("elementwise", elementwise::check),
     ("logprob", logprob::check),
-    ("reduce", reduce::check),
     ("rms_norm", rms_norm::check),
     ("rope", rope::check),
     ("rows", rows::check),

@@ -33,14 +33,12 @@ mod checks {
         };
     }
     checks!(
-        adamw,
         attention,
         casts,
         dequantize,
         dropout,
         elementwise,
         logprob,
-        reduce,
         rms_norm,
         rope,
         rows,

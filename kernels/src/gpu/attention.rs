@@ -33,6 +33,11 @@ pub struct Inputs<'a> {
     pub shape: HeadShape,
 }
 
+/// Returns the elements from one row of scores to the next: the tensor cores want their rows aligned to 16 bytes.
+fn padded(keys: usize) -> usize {
+    keys.next_multiple_of(8)
+}
+
 /// Returns the queries of a block that see `keys` keys.
 pub fn block_queries(shape: HeadShape, keys: usize) -> usize {
     (SCORES / (shape.heads * keys).max(1)).clamp(FEWEST, 1024)
@@ -47,7 +52,7 @@ pub fn scratch_bytes(
     back: bool,
 ) -> usize {
     let block = block_queries(shape, keys).min(queries);
-    let scores = shape.heads * block * keys;
+    let scores = shape.heads * block * padded(keys);
     let of_keys = shape.kv_heads * shape.dim;
     let size = element.size();
     let forward = scores * (4 + size) + 2 * keys * of_keys * size;
@@ -112,7 +117,8 @@ impl Part {
 
     /// Scores (H·n, seen) of the j-th head of every group; heads are in the order of the groups.
     fn scores(&self, of: &Matrix, n: usize, seen: usize, j: usize) -> Side {
-        side(of, j * n * seen, seen, self.group() * n * seen)
+        let stride = padded(seen);
+        side(of, j * n * stride, stride, self.group() * n * stride)
     }
 
     fn softmax(&self, first: usize, n: usize, seen: usize) -> Result<(Softmax, Grid)> {
@@ -124,8 +130,8 @@ impl Part {
             columns: narrow(seen)?,
             queries: narrow(n)?,
             first: narrow(before + 1)?,
-            in_stride: narrow(seen)?,
-            out_stride: narrow(seen)?,
+            in_stride: narrow(padded(seen))?,
+            out_stride: narrow(padded(seen))?,
             scale: 1.0 / (self.shape.dim as f32).sqrt(),
         };
         Ok((p, Grid::rows(rows, seen)))
@@ -134,13 +140,13 @@ impl Part {
     /// Returns the probabilities of a block (H·n, seen).
     fn probabilities(&self, q: &Matrix, (first, n, seen): (usize, usize, usize)) -> Result<Matrix> {
         let (gpu, rows, element) = (q.gpu(), self.shape.heads * n, q.element());
-        let scores = Matrix::short(gpu, rows, seen, Dense::F32)?;
+        let scores = Matrix::short(gpu, rows, padded(seen), Dense::F32)?;
         for j in 0..self.group() {
             let sides =
                 (self.queries(q, first, j), self.keys(&self.k).turned(), self.scores(&scores, n, seen, j));
             self.product((n, seen, self.shape.dim), sides, Dense::F32, 0.0)?;
         }
-        let probabilities = Matrix::short(gpu, rows, seen, element)?;
+        let probabilities = Matrix::short(gpu, rows, padded(seen), element)?;
         let (p, grid) = self.softmax(first, n, seen)?;
         gpu.launch("softmax_of_f32", element, grid, &[probabilities.address(), scores.address()], &p)?;
         Ok(probabilities)
@@ -243,7 +249,7 @@ pub fn attention_backward(
             let (first, n, seen) = block;
             let p = part.probabilities(q, block)?;
             let rows = part.shape.heads * n;
-            let dp = Matrix::short(gpu, rows, seen, Dense::F32)?;
+            let dp = Matrix::short(gpu, rows, padded(seen), Dense::F32)?;
             for j in 0..part.group() {
                 let d = part.queries(dout, first, j);
                 let sides = (part.scores(&p, n, seen, j).turned(), d, part.keys(&own_v));
@@ -251,7 +257,7 @@ pub fn attention_backward(
                 let sides = (d, part.keys(&part.v).turned(), part.scores(&dp, n, seen, j));
                 part.product((n, seen, dim), sides, Dense::F32, 0.0)?;
             }
-            let ds = Matrix::short(gpu, rows, seen, element)?;
+            let ds = Matrix::short(gpu, rows, padded(seen), element)?;
             let (params, grid) = part.softmax(first, n, seen)?;
             let at = [ds.address(), dp.address(), p.address()];
             gpu.launch("softmax_backward_of_f32", element, grid, &at, &params)?;

@@ -27,15 +27,13 @@ use crate::Dense;
 pub const DIALECT: &str = include_str!("../../gpu/dialect.h");
 
 /// The files of kernels by name.
-pub const SOURCES: [(&str, &str); 13] = [
-    ("adamw", include_str!("../../gpu/adamw.kernel")),
+pub const SOURCES: [(&str, &str); 11] = [
     ("dequantize_affine", include_str!("../../gpu/dequantize_affine.kernel")),
     ("dequantize_int8", include_str!("../../gpu/dequantize_int8.kernel")),
     ("dequantize_nf4", include_str!("../../gpu/dequantize_nf4.kernel")),
     ("dropout", include_str!("../../gpu/dropout.kernel")),
     ("elementwise", include_str!("../../gpu/elementwise.kernel")),
     ("logprob", include_str!("../../gpu/logprob.kernel")),
-    ("reduce", include_str!("../../gpu/reduce.kernel")),
     ("rms_norm", include_str!("../../gpu/rms_norm.kernel")),
     ("rope", include_str!("../../gpu/rope.kernel")),
     ("rows", include_str!("../../gpu/rows.kernel")),

@@ -2,7 +2,7 @@
 //! CPU operations of the same names.
 
 use super::{
-    Dropout, Elements, Grid, Logprob, Reduce, RmsNorm, Rope, Rows, Swiglu,
+    Dropout, Elements, Grid, Logprob, RmsNorm, Rope, Rows, Swiglu,
     matrix::Matrix,
     memory::{Gpu, Memory},
 };
@@ -265,13 +265,4 @@ pub fn logprob_unit_gradient(logits: &Matrix, kept: &Kept, element: Dense) -> Re
         logits.gpu().launch("logprob_gradient_of_f32", element, grid, &at, &kept.p)?;
     }
     Ok(out)
-}
-
-/// As [`crate::sum_of_squares`], summed in f32 within a block.
-pub fn sum_of_squares(x: &Matrix) -> Result<f64> {
-    let grid = Grid::elements(x.elements());
-    let sums = Matrix::short(x.gpu(), 1, grid.blocks as usize, Dense::F32)?;
-    let p = Reduce { elements: x.elements() as u64 };
-    x.gpu().launch("sum_of_squares", x.element(), grid, &[sums.address(), x.address()], &p)?;
-    Ok(sums.to_floats()?.into_iter().map(f64::from).sum())
 }

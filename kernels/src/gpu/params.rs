@@ -2,7 +2,7 @@
 //!
 //! The constructors do what is done once on the host, in f64, exactly as the CPU operations do it.
 
-use crate::{AdamW as Update, Dense, DropoutKey, Segment};
+use crate::{Dense, DropoutKey, Segment};
 
 /// A kernel's last argument.
 ///
@@ -143,29 +143,6 @@ params!(
     }
 );
 params!(
-    /// Of `adamw`.
-    AdamW {
-        /// Elements of each tensor.
-        elements: u64,
-        /// 1 − β1
-        d1: f32,
-        /// β2
-        b2: f32,
-        /// 1 − β2
-        d2: f32,
-        /// 1 − lr·wd
-        decay: f32,
-        /// lr / (1 − β1ᵗ)
-        size: f32,
-        /// √(1 − β2ᵗ)
-        c2: f32,
-        /// Added to the denominator.
-        eps: f32,
-        /// Factor on the gradient.
-        gradient_scale: f32,
-    }
-);
-params!(
     /// Of `dropout`.
     Dropout {
         /// Rows of x.
@@ -202,39 +179,12 @@ params!(
         unused: u32,
     }
 );
-params!(
-    /// Of `sum_of_squares` and `first_non_finite`.
-    Reduce {
-        /// Elements of the tensor.
-        elements: u64,
-    }
-);
-
 /// Returns the number that kernels know a file's float type by.
 pub fn float_code(float: Dense) -> u32 {
     match float {
         Dense::F32 => 0,
         Dense::F16 => 1,
         Dense::Bf16 => 2,
-    }
-}
-
-impl AdamW {
-    /// Returns the coefficients of an update of `elements` parameters.
-    pub fn new(update: Update, elements: usize) -> Self {
-        let Update { lr, beta1, beta2, eps, weight_decay, step, gradient_scale } = update;
-        let corrections = [beta1, beta2].map(|beta| 1.0 - beta.powf(step as f64));
-        Self {
-            elements: elements as u64,
-            d1: (1.0 - beta1) as f32,
-            b2: beta2 as f32,
-            d2: (1.0 - beta2) as f32,
-            decay: (1.0 - lr * weight_decay) as f32,
-            size: (lr / corrections[0]) as f32,
-            c2: corrections[1].sqrt() as f32,
-            eps: eps as f32,
-            gradient_scale: gradient_scale as f32,
-        }
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
     lora::Lora,
     memory::BatchShape,
     numeric::Numeric,
+    on_gpu::adapter::GradientMemory,
     pack::Pack,
 };
 use kto_cli::{Error, Result};
@@ -200,6 +201,8 @@ pub struct Workspace {
     pub(crate) logits: Buffer,
     /// Lowest adapted block.
     pub(crate) first: usize,
+    /// Of a gradient on its way from a GPU.
+    pub(crate) gradient_memory: RefCell<Option<GradientMemory>>,
     /// Counts forward sweeps, so that a backward sweep of another one is noticed.
     pub(crate) sweeps: Cell<u64>,
 }
@@ -260,6 +263,7 @@ impl Workspace {
             head_rows: spec.head_rows.max(1),
             logits: Buffer::of_logits(architecture.vocab_size, device),
             first,
+            gradient_memory: RefCell::new(None),
             sweeps: Cell::new(0),
         }
     }

@@ -17,7 +17,9 @@ use crate::{
 use kto_cli::{Error, Result};
 use kto_kernels::{
     DropoutKey,
-    device::{Tensor, clear, gather_rows_into, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows},
+    device::{
+        Device, Tensor, clear, gather_rows_into, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows,
+    },
     random, with_team,
 };
 
@@ -84,7 +86,15 @@ struct Place {
 impl Sweep<'_> {
     /// Runs `packs` forward. With `keep`, [`Sweep::backward`] can follow, before any other sweep in the same workspace.
     pub fn forward(&self, packs: &[Pack], keep: bool) -> Result<Forward> {
-        with_team(|| self.run_forward(packs, keep))
+        self.awake(|| self.run_forward(packs, keep))
+    }
+
+    /// Runs `f` with threads that stay awake where the processor computes.
+    fn awake<R>(&self, f: impl FnOnce() -> R) -> R {
+        match self.base.device() {
+            Device::Host(_) => with_team(f),
+            Device::Gpu(..) => f(),
+        }
     }
 
     fn run_forward(&self, packs: &[Pack], keep: bool) -> Result<Forward> {
@@ -209,7 +219,7 @@ impl Sweep<'_> {
         coefficients: &[Vec<f64>],
         gradients: &Lora,
     ) -> Result<()> {
-        with_team(|| self.run_backward(packs, forward, coefficients, gradients))
+        self.awake(|| self.run_backward(packs, forward, coefficients, gradients))
     }
 
     fn run_backward(
@@ -227,7 +237,7 @@ impl Sweep<'_> {
         for ((pack, place), coefficients) in packs.iter().zip(&places).zip(coefficients) {
             self.head_backward(pack, *place, coefficients)?;
         }
-        let mut gradient = Gradient::new(self.base.device(), gradients)?;
+        let mut gradient = Gradient::new(self.base.device(), gradients, &w.gradient_memory)?;
         for index in (w.first..self.base.architecture.layers).rev() {
             w.inputs.fetch(index - w.first)?;
             let layer =
@@ -240,7 +250,7 @@ impl Sweep<'_> {
             self.base.release(index)?;
             self.tell(self.base.architecture.layers - index, self.base.architecture.layers - w.first);
         }
-        gradient.finish(w.first)
+        gradient.finish(w.first, &w.gradient_memory)
     }
 
     /// Writes the gradient of the last block's output for the trained head rows.

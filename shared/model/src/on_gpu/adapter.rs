@@ -15,7 +15,8 @@ use kto_kernels::{
     device::{Device, Tensor},
     gpu::{Gpu, Mark, Matrix, Memory, Pinned, Stream},
 };
-use std::sync::Arc;
+use rayon::prelude::*;
+use std::{cell::RefCell, sync::Arc};
 
 /// Distance between tensors, in bytes.
 const ALIGN: usize = 256;
@@ -62,15 +63,12 @@ pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors<Ten
         (end, _) = (next, all.push(of));
     }
     let memory = Arc::new(gpu.borrow(end).numeric()?);
-    let mut bytes = vec![0; end];
-    let tensors = lora.tensors().zip(all.iter().flatten());
-    for (tensor, (at, rows, columns)) in tensors {
-        let values = floats(tensor)?;
-        element.encode(&values, &mut bytes[*at..][..rows * columns * element.size()]);
-    }
-    if end > 0 {
-        gpu.machine().upload(memory.address(), &bytes).numeric()?;
-    }
+    let tensors: Vec<_> = lora.tensors().zip(all.iter().flatten()).collect();
+    tensors.par_iter().try_for_each(|(tensor, (at, rows, columns))| {
+        let mut bytes = vec![0; rows * columns * element.size()];
+        element.encode(&floats(tensor)?, &mut bytes);
+        gpu.machine().upload(memory.address() + *at as u64, &bytes).numeric()
+    })?;
     Ok(lora.layers.iter().zip(&all).map(|(block, places)| within(block, &memory, places, *element)).collect())
 }
 
@@ -95,20 +93,29 @@ pub(crate) enum Gradient<'a> {
     Gpu(Box<GpuGradient<'a>>),
 }
 
-/// Two blocks' gradients on the device, and all of them on the host.
+/// The memory of a gradient: two blocks' on the device, and all of it on the host.
+pub(crate) struct GradientMemory {
+    buffers: [Arc<Memory>; 2],
+    host: Pinned,
+    sizes: (usize, usize),
+}
+
 pub(crate) struct GpuGradient<'a> {
     gpu: Arc<Gpu>,
     lora: &'a Lora,
     /// Places of each block's tensors in its own run, the run's size and its place in the host's memory.
     blocks: Vec<(Vec<(usize, usize, usize)>, usize, usize)>,
-    buffers: [Arc<Memory>; 2],
-    host: Pinned,
+    memory: GradientMemory,
     copied: [Option<Mark>; 2],
 }
 
 impl<'a> Gradient<'a> {
-    /// Prepares to add to `gradients`.
-    pub fn new(device: &'a Device, gradients: &'a Lora) -> Result<Self> {
+    /// Prepares to add to `gradients`. `memory` is kept from sweep to sweep.
+    pub fn new(
+        device: &'a Device,
+        gradients: &'a Lora,
+        memory: &RefCell<Option<GradientMemory>>,
+    ) -> Result<Self> {
         let Device::Gpu(gpu, _) = device else { return Ok(Self::Host(gradients, device)) };
         let (mut blocks, mut end, mut most) = (Vec::with_capacity(gradients.layers.len()), 0, 0);
         for block in &gradients.layers {
@@ -116,16 +123,16 @@ impl<'a> Gradient<'a> {
             blocks.push((of, bytes, end));
             (end, most) = (end + bytes, most.max(bytes));
         }
-        let buffer = || Ok(Arc::new(gpu.borrow(most).numeric()?));
-        let (buffers, host) = ([buffer()?, buffer()?], gpu.pin(end).numeric()?);
-        Ok(Self::Gpu(Box::new(GpuGradient {
-            gpu: gpu.clone(),
-            lora: gradients,
-            blocks,
-            buffers,
-            host,
-            copied: [None, None],
-        })))
+        let memory = match memory.take().filter(|m| m.sizes == (most, end)) {
+            Some(memory) => memory,
+            None => {
+                let buffer = || Ok(Arc::new(gpu.take(most).numeric()?));
+                let (buffers, host) = ([buffer()?, buffer()?], gpu.pin(end).numeric()?);
+                GradientMemory { buffers, host, sizes: (most, end) }
+            }
+        };
+        let (gpu, lora) = (gpu.clone(), gradients);
+        Ok(Self::Gpu(Box::new(GpuGradient { gpu, lora, blocks, memory, copied: [None, None] })))
     }
 
     /// Returns where the gradient of a block is added to.
@@ -135,7 +142,7 @@ impl<'a> Gradient<'a> {
             Self::Gpu(g) => {
                 let machine = g.gpu.machine();
                 let (places, bytes, _) = &g.blocks[layer];
-                let memory = &g.buffers[layer % 2];
+                let memory = &g.memory.buffers[layer % 2];
                 if let Some(copied) = &g.copied[layer % 2] {
                     machine.follow(Stream::Compute, copied).numeric()?;
                 }
@@ -152,39 +159,34 @@ impl<'a> Gradient<'a> {
         let Self::Gpu(g) = self else { return Ok(()) };
         g.gpu.order(Stream::Compute, Stream::Copy).numeric()?;
         let (_, bytes, at) = g.blocks[layer];
-        g.host.download(at, g.buffers[layer % 2].address(), bytes).numeric()?;
+        g.memory.host.download(at, g.memory.buffers[layer % 2].address(), bytes).numeric()?;
         g.copied[layer % 2] = Some(g.gpu.machine().mark(Stream::Copy).numeric()?);
         Ok(())
     }
 
-    /// Adds the gradients of the blocks from `first` on to the host's.
-    pub fn finish(self, first: usize) -> Result<()> {
+    /// Adds the gradients of the blocks from `first` on to the host's, and leaves the memory for the next sweep.
+    pub fn finish(self, first: usize, home: &RefCell<Option<GradientMemory>>) -> Result<()> {
         let Self::Gpu(g) = self else { return Ok(()) };
         let done = g.gpu.machine().mark(Stream::Copy).numeric()?;
         g.gpu.machine().wait(&done).numeric()?;
-        let bytes = g.host.read();
-        for (layer, block) in g.lora.layers.iter().enumerate().skip(first) {
-            let (places, _, start) = &g.blocks[layer];
+        let bytes = g.memory.host.read();
+        let mut all = Vec::new();
+        for (block, (places, _, start)) in g.lora.layers.iter().zip(&g.blocks).skip(first) {
             let tensors = block.iter().flatten().flat_map(|f| [&f.a, &f.b]);
-            for (tensor, (at, rows, columns)) in tensors.zip(places) {
-                let from = &bytes[start + at..][..rows * columns * 4];
+            all.extend(tensors.zip(places).map(|(tensor, (at, rows, columns))| {
+                (tensor, (*rows, *columns), &bytes[start + at..][..rows * columns * 4])
+            }));
+        }
+        all.par_iter()
+            .try_for_each(|(tensor, shape, bytes)| {
                 let values: Vec<f32> =
-                    from.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-                let found = HostTensor::from_vec(values, (*rows, *columns), &candle_core::Device::Cpu)
-                    .and_then(|t| t.to_dtype(tensor.dtype()))
-                    .numeric()?;
-                kto_kernels::add(tensor, &found).numeric()?;
-            }
-        }
+                    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                let found = HostTensor::from_vec(values, *shape, &candle_core::Device::Cpu)?
+                    .to_dtype(tensor.dtype())?;
+                kto_kernels::add(tensor, &found)
+            })
+            .numeric()?;
+        *home.borrow_mut() = Some(g.memory);
         Ok(())
-    }
-}
-
-impl Drop for GpuGradient<'_> {
-    fn drop(&mut self) {
-        // Memory that a copy still writes is not given back: an error on the way leaves copies behind.
-        if let Ok(done) = self.gpu.machine().mark(Stream::Copy) {
-            let _ = self.gpu.machine().wait(&done);
-        }
     }
 }

@@ -3,8 +3,14 @@
 use crate::golden::{CASES, Case};
 use candle_core::{DType, Tensor};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tensors::TensorStore, tokens::TokenSet};
+use kto_kernel_checks::emulated_gpu;
+use kto_kernels::{
+    Dense,
+    device::Device,
+    gpu::{Gpu, Stream},
+};
 use kto_model::{
-    base::BaseModel,
+    base::{BaseModel, Placement},
     buffers::{Workspace, WorkspaceSpec},
     lora::Lora,
     loss::{Loss, LossSpec},
@@ -36,8 +42,15 @@ struct Replay {
 }
 
 fn replay(case: &Case, dtype: DType, packing: Packing) -> Replay {
+    replay_on(case, dtype, packing, None)
+}
+
+fn replay_on(case: &Case, dtype: DType, packing: Packing, device: Option<&Device>) -> Replay {
     let tokens = case.tokens();
-    let base = BaseModel::load(ModelDir::open(&case.file("model")).unwrap(), dtype, 96).unwrap();
+    let mut base = BaseModel::load(ModelDir::open(&case.file("model")).unwrap(), dtype, 96).unwrap();
+    if let Some(device) = device {
+        base.place(device, Placement { streamed: true, head_tile: Some(100) }, |_| {}).unwrap();
+    }
     let adapter = Adapter::read(&case.file("adapter_init")).unwrap();
     let lora = Lora::from_adapter(&base.architecture, &adapter, dtype).unwrap();
     let order = Order::trl(tokens.len(), case.batch(), case.micro());
@@ -50,7 +63,7 @@ fn replay(case: &Case, dtype: DType, packing: Packing) -> Replay {
         undesirable_weight: case.number("uw"),
     };
     let initial = case.reference_is_adapter().then(|| lora.deep_copy().unwrap());
-    let spec = WorkspaceSpec { kept_layers: 1, head_rows: 50, offload_inputs: false };
+    let spec = WorkspaceSpec { kept_layers: 1, head_rows: 50, offload_inputs: device.is_some() };
     let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     let reference = reference(&base, initial.as_ref(), &workspace, &tokens, &order);
     let trainer = Trainer {
@@ -155,6 +168,27 @@ fn every_step_equals_float64_arithmetic() {
             assert!(worst_loss < loss_tolerance, "{name} {dtype:?}: loss off by {worst_loss:.1e}");
             assert!(worst_norm < norm_tolerance, "{name} {dtype:?}: grad_norm off by {worst_norm:.1e}");
         }
+    }
+}
+
+/// The GPU's kernels and streams on an emulated device: as far from float64 as four times TRL, whose sums are in f32 too.
+#[test]
+fn every_step_on_a_gpu_equals_float64_arithmetic() {
+    let Some(machine) = emulated_gpu(1 << 30, Stream::Compute) else { return };
+    let device = Device::Gpu(Gpu::new(machine, 1 << 30), Dense::F32);
+    for name in ["llama_paired", "llama_refadapter", "qwen2"] {
+        let case = Case::open(name);
+        let (_, trl_loss, trl_norm) = TRL_ERROR.into_iter().find(|t| t.0 == name).unwrap();
+        let run = replay_on(&case, DType::F32, Packing::Shared(1024), Some(&device));
+        let (mut worst_loss, mut worst_norm) = (0.0f64, 0.0f64);
+        for (ours, truth) in run.steps.iter().zip(&case.lines("steps_f64")) {
+            let get = |key: &str| truth[key].as_f64().unwrap();
+            worst_loss = worst_loss.max((ours.loss - get("loss")).abs());
+            worst_norm = worst_norm.max((ours.grad_norm / get("grad_norm") - 1.0).abs());
+        }
+        println!("{name} on a GPU: loss {worst_loss:.1e}, grad_norm {worst_norm:.1e}");
+        assert!(worst_loss < 4.0 * trl_loss, "{name}: loss off by {worst_loss:.1e}");
+        assert!(worst_norm < 4.0 * trl_norm, "{name}: grad_norm off by {worst_norm:.1e}");
     }
 }
 
