@@ -240,7 +240,7 @@ fn open_run(args: &Args, plan: &Plan, lock: impl FnOnce(&Path) -> Result<RunLock
         // All of it is looked at before --force removes anything.
         let manifest = resume::peek(path)?;
         run_dir::refuse_differences(&manifest.plan, plan).at(shown(path))?;
-        manifest.verify(path).at(shown(path)).map_err(|e| e.with_kind(Kind::Config))?;
+        manifest.verify(path).at(shown(path)).map_err(resume::refused)?;
     }
     let existing = existing(args);
     let dir = RunDir::open(&args.out, existing, lock)?;

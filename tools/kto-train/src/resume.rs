@@ -95,14 +95,13 @@ impl Search<'_> {
         match self.read(&path, lora, optimizer) {
             Ok(position) => Ok((path, position)),
             Err(e) => {
-                Err(Error::config(format!("{}: {e}", shown(&path)))
-                    .with_hint("--resume=auto takes an older one"))
+                let refused: Result<Found> = Err(refused(e).with_hint("--resume=auto takes an older one"));
+                refused.at(shown(&path))
             }
         }
     }
 
     fn named(&self, path: &Path, lora: &Lora, optimizer: &Optimizer) -> Result<Found> {
-        let refused = |e: Error| e.with_kind(Kind::Config);
         let manifest = Manifest::read(path).at(shown(path)).map_err(refused)?;
         let step = manifest.position.step;
         let mut own = path.to_path_buf();
@@ -171,7 +170,12 @@ pub fn peek(path: &Path) -> Result<Manifest> {
         return Err(Error::config(format!("{}: not a checkpoint directory", shown(path)))
             .with_hint("--resume=RUN/checkpoints/step-N"));
     }
-    Manifest::read(path).at(shown(path)).map_err(|e| e.with_kind(Kind::Config))
+    Manifest::read(path).at(shown(path)).map_err(refused)
+}
+
+/// Returns the error of a checkpoint that is asked for by name: a damaged one is a mismatch (78), a disk that fails stays one (74).
+pub fn refused(error: Error) -> Error {
+    if error.kind() == Kind::Io { error } else { error.with_kind(Kind::Config) }
 }
 
 /// Copies the first `bytes` bytes of a file, or what there is of them.
