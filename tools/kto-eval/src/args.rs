@@ -121,9 +121,9 @@ pub struct GenerateArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
-    /// Chat template in place of the model's
-    #[arg(long, value_name = "FILE", help_heading = "Model")]
-    pub template: Option<PathBuf>,
+    /// Chat template to use: one of the model's by its name, or a file in place of them
+    #[arg(long, value_name = "FILE|NAME", help_heading = "Model")]
+    pub chat_template: Option<PathBuf>,
 
     /// Every line of the input is a prompt, and only the answers are printed
     #[arg(long, conflicts_with = "ids", help_heading = "Input")]
