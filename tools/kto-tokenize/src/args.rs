@@ -43,8 +43,8 @@ pub struct Args {
     /// Record files to read, in order, plain or gzip; none or `-` is standard input
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// Model directory with tokenizer.json, tokenizer_config.json, chat_template.jinja
-    #[arg(short, long, value_name = "DIR")]
+    /// Model directory with tokenizer.json, or org/name[@revision] on the hub
+    #[arg(short, long, value_name = "DIR|NAME")]
     pub model: PathBuf,
 
     /// Write to FILE, which appears whole or not at all, instead of standard output

@@ -23,6 +23,7 @@ pub use plan::Plan;
 use kto_cli::{Context, output::Output};
 use kto_cli::{Error, Exit, Record, Result, Ui, output};
 use kto_formats::{template::ChatTemplate, tokens::TokenSet};
+use kto_hub::Need;
 use report::Report;
 use std::{
     io::IsTerminal,
@@ -34,7 +35,8 @@ use watch::Watch;
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
-    let plan = Plan::new(&args)?;
+    let mut plan = Plan::new(&args)?;
+    plan.model = kto_hub::locate(&args.model, &Need::Tokenizer, ui)?;
     if plan.show.is_some() {
         return show(plan, ui);
     }
