@@ -63,8 +63,10 @@ class Hub(BaseHTTPRequestHandler):
                 if len(data) <= LARGE:
                     return self.reply(200, data, **named)
                 linked = {"X_Linked_Etag": f'"{etag(data)}"', "X_Linked_Size": str(len(data))}
+                # Another host, as the real one's storage is: neither of the two may send a token there.
                 name = path.removeprefix(prefix)
-                return self.reply(302, b"", Location=f"{self.server.scheme}://{self.headers['Host']}/storage/{name}", **linked, **named)
+                port = self.server.server_port
+                return self.reply(302, b"", Location=f"{self.server.scheme}://localhost:{port}/storage/{name}", **linked, **named)
         if path.startswith("/storage/"):
             return self.reply(200, self.files[path.removeprefix("/storage/")])
         return self.reply(404, b"", X_Error_Code="EntryNotFound")
@@ -100,7 +102,7 @@ def tree(cache):
         name = str(path.relative_to(cache))
         if path.is_symlink():
             found[name] = os.readlink(path)
-        elif path.is_file() and not path.name.startswith("."):
+        elif path.is_file() and not path.name.startswith(".") and path.parent.name != "trees":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -115,9 +117,9 @@ SCAN = "import huggingface_hub; print(sum(r.size_on_disk for r in huggingface_hu
 def tls(folder, answer, first):
     """The same over TLS, with a certificate that only SSL_CERT_FILE knows."""
     key, certificate, both = (folder / name for name in ("key.pem", "cert.pem", "both.pem"))
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", "-addext",
-         "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    names = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", *names]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     both.write_bytes(key.read_bytes() + certificate.read_bytes())
     endpoint = serve(both)
     cache = folder / "tls"

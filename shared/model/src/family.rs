@@ -289,11 +289,11 @@ impl Fields<'_> {
                 "num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             ));
         }
-        if dim % 2 != 0 {
-            return bad(format!("head_dim {dim} must be even and above 0"));
-        }
         if !given && default == hidden / heads && !hidden.is_multiple_of(heads) {
             return bad(format!("hidden_size {hidden} is not a multiple of num_attention_heads {heads}"));
+        }
+        if dim % 2 != 0 {
+            return bad(format!("head_dim {dim} must be even and above 0"));
         }
         Ok(HeadShape { heads, kv_heads, dim })
     }
