@@ -81,8 +81,9 @@ golden: ## check the fixtures against TRL and transformers (PYTHON=, versions: t
 	$(PYTHON) scripts/oracle/trl_float64.py $(CASES)
 	$(PYTHON) scripts/oracle/stories260k_golden.py
 
-peers: demo ## load what the demo made in PEFT, transformers and pyarrow (PYTHON=)
+peers: demo ## load what the demo made in PEFT, transformers and pyarrow; share a cache with huggingface_hub (PYTHON=)
 	$(PYTHON) scripts/oracle/peers.py demo-out
+	$(PYTHON) scripts/check-hub.py
 
 bench: build ## our step and TRL's in turn, growth, kernels, memory; 45 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
 	$(PYTHON) scripts/bench/compare.py allocator paired-default paired-precomputed small-memory unshared

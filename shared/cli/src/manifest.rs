@@ -88,7 +88,7 @@ pub(crate) fn text(manifest: &Map<String, Value>) -> Result<Vec<u8>> {
 }
 
 /// Returns seconds since 1970 as RFC 3339 has them. Days to a date: H. Hinnant, chrono-compatible algorithms.
-fn timestamp(seconds: i64) -> String {
+pub fn timestamp(seconds: i64) -> String {
     let (days, rest) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
     let shifted = days + 719_468;
     let era = shifted.div_euclid(146_097);

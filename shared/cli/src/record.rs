@@ -73,6 +73,8 @@ impl Record {
         let begins = ["config.json", "tokenizer", "chat_template", "special_tokens"];
         let wanted = |name: &str| begins.iter().any(|b| name.starts_with(b));
         files_of(path, wanted).iter().for_each(|file| self.file(file));
+        let named = |name: &str| name.ends_with(".jinja");
+        files_of(&path.join("additional_chat_templates"), named).iter().for_each(|file| self.file(file));
     }
     /// Notes a model directory. Its fingerprint is asked for when a manifest will tell it; note outputs first.
     pub fn model(&mut self, path: &Path, fingerprint: impl FnOnce() -> String) {

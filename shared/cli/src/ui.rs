@@ -38,6 +38,13 @@ pub struct Common {
     pub make: Make,
 }
 
+impl Common {
+    /// Returns whether data for people on standard output has colours.
+    pub fn colours_stdout(&self) -> bool {
+        colour(self.color, io::stdout().is_terminal())
+    }
+}
+
 /// A choice that can be left to the tool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum When {

@@ -77,8 +77,9 @@ fn crates_depend_only_downwards() {
             "kto-kernels" | "kto-cli" => &[],
             "kto-kernel-checks" => &["kto-kernels"],
             "kto-formats" => &["kto-cli"],
+            "kto-hub" => &["kto-cli", "kto-formats"],
             "kto-model" => &["kto-cli", "kto-formats", "kto-kernels"],
-            _ => &["kto-cli", "kto-formats", "kto-model", "kto-kernels"],
+            _ => &["kto-cli", "kto-formats", "kto-hub", "kto-model", "kto-kernels"],
         }
     };
     for from in &graph.members {
@@ -91,7 +92,7 @@ fn crates_depend_only_downwards() {
 #[test]
 fn the_data_tools_know_no_device() {
     let graph = graph();
-    for from in ["kto-convert", "kto-tokenize", "kto-formats", "kto-cli"] {
+    for from in ["kto-convert", "kto-tokenize", "kto-formats", "kto-hub", "kto-cli"] {
         for to in reachable(&graph.edges, from) {
             let device = to.starts_with("candle") || ["kto-kernels", "kto-model", "gemm"].contains(&to);
             assert!(!device, "{from} must not link {to}");

@@ -2,15 +2,17 @@
 //!
 //! Called by [`crate::adapter`]. Reading refuses by name every feature that would change the arithmetic and that these
 //! tools do not have (DoRA, trained biases, per-layer ranks, methods that rewrite the base weights, …), known or not:
-//! an unknown field passes only when it is null, false, zero or empty. Writing gives the fields of PEFT 0.21.2.
+//! an unknown field passes only when it is null, false, zero or empty. What the fields mean is in [`crate::peft`]. Writing gives the fields of PEFT 0.21.2.
 
-use crate::{mmap::shown, model_dir::read_json, python_json};
+use crate::{
+    mmap::shown,
+    model_dir::read_json,
+    peft::{PeftConfig, wrong},
+    python_json,
+};
 use kto_cli::{Context, Error, Result, escape};
 use serde_json::{Map, Value, json};
 use std::path::Path;
-
-/// Largest rank that is believed.
-const MAX_RANK: u64 = 65_536;
 
 /// The PEFT release whose fields are written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -40,9 +42,6 @@ const HARMLESS: [&str; 22] = [
     "task_type",
     "use_rslora",
 ];
-
-/// Initialisations that subtract something from the base weights, so that the adapter does not fit the base as stored.
-const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 /// The settings of a LoRA adapter.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,33 +97,25 @@ impl AdapterConfig {
 
 fn from_object(object: &Map<String, Value>) -> Result<AdapterConfig> {
     refuse_unsupported(object)?;
-    let number = |key: &str, default: Option<f64>| match object.get(key) {
-        Some(v) => v.as_f64().filter(|x| x.is_finite()).ok_or_else(|| wrong(key, "a number", v)),
-        None => default.ok_or_else(|| Error::data(format!("no field \"{key}\""))),
-    };
-    let rank = object.get("r").ok_or_else(|| Error::data("no field \"r\""))?;
-    let r = rank.as_u64().filter(|r| (1..=MAX_RANK).contains(r));
-    let r = r.ok_or_else(|| wrong("r", "a whole number from 1 to 65536", rank))? as usize;
-    let lora_dropout = number("lora_dropout", Some(0.0))?;
-    if !(0.0..1.0).contains(&lora_dropout) {
-        return Err(wrong("lora_dropout", "a number from 0 to below 1", &json!(lora_dropout)));
+    let peft = PeftConfig::read(object)?;
+    if peft.changes_base() {
+        return Err(Error::data(format!(
+            "init_lora_weights \"{}\" changes the base weights, which is not supported",
+            escape(&peft.init_lora_weights)
+        )));
     }
     let base_model_name_or_path = match object.get("base_model_name_or_path") {
         None | Some(Value::Null) => None,
         Some(Value::String(s)) => Some(s.clone()),
         Some(other) => return Err(wrong("base_model_name_or_path", "a string or null", other)),
     };
-    let use_rslora = match object.get("use_rslora") {
-        None | Some(Value::Null) => false,
-        Some(v) => v.as_bool().ok_or_else(|| wrong("use_rslora", "true or false", v))?,
-    };
     Ok(AdapterConfig {
-        r,
-        lora_alpha: number("lora_alpha", None)?,
-        lora_dropout,
+        r: peft.r,
+        lora_alpha: peft.lora_alpha,
+        lora_dropout: peft.lora_dropout,
         target_modules: target_modules(object.get("target_modules"))?,
         base_model_name_or_path,
-        use_rslora,
+        use_rslora: peft.use_rslora,
     })
 }
 
@@ -152,14 +143,6 @@ fn refuse_unsupported(object: &Map<String, Value>) -> Result<()> {
             )));
         }
     }
-    if let Some(Value::String(init)) = object.get("init_lora_weights")
-        && CHANGES_BASE.iter().any(|name| init.starts_with(name))
-    {
-        return Err(Error::data(format!(
-            "init_lora_weights \"{}\" changes the base weights, which is not supported",
-            escape(init)
-        )));
-    }
     for (key, value) in object {
         let nothing = match value {
             Value::Null | Value::Bool(false) => true,
@@ -175,11 +158,6 @@ fn refuse_unsupported(object: &Map<String, Value>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn wrong(field: &str, expected: &str, found: &Value) -> Error {
-    let text: String = found.to_string().chars().take(60).collect();
-    Error::data(format!("field \"{field}\" must be {expected}, found {}", escape(&text)))
 }
 
 #[cfg(test)]

@@ -29,15 +29,30 @@ const TEMPLATES: &str = "additional_chat_templates";
 /// Longest file that is taken for a companion, in bytes.
 const MAX_SIZE: usize = 1 << 30;
 
+/// Returns whether a file of a model directory, named by its path in it, is a companion.
+pub fn is_companion(path: &str) -> bool {
+    match path.split_once('/') {
+        None => is_known(path),
+        Some((folder, name)) => folder == TEMPLATES && is_template(name),
+    }
+}
+
+fn is_known(name: &str) -> bool {
+    NAMES.contains(&name) || LEGAL.iter().any(|l| name.starts_with(l))
+}
+
+fn is_template(name: &str) -> bool {
+    name.ends_with(".jinja") && !name.contains('/')
+}
+
 /// Copies the companions of the model in `from` into the directory `to` and returns their names, sorted.
 pub fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
-    let mut copied =
-        copy_named(from, to, |name| NAMES.contains(&name) || LEGAL.iter().any(|l| name.starts_with(l)))?;
+    let mut copied = copy_named(from, to, is_known)?;
     let templates = from.join(TEMPLATES);
     if templates.is_dir() {
         let target = to.join(TEMPLATES);
         std::fs::create_dir(&target).map_err(|e| Error::writing(&target, &e))?;
-        let names = copy_named(&templates, &target, |name| name.ends_with(".jinja"))?;
+        let names = copy_named(&templates, &target, is_template)?;
         copied.extend(names.into_iter().map(|n| format!("{TEMPLATES}/{n}")));
     }
     copied.sort();

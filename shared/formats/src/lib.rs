@@ -13,6 +13,7 @@ pub mod jsonl;
 pub mod mlx;
 mod mmap;
 pub mod model_dir;
+pub mod peft;
 pub mod python_json;
 pub mod record;
 pub mod rows;

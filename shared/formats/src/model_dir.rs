@@ -211,13 +211,16 @@ fn no_weights(dir: &Path) -> Error {
     Error::new(Kind::NoInput, format!("{dir}: no model.safetensors and no model.safetensors.index.json"))
 }
 
+/// Returns the files that an index names. Errors: 66 when it is missing, 65 when it is malformed or one of the names is
+/// no plain name of a safetensors file.
+pub fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    read_weight_map(index)?.shards(index)
+}
+
 fn open_shards(dir: &Path, index: &Path, notes: &mut Vec<String>) -> Result<TensorStore> {
     let place = shown(index);
     let map = read_weight_map(index)?;
-    let shards: BTreeSet<&str> = map.weights.values().map(String::as_str).collect();
-    for shard in &shards {
-        check_shard_name(shard).at(&place)?;
-    }
+    let shards = map.shards(index)?;
     let mut store = TensorStore::empty(shown(dir));
     for shard in &shards {
         store.add(&dir.join(shard))?;
@@ -252,6 +255,14 @@ fn open_shards(dir: &Path, index: &Path, notes: &mut Vec<String>) -> Result<Tens
 struct WeightMap {
     weights: BTreeMap<String, String>,
     total_size: Option<u64>,
+}
+
+impl WeightMap {
+    fn shards(&self, index: &Path) -> Result<BTreeSet<String>> {
+        let shards: BTreeSet<String> = self.weights.values().cloned().collect();
+        shards.iter().try_for_each(|shard| check_shard_name(shard)).at(shown(index))?;
+        Ok(shards)
+    }
 }
 
 fn read_weight_map(index: &Path) -> Result<WeightMap> {

@@ -1,6 +1,10 @@
-//! What config.json says about a decoder, checked before anything is allocated.
+//! What the engine computes of the record in config.json, checked before anything is allocated.
 
-use kto_cli::{Error, Result, escape};
+use crate::{
+    family::{Activation, Family, Record},
+    rotary::Scaling,
+};
+use kto_cli::{Error, Result};
 use kto_kernels::HeadShape;
 use serde_json::Value;
 
@@ -70,79 +74,30 @@ pub struct Architecture {
     pub max_positions: usize,
 }
 
-/// Largest value accepted for any size: beyond it, a product of two could not be an index.
-const LARGEST: u64 = 1 << 24;
+/// The families that the engine computes.
+const WORKS: [Family; 2] = [Family::Llama, Family::Qwen2];
 
 impl Architecture {
-    /// Reads a config.json. Errors (65): an unknown family or feature, a missing field, sizes that do not fit together.
+    /// Reads a config.json. Errors (65): an unknown family or feature, one that the engine does not compute, a missing
+    /// field, sizes that do not fit together.
     pub fn from_config(config: &Value) -> Result<Self> {
-        let family = config.get("model_type").and_then(Value::as_str).unwrap_or_default().to_string();
-        if !matches!(family.as_str(), "llama" | "qwen2") {
-            let found = escape(&family);
-            return Err(Error::data(format!("config.json: model_type \"{found}\" is not supported"))
-                .with_hint("supported families: llama, qwen2"));
-        }
-        if config.get("auto_map").is_some() {
-            return Err(Error::data("config.json: \"auto_map\" asks for remote code, which is never run"));
-        }
-        let (hidden, heads) = (size(config, "hidden_size")?, size(config, "num_attention_heads")?);
-        let kv_heads =
-            if present(config, "num_key_value_heads") { size(config, "num_key_value_heads")? } else { heads };
-        let dim = if present(config, "head_dim") { size(config, "head_dim")? } else { hidden / heads };
-        let this = Self {
-            vocab_size: size(config, "vocab_size")?,
-            hidden,
-            intermediate: size(config, "intermediate_size")?,
-            layers: size(config, "num_hidden_layers")?,
-            shape: HeadShape { heads, kv_heads, dim },
-            rms_eps: positive(config, "rms_norm_eps", 1e-6)?,
-            rope_theta: rope_theta(config)?,
-            tied: flag(config, "tie_word_embeddings", false)?,
-            qkv_bias: family == "qwen2" || flag(config, "attention_bias", false)?,
-            o_bias: family == "llama" && flag(config, "attention_bias", false)?,
-            mlp_bias: family == "llama" && flag(config, "mlp_bias", false)?,
-            max_positions: if present(config, "max_position_embeddings") {
-                size(config, "max_position_embeddings")?
-            } else {
-                2048
-            },
-            family,
-        };
-        this.check(config)?;
-        Ok(this)
-    }
-
-    fn check(&self, config: &Value) -> Result<()> {
-        let HeadShape { heads, kv_heads, dim } = self.shape;
-        if heads % kv_heads != 0 {
-            let text =
-                format!("num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}");
-            return Err(Error::data(format!("config.json: {text}")));
-        }
-        if dim % 2 != 0 || dim == 0 {
-            return Err(Error::data(format!("config.json: head_dim {dim} must be even and above 0")));
-        }
-        if !present(config, "head_dim") && !self.hidden.is_multiple_of(heads) {
-            let text =
-                format!("hidden_size {} is not a multiple of num_attention_heads {heads}", self.hidden);
-            return Err(Error::data(format!("config.json: {text}")));
-        }
-        let act = config.get("hidden_act").filter(|v| !v.is_null());
-        if let Some(act) = act.filter(|v| v.as_str() != Some("silu")) {
-            let found = escape(&act.to_string());
-            return Err(Error::data(format!("config.json: hidden_act {found} is not supported"))
-                .with_hint("supported: silu"));
-        }
-        let kinds = config.get("layer_types").and_then(Value::as_array).into_iter().flatten();
-        if let Some(kind) = kinds.into_iter().find(|k| k.as_str() != Some("full_attention")) {
-            let found = escape(&kind.to_string());
-            return Err(Error::data(format!("config.json: layer_types {found} is not supported"))
-                .with_hint("supported: full_attention"));
-        }
-        if flag(config, "use_sliding_window", false)? {
-            return Err(Error::data("config.json: use_sliding_window is not supported"));
-        }
-        Ok(())
+        let record = Record::read(config, &WORKS)?;
+        refuse(&record)?;
+        Ok(Self {
+            vocab_size: record.vocab_size,
+            hidden: record.hidden,
+            intermediate: record.intermediate,
+            layers: record.layers,
+            shape: record.shape,
+            rms_eps: record.norm_eps,
+            rope_theta: record.rotary.theta,
+            tied: record.tied,
+            qkv_bias: record.qkv_bias,
+            o_bias: record.o_bias,
+            mlp_bias: record.mlp_bias,
+            max_positions: record.max_positions,
+            family: record.family.name().into(),
+        })
     }
 
     /// Fails (65) when a token id has no row in the embedding. `place` names the ids in the message.
@@ -190,58 +145,28 @@ impl Architecture {
     }
 }
 
-fn present(config: &Value, field: &str) -> bool {
-    config.get(field).is_some_and(|v| !v.is_null())
-}
-
-fn size(config: &Value, field: &str) -> Result<usize> {
-    match config.get(field) {
-        None | Some(Value::Null) => Err(Error::data(format!("config.json: \"{field}\" is missing"))),
-        Some(v) => match v.as_u64() {
-            Some(n) if (1..=LARGEST).contains(&n) => Ok(n as usize),
-            _ => Err(Error::data(format!(
-                "config.json: \"{field}\" must be an integer from 1 to {LARGEST}, found {v}"
-            ))),
-        },
+/// Refuses what a record of these families may say and the engine does not compute.
+fn refuse(record: &Record) -> Result<()> {
+    let bad = |what: &str, works: &str| {
+        Err(Error::data(format!("config.json: {what} is not supported"))
+            .with_hint(format!("supported: {works}")))
+    };
+    match &record.rotary.scaling {
+        Scaling::Default => {}
+        Scaling::Linear { .. } => return bad("a rotary embedding of type \"linear\"", "default"),
+        Scaling::Dynamic { .. } => return bad("a rotary embedding of type \"dynamic\"", "default"),
+        Scaling::Llama3 { .. } => return bad("a rotary embedding of type \"llama3\"", "default"),
+        Scaling::Yarn { .. } => return bad("a rotary embedding of type \"yarn\"", "default"),
+        Scaling::Long { .. } => return bad("a rotary embedding of type \"longrope\"", "default"),
     }
-}
-
-fn positive(config: &Value, field: &str, default: f64) -> Result<f64> {
-    match config.get(field) {
-        None | Some(Value::Null) => Ok(default),
-        Some(v) => match v.as_f64() {
-            Some(x) if x > 0.0 && x.is_finite() => Ok(x),
-            _ => Err(Error::data(format!("config.json: \"{field}\" must be a number above 0, found {v}"))),
-        },
+    if record.rotary.dim != record.shape.dim {
+        return bad("a rotary embedding of a part of the head", "all of it");
     }
-}
-
-fn flag(config: &Value, field: &str, default: bool) -> Result<bool> {
-    match config.get(field) {
-        None | Some(Value::Null) => Ok(default),
-        Some(Value::Bool(b)) => Ok(*b),
-        Some(v) => Err(Error::data(format!("config.json: \"{field}\" must be true or false, found {v}"))),
+    if record.sliding.contains(&true) {
+        return bad("a sliding window", "full_attention");
     }
-}
-
-/// Reads the rotary base from either form: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling`.
-fn rope_theta(config: &Value) -> Result<f64> {
-    for field in ["rope_parameters", "rope_scaling"] {
-        let Some(rope) = config.get(field).filter(|v| !v.is_null()) else { continue };
-        let kind = rope.get("rope_type").or_else(|| rope.get("type"));
-        // Without a type a factor would be a form that is not known here.
-        let plain = match kind {
-            Some(kind) => kind.as_str() == Some("default"),
-            None => rope.is_object() && rope.get("factor").is_none(),
-        };
-        if !plain {
-            let found = escape(&kind.unwrap_or(rope).to_string());
-            return Err(Error::data(format!("config.json: {field} of type {found} is not supported"))
-                .with_hint("supported: default"));
-        }
-    }
-    match config.get("rope_parameters").filter(|p| p.get("rope_theta").is_some()) {
-        Some(parameters) => positive(parameters, "rope_theta", 10_000.0),
-        None => positive(config, "rope_theta", 10_000.0),
+    match record.activation {
+        Activation::Silu => Ok(()),
+        Activation::GeluTanh => bad("hidden_act \"gelu_pytorch_tanh\"", "silu"),
     }
 }

@@ -42,13 +42,30 @@ pub enum Command {
     /// are given_completion and given_label.
     #[command(after_long_help = GENERATE_HELP)]
     Generate(GenerateArgs),
+    /// What the Hugging Face cache holds
+    ///
+    /// Lists the models that `--model org/name` finds without the network: size on the disk, when a file was read
+    /// last, how the weights are stored, and whether all of it is there. Weights as pickle and Python code, which these
+    /// tools never load, are named. Reads headers only. The cache is that of HF_HUB_CACHE, HF_HOME or ~/.cache.
+    #[command(after_long_help = MODELS_HELP)]
+    Models(ModelsArgs),
+}
+
+/// `kto-eval models`.
+#[derive(Group, Clone, Debug)]
+pub struct ModelsArgs {
+    /// One JSON object a model instead of a table: name, path, size, unused, partial (bytes), last_used,
+    /// last_modified, form, complete, fault, pickle, remote_code, snapshots
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
 }
 
 /// Flags about the model.
 #[derive(Group, Clone, Debug)]
 pub struct ModelArgs {
-    /// Model directory: config.json and safetensors (llama, qwen2; dense, bitsandbytes NF4 or int8, MLX affine)
-    #[arg(long, value_name = "DIR", alias = "model-name-or-path", help_heading = "Model")]
+    /// Model directory with config.json and safetensors (llama, qwen2; dense, bitsandbytes NF4 or int8, MLX affine), or
+    /// org/name[@revision] on the hub
+    #[arg(long, value_name = "DIR|NAME", alias = "model-name-or-path", help_heading = "Model")]
     pub model: PathBuf,
     /// PEFT adapter on it, or a run directory of kto-train with its adapter
     #[arg(long, value_name = "DIR", help_heading = "Model")]
@@ -72,7 +89,7 @@ pub struct ScoreArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// What rewards are measured against: base (the model without adapter), another adapter, or another model
-    #[arg(long, value_name = "base|DIR", default_value = "base", help_heading = "Model")]
+    #[arg(long, value_name = "base|DIR|NAME", default_value = "base", help_heading = "Model")]
     pub reference: PathBuf,
 
     /// Write to FILE, which appears whole or not at all, instead of standard output
@@ -121,9 +138,9 @@ pub struct GenerateArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
-    /// Chat template in place of the model's
-    #[arg(long, value_name = "FILE", help_heading = "Model")]
-    pub template: Option<PathBuf>,
+    /// Chat template to use: one of the model's by its name, or a file in place of them
+    #[arg(long, value_name = "FILE|NAME", help_heading = "Model")]
+    pub chat_template: Option<PathBuf>,
 
     /// Every line of the input is a prompt, and only the answers are printed
     #[arg(long, conflicts_with = "ids", help_heading = "Input")]
@@ -210,6 +227,11 @@ Examples:
   kto-eval score --model MODEL --adapter run/adapter heldout.kto.arrow --fail-if 'accuracy<0.9'
   kto-eval score --model merged --reference MODEL heldout.kto.arrow --summary summary.json
   kto-eval score --model MODEL data.kto.arrow | jq -s 'sort_by(.logps / .tokens) | .[:9][].row'";
+
+const MODELS_HELP: &str = "\
+Examples:
+  kto-eval models
+  kto-eval models --json | jq -r 'select(.complete | not) | .name'";
 
 const GENERATE_HELP: &str = "\
 Examples:

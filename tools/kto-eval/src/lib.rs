@@ -6,19 +6,31 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod cached;
 mod generate;
 mod models;
 mod score;
 
-pub use args::{Args, Command, GenerateArgs, LossKind, ModelArgs, ScoreArgs};
+pub use args::{Args, Command, GenerateArgs, LossKind, ModelArgs, ModelsArgs, ScoreArgs};
 
 use kto_cli::{Exit, Result, Ui, signal};
+use std::path::Path;
 
 /// Runs the tool.
-pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
+pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
-    match &args.command {
-        Command::Score(score) => score::run(score, &args.common, ui),
-        Command::Generate(generate) => generate::run(generate, &args.common, ui),
+    match &mut args.command {
+        Command::Score(score) => {
+            models::locate(&mut score.model.model, ui)?;
+            if score.reference != Path::new("base") {
+                models::locate(&mut score.reference, ui)?;
+            }
+            score::run(score, &args.common, ui)
+        }
+        Command::Generate(generate) => {
+            models::locate(&mut generate.model.model, ui)?;
+            generate::run(generate, &args.common, ui)
+        }
+        Command::Models(models) => cached::run(models, ui),
     }
 }

@@ -2,13 +2,22 @@
 
 use crate::args::ModelArgs;
 use candle_core::DType;
-use kto_cli::{Context, Error, Record, Result, escape};
+use kto_cli::{Context, Error, Record, Result, Ui, escape};
 use kto_formats::{
     adapter::{self, Adapter},
     model_dir::ModelDir,
 };
+use kto_hub::Need;
 use kto_model::{architecture::Architecture, base::BaseModel, fit, lora::Lora, weights};
-use std::path::Path;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// Replaces a name on the hub by the directory in the cache, downloading it if need be.
+pub fn locate(model: &mut PathBuf, ui: &Ui) -> Result<()> {
+    let known = |config: &Value| Architecture::from_config(config).map(drop);
+    *model = kto_hub::locate(model, &Need::Weights(known), ui)?;
+    Ok(())
+}
 
 /// A base and perhaps an adapter on it.
 pub struct Policy {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "cli/cached.rs"]
+mod cached;
 #[path = "cli/configuration.rs"]
 mod configuration;
 #[path = "cli/examples.rs"]

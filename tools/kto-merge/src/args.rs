@@ -29,8 +29,8 @@ Examples:
 #[derive(Clone, Debug, Parser)]
 #[command(name = "kto-merge", about = ABOUT, long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
 pub struct Args {
-    /// Model directory that the adapter was trained on
-    #[arg(long, value_name = "DIR", help_heading = "Input")]
+    /// Model that the adapter was trained on: a directory, or org/name[@revision] on the hub
+    #[arg(long, value_name = "DIR|NAME", help_heading = "Input")]
     pub base: PathBuf,
     /// Adapter directory in PEFT form, or a run directory of kto-train with its adapter
     #[arg(long, value_name = "DIR", help_heading = "Input")]

@@ -9,6 +9,7 @@ use kto_formats::{
     safetensors_out::TensorSpec,
     tensors::float_size,
 };
+use kto_hub::Need;
 use safetensors::Dtype;
 use serde_json::Value;
 use std::{collections::BTreeMap, path::PathBuf};
@@ -39,7 +40,7 @@ impl Plan {
     /// Opens both inputs and checks that they fit. Errors: 2 for an output inside an input; 65 for an adapter tensor
     /// without its base tensor or of another shape; 78 for another base or a second merge.
     pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
-        let base = ModelDir::open(&args.base)?;
+        let base = ModelDir::open(&kto_hub::locate(&args.base, &Need::Weights(|_| Ok(())), ui)?)?;
         refuse_output(&args.output, &base.path)?;
         let path = adapter::directory(&args.adapter);
         let adapter = Adapter::read(&path)?;

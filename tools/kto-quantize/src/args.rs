@@ -26,8 +26,8 @@ Examples:
 #[derive(Clone, Debug, Parser)]
 #[command(name = "kto-quantize", about = ABOUT, long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
 pub struct Args {
-    /// Model directory: config.json and safetensors weights, one file or sharded
-    #[arg(value_name = "MODEL_DIR")]
+    /// Model directory with config.json and safetensors weights, or org/name[@revision] on the hub
+    #[arg(value_name = "DIR|NAME")]
     pub model: PathBuf,
 
     /// Directory to make

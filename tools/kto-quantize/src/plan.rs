@@ -7,6 +7,7 @@ use kto_formats::{
     model_dir::{ModelDir, refuse_output},
     tensors::{TensorView, float_size},
 };
+use kto_hub::Need;
 use safetensors::Dtype;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -48,7 +49,7 @@ impl Plan {
     /// Opens the model and sorts its tensors. Errors: 65 for a model that is quantized already or whose tensors are
     /// not those of a dense decoder; 2 for a skipped name that matches nothing.
     pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
-        let model = ModelDir::open(&args.model)?;
+        let model = ModelDir::open(&kto_hub::locate(&args.model, &Need::Weights(|_| Ok(())), ui)?)?;
         model.notes.iter().for_each(|note| ui.warn(note));
         refuse_output(&args.output, &model.path)?;
         refuse_quantized(&model)?;

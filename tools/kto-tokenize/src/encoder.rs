@@ -3,6 +3,7 @@
 //! Source of the rules: trl/trainer/kto_trainer.py `_prepare_dataset` and trl/data_utils.py `common_prefix_length`.
 //! The one difference is meant: control tokens in a row's own text stay text unless `allow_special` is set.
 
+use crate::{args::TrainOn, turns};
 use kto_cli::{Context, Error, Result};
 use kto_formats::{
     record::{Content, Record},
@@ -19,6 +20,10 @@ pub struct Encoder {
     /// The text of the end-of-sequence token.
     pub eos: Option<String>,
     pub allow_special: bool,
+    /// What of a conversation is trained on.
+    pub train_on: TrainOn,
+    /// A completion continues the assistant's message that the prompt ends with.
+    pub continue_final: bool,
 }
 
 /// A row as ids. Not cut.
@@ -34,13 +39,22 @@ pub struct Ids {
 }
 
 impl Encoder {
-    /// Returns the ids of a record. Errors (65) lack the place.
-    pub fn encode(&self, record: &Record) -> Result<Ids> {
-        let (alone, mut full, shielded) = match (&record.prompt, &record.completion) {
-            (Content::Text(prompt), Content::Text(completion)) => self.text(prompt, completion)?,
-            (Content::Chat(prompt), Content::Chat(completion)) => self.chat(record, prompt, completion)?,
-            _ => return Err(Error::data("prompt and completion must both be text or both be messages")),
-        };
+    /// Returns the ids of a record's trained turns. Errors (65) lack the place.
+    pub fn encode(&self, record: &Record) -> Result<Vec<Ids>> {
+        match (&record.prompt, &record.completion) {
+            (Content::Text(prompt), Content::Text(completion)) => {
+                Ok(vec![self.ids(record, self.text(prompt, completion)?)?])
+            }
+            (Content::Chat(prompt), Content::Chat(completion)) => {
+                let turns = self.chat(record, prompt, completion)?;
+                turns.into_iter().map(|turn| self.ids(record, turn)).collect()
+            }
+            _ => Err(Error::data("prompt and completion must both be text or both be messages")),
+        }
+    }
+
+    /// Parts the tokens where those of the prompt alone end, and checks them.
+    fn ids(&self, record: &Record, (alone, mut full, shielded): Encoded) -> Result<Ids> {
         let common = alone.iter().zip(&full).take_while(|(a, b)| a == b).count();
         let completion = full.split_off(common);
         let size = self.tokenizer.vocab_size();
@@ -71,7 +85,7 @@ impl Encoder {
     }
 
     /// Text rows: the EOS text is appended unless it is there, and BOS and the like are added.
-    fn text(&self, prompt: &str, completion: &str) -> Result<(Vec<u32>, Vec<u32>, bool)> {
+    fn text(&self, prompt: &str, completion: &str) -> Result<Encoded> {
         let eos = self.eos.as_deref().ok_or_else(|| {
             Error::data("text rows need an end-of-sequence token and the model names none")
                 .with_hint("--eos TOKEN names one")
@@ -92,12 +106,7 @@ impl Encoder {
     }
 
     /// Conversational rows: the template alone says which control tokens there are.
-    fn chat(
-        &self,
-        record: &Record,
-        prompt: &[Value],
-        completion: &[Value],
-    ) -> Result<(Vec<u32>, Vec<u32>, bool)> {
+    fn chat(&self, record: &Record, prompt: &[Value], completion: &[Value]) -> Result<Vec<Encoded>> {
         let template =
             self.template.as_ref().ok_or_else(|| Error::internal("no chat template was loaded"))?;
         let mut messages: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
@@ -111,15 +120,28 @@ impl Encoder {
             }
         }
         let (tools, kwargs) = (tools.as_ref(), kwargs.as_ref());
-        let alone = template.render_here(&messages[..prompt.len()], tools, kwargs, true)?;
-        let full = template.render_here(&messages, tools, kwargs, false)?;
         let encode = |text: &str| match shielded {
             true => self.tokenizer.shield().encode(text, false),
             false => self.tokenizer.encode(text, false),
         };
-        Ok((encode(&alone)?, encode(&full)?, shielded))
+        let prompt = prompt.len();
+        let begun = messages[..prompt].to_vec();
+        let continues = self.continue_final && turns::join(&mut messages, prompt)?;
+        let prompt = if continues { prompt - 1 } else { prompt };
+        let turns = turns::trained(&messages, prompt, self.train_on)?.into_iter().map(|turn| {
+            let alone = match continues && turn.start == prompt {
+                true => template.render_continued(&begun, tools, kwargs)?,
+                false => template.render_here(&messages[..turn.start], tools, kwargs, true)?,
+            };
+            let full = template.render_here(&messages[..turn.end], tools, kwargs, false)?;
+            Ok((encode(&alone)?, encode(&full)?, shielded))
+        });
+        turns.collect()
     }
 }
+
+/// The prompt's tokens, those of prompt and completion, and whether control tokens were kept as text.
+type Encoded = (Vec<u32>, Vec<u32>, bool);
 
 /// The row's tools: a list, or a JSON text of one. `chat_template_kwargs` may name others, as in TRL.
 fn tools(record: &Record) -> Result<Option<Value>> {

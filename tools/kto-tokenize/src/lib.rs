@@ -13,6 +13,8 @@ mod encoder;
 mod pass;
 mod plan;
 mod report;
+mod show;
+mod turns;
 mod watch;
 
 pub use args::Args;
@@ -20,7 +22,8 @@ pub use plan::Plan;
 
 use kto_cli::{Context, output::Output};
 use kto_cli::{Error, Exit, Record, Result, Ui, output};
-use kto_formats::tokens::TokenSet;
+use kto_formats::{template::ChatTemplate, tokens::TokenSet};
+use kto_hub::Need;
 use report::Report;
 use std::{
     io::IsTerminal,
@@ -32,17 +35,21 @@ use watch::Watch;
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
-    let plan = Plan::new(&args)?;
+    let mut plan = Plan::new(&args)?;
+    plan.model = kto_hub::locate(&args.model, &Need::Tokenizer, ui)?;
+    if plan.show.is_some() {
+        return show(plan, ui);
+    }
     if plan.output.is_none() && std::io::stdout().is_terminal() {
         let error = Error::usage("a token file is binary and standard output is a terminal");
         return Err(error.with_hint("-o FILE, or pipe it into kto-train"));
     }
-    let record = record(&args, &plan);
+    let record = record(&args, &plan)?;
     record.check()?;
     let if_changed = args.common.make.if_changed;
     let mut output = Output::create(plan.output.as_deref())?.if_changed(if_changed);
     let (target, report_path) = (plan.output.clone(), plan.report.clone());
-    let (set, report) = tokenize(plan, ui)?;
+    let (set, report) = watched(plan, ui, pass::run)?;
     let name = target.unwrap_or_else(|| PathBuf::from("standard output"));
     set.write(&mut output).map_err(|e| output::error(&name, &e))?;
     output.finish()?;
@@ -55,24 +62,38 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
 }
 
 /// What the run reads and writes.
-fn record(args: &Args, plan: &Plan) -> Record {
+fn record(args: &Args, plan: &Plan) -> Result<Record> {
     let mut record = Record::new(&args.common);
     record.output(plan.output.as_deref());
     record.output(plan.report.as_deref());
     record.files(&plan.inputs);
     record.tokenizer(&plan.model);
-    record.files(&plan.template);
-    record
+    if let Some(choice) = &plan.template {
+        record.files(&ChatTemplate::file_of_choice(&plan.model, choice)?);
+    }
+    Ok(record)
+}
+
+fn show(plan: Plan, ui: &Ui) -> Result<Exit> {
+    let text = watched(plan, ui, show::run)?;
+    let mut output = Output::create(None)?;
+    output.write(text.as_bytes())?;
+    output.finish()?;
+    Ok(Exit::Ok)
 }
 
 /// Works on threads of its own, so that this one can watch the clock: a row that hangs in a template or in a
 /// tokenizer's expression ends the run, although nothing can end the row.
-fn tokenize(plan: Plan, ui: &Ui) -> Result<(TokenSet, Report)> {
+fn watched<T: Send + 'static>(
+    plan: Plan,
+    ui: &Ui,
+    work: impl FnOnce(&Plan, &Watch) -> Result<T> + Send + 'static,
+) -> Result<T> {
     let watch = Arc::new(Watch::new(plan.threads, plan.row_timeout));
     let (sender, receiver) = mpsc::channel();
     let worker_watch = Arc::clone(&watch);
     let worker = thread::Builder::new().name("tokenize".into()).spawn(move || {
-        let _ = sender.send(pass::run(&plan, &worker_watch));
+        let _ = sender.send(work(&plan, &worker_watch));
     });
     let worker = worker.map_err(Error::threads)?;
     let progress = ui.progress(0, "row");

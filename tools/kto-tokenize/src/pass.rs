@@ -41,13 +41,35 @@ pub fn run(plan: &Plan, watch: &Watch) -> Result<(TokenSet, Report)> {
     pass.finish()
 }
 
-fn encoder(plan: &Plan) -> Result<Encoder> {
+/// Loads the tokenizer.
+pub fn encoder(plan: &Plan) -> Result<Encoder> {
     let tokenizer = TextTokenizer::from_model_dir(&plan.model)?;
     let eos = plan.eos.clone().or_else(|| tokenizer.eos_token().map(str::to_string));
     if let Some(eos) = plan.eos.as_deref().filter(|eos| tokenizer.id(eos).is_none()) {
         return Err(Error::data(format!("--eos: the tokenizer has no token \"{}\"", escape(eos))));
     }
-    Ok(Encoder { tokenizer, template: None, eos, allow_special: plan.allow_special })
+    Ok(Encoder {
+        tokenizer,
+        template: None,
+        eos,
+        allow_special: plan.allow_special,
+        train_on: plan.train_on,
+        continue_final: plan.continue_final,
+    })
+}
+
+/// Loads the chat template.
+pub fn template(plan: &Plan) -> Result<ChatTemplate> {
+    let mut template = ChatTemplate::load(&plan.model, plan.template.as_deref())?;
+    if let Some(seconds) = plan.now {
+        template.set_now(seconds);
+    }
+    Ok(template)
+}
+
+/// Returns whether a row is conversational: only such rows need a template.
+pub fn is_chat(row: &Row) -> bool {
+    row.value.as_ref().is_ok_and(|v| v.get("prompt").is_some_and(|p| p.is_array()))
 }
 
 struct Pass<'a> {
@@ -89,13 +111,13 @@ impl Pass<'_> {
             watch.add_done(1);
             (line, ids)
         };
-        let done: Vec<(u64, Result<Ids>)> =
+        let done: Vec<(u64, Result<Vec<Ids>>)> =
             self.pool.install(|| rows.par_drain(..).with_max_len(16).map(encode).collect());
         for (line, ids) in done {
             let place = format!("{}:{line}", escape(name));
             self.report.rows += 1;
             match ids {
-                Ok(ids) => self.push(&place, ids),
+                Ok(turns) => turns.into_iter().for_each(|ids| self.push(&place, ids)),
                 Err(error) if self.plan.skip_errors && error.kind() == kto_cli::Kind::Data => {
                     self.report.skip(error.to_string());
                 }
@@ -107,19 +129,11 @@ impl Pass<'_> {
 
     /// Only conversational rows need a template, and a model without one can still take text.
     fn load_template(&mut self, rows: &[Row]) -> Result<()> {
-        let chat =
-            |row: &Row| row.value.as_ref().is_ok_and(|v| v.get("prompt").is_some_and(|p| p.is_array()));
-        if self.encoder.template.is_some() || !rows.iter().any(chat) {
+        if self.encoder.template.is_some() || !rows.iter().any(is_chat) {
             return Ok(());
         }
         let plan = self.plan;
-        let mut template = self.watch.over(None, 0, || match &plan.template {
-            Some(file) => ChatTemplate::from_file(file, &plan.model),
-            None => ChatTemplate::from_model_dir(&plan.model),
-        })?;
-        if let Some(seconds) = plan.now {
-            template.set_now(seconds);
-        }
+        let template = self.watch.over(None, 0, || template(plan))?;
         self.set.meta.template = template.fingerprint().into();
         self.encoder.template = Some(template);
         Ok(())
@@ -127,6 +141,7 @@ impl Pass<'_> {
 
     fn push(&mut self, place: &str, mut ids: Ids) {
         let limit = self.plan.max_length as usize;
+        self.report.turns += 1;
         self.report.note(place, &ids);
         if ids.prompt.len() >= limit {
             self.report.dropped.note(place);
@@ -159,7 +174,8 @@ impl Pass<'_> {
     }
 }
 
-fn encode(encoder: &Encoder, name: &str, row: Row) -> Result<Ids> {
+/// Returns the rows of a record. Errors carry `name:line`.
+pub fn encode(encoder: &Encoder, name: &str, row: Row) -> Result<Vec<Ids>> {
     let line = row.line;
     let value = row.value?;
     Record::from_value(value)

@@ -1,6 +1,6 @@
 //! The checked form of the arguments: everything explicit.
 
-use crate::args::{Args, OnError};
+use crate::args::{Args, OnError, TrainOn};
 use kto_cli::{Error, Result, input};
 use std::{path::PathBuf, thread, time::Duration};
 
@@ -17,8 +17,16 @@ pub struct Plan {
     pub report: Option<PathBuf>,
     /// Tokens of prompt + completion that training will keep.
     pub max_length: u32,
-    /// A template in place of the model's.
+    /// The template that was chosen, a file or a name.
     pub template: Option<PathBuf>,
+    /// What of a conversation is trained on.
+    pub train_on: TrainOn,
+    /// Completions continue the prompt's last message.
+    pub continue_final: bool,
+    /// Rows to show instead of writing a token file.
+    pub show: Option<u64>,
+    /// What is shown has colours.
+    pub colour: bool,
     /// An end-of-sequence token in place of the model's.
     pub eos: Option<String>,
     /// Control tokens in text become control tokens.
@@ -53,7 +61,11 @@ impl Plan {
             output: args.output.clone().filter(is_file),
             report: args.report.clone(),
             max_length: args.max_length,
-            template: args.template.clone(),
+            template: args.chat_template.clone(),
+            train_on: args.train_on,
+            continue_final: args.continue_final_message,
+            show: args.show,
+            colour: args.common.colours_stdout(),
             eos: args.eos.clone(),
             allow_special: args.allow_special,
             now: args.now,

@@ -1,6 +1,7 @@
 //! What a run did: counts and lengths, as lines for people and as JSON for programs.
 //!
-//! Invariant: rows read = rows written + dropped + skipped.
+//! Invariants: rows read = rows used + skipped; turns = rows written + dropped. Without `--train-on all` a row used is
+//! one turn.
 
 use crate::encoder::Ids;
 use kto_cli::Ui;
@@ -42,6 +43,8 @@ impl Tally {
 pub struct Report {
     /// Rows read, good or bad.
     pub rows: u64,
+    /// Rows made of them.
+    pub turns: u64,
     /// Rows left out because the prompt reaches the maximum length.
     pub dropped: Tally,
     /// Rows that training will cut.
@@ -144,6 +147,7 @@ impl Report {
     pub fn json(&self, meta: &TokenMeta) -> Value {
         json!({
             "rows": self.rows,
+            "turns": self.turns,
             "written": self.written(),
             "desirable": self.desirable,
             "undesirable": self.undesirable,

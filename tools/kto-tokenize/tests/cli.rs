@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "cli/turns.rs"]
+mod turns;
+
 use kto_formats::tokens::TokenSet;
 use serde_json::{Value, json};
 use std::{
@@ -214,7 +217,7 @@ fn bad_models_and_flags_are_named() {
     fs::copy(llama().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
     let (code, message) = refused(dir.path(), &[], &chat("a", "b"));
     assert!(
-        code == 65 && message.contains("has no chat template") && message.contains("hint: --template"),
+        code == 65 && message.contains("has no chat template") && message.contains("hint: --chat-template"),
         "{message}"
     );
     let (code, message) = refused(dir.path(), &[], &text("a", "b"));
@@ -241,7 +244,7 @@ fn a_row_that_hangs_ends_the_run() {
     // The length of this list is 2^64, and counting is not work that fuel pays for.
     let source = "{% set ns = namespace(s=[1]) %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | length }}";
     fs::write(&template, source).unwrap();
-    let flags = ["--row-timeout", "1", "--template", template.to_str().unwrap()];
+    let flags = ["--row-timeout", "1", "--chat-template", template.to_str().unwrap()];
     let (code, message) = refused(&llama(), &flags, &chat("a", "b"));
     assert_eq!(code, 65);
     assert!(

@@ -24,16 +24,19 @@ use std::{path::PathBuf, time::Duration};
 #[derive(Parser, Clone, Debug)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
-    /// Model directory: config.json and safetensors (llama, qwen2)
+    /// Model directory with config.json and safetensors (llama, qwen2), or org/name[@revision] on the hub
     #[arg(
         long,
-        value_name = "DIR",
+        value_name = "DIR|NAME",
         alias = "model-name-or-path",
         required_unless_present = "check_device",
         default_value_if("check_device", "true", ""),
         help_heading = "Input"
     )]
     pub model: PathBuf,
+    /// Where `model` was found.
+    #[arg(skip)]
+    pub model_dir: PathBuf,
 
     /// Token file (.kto.arrow); standard input is copied into the run directory, and --resume reads that copy
     #[arg(long, value_name = "FILE", default_value = "-", help_heading = "Input")]

@@ -41,6 +41,7 @@ use device::RunDevice;
 use evaluation::HeldOut;
 use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, lock::RunLock, output, signal};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
+use kto_hub::Need;
 use kto_kernels::device::Device;
 use kto_model::{
     architecture::Architecture,
@@ -71,7 +72,8 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     }
     let lock = if args.dry_run { None } else { claim(&args, ui)? };
     set_threads(args.threads)?;
-    let model = ModelDir::open(&args.model)?;
+    args.model_dir = kto_hub::locate(&args.model, &Need::Weights(known), ui)?;
+    let model = ModelDir::open(&args.model_dir)?;
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
     kto_model::weights::check(&architecture, &model).at(shown(&args.model))?;
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;
@@ -136,6 +138,11 @@ fn claim(args: &Args, ui: &Ui) -> Result<Option<RunLock>> {
     run_dir::check_inputs(args, if may_replace { Existing::Replace } else { existing })?;
     unchanged::check(args)?;
     Ok(lock)
+}
+
+/// Refuses a configuration that cannot be trained, before its weights are fetched.
+fn known(config: &serde_json::Value) -> Result<()> {
+    Architecture::from_config(config).map(drop)
 }
 
 /// Returns which rows make which step.

@@ -240,7 +240,7 @@ impl Run<'_> {
             lora_alpha: plan.lora_alpha,
             lora_dropout: plan.lora_dropout,
             target_modules: plan.target_modules.clone(),
-            base_model_name_or_path: Some(plan.typed.model.display().to_string()),
+            base_model_name_or_path: Some(base_name(&plan.typed.model)),
             use_rslora: plan.use_rslora,
         };
         let directory = AtomicDir::create(&self.dir.file(name), true)?;
@@ -259,4 +259,9 @@ impl Run<'_> {
 /// Returns what run.json says of a position.
 fn counts(position: Position) -> Value {
     json!({ "steps": position.step, "skipped": position.skipped, "num_tokens": position.num_tokens })
+}
+
+/// What an adapter calls its base: the path, or the name on the hub without its revision.
+fn base_name(model: &std::path::Path) -> String {
+    kto_hub::named(model).map_or_else(|| model.display().to_string(), |name| name.repo)
 }

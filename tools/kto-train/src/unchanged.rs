@@ -52,7 +52,7 @@ pub fn done(args: &Args, plan: &Plan) -> Result<Exit> {
 /// Returns what the run reads and writes.
 pub fn record(args: &Args, plan: &Plan) -> Record {
     let mut record = Record::new(&args.common);
-    record.known_model(&args.model, plan.base.clone());
+    record.known_model(&args.model_dir, plan.base.clone());
     record.file(&args.data);
     args.eval_data.iter().for_each(|path| record.file(path));
     args.init_adapter.iter().for_each(|path| record.directory(path));

@@ -93,12 +93,30 @@ fn renderings_equal_those_of_python() {
     assert!(equal > 40 && refused > 0, "{equal} equal, {refused} refused");
 }
 
-/// For a larger set in the same form: KTO_TEMPLATES names its folder.
+/// Where Python and we part on the 125 templates of the larger set, and why.
+const KNOWN: [(&str, &str, &str); 6] = [
+    // Python cannot iterate over `tools` when it is None; minijinja takes None for an empty list.
+    ("CohereForAI-c4ai-command-r-plus-tool_use.jinja", "prompt_only", "Python refuses"),
+    ("CohereForAI-c4ai-command-r-plus-tool_use.jinja", "single", "Python refuses"),
+    ("CohereForAI-c4ai-command-r-plus-tool_use.jinja", "sys_multi", "Python refuses"),
+    ("CohereForAI-c4ai-command-r-plus-tool_use.jinja", "unicode", "Python refuses"),
+    // Python cannot add a dictionary to a text; minijinja prints it.
+    ("llama-cpp-deepseek-r1.jinja", "tools", "Python refuses"),
+    // jinja2 escapes what is added to a text that came out of `| safe`; minijinja does not.
+    ("meetkai-functionary-medium-v3.1.jinja", "tools", "&#34;weather&#34;"),
+];
+
+/// The whole of a larger set in the same form: KTO_TEMPLATES names its folder.
 #[test]
 #[ignore = "needs a folder of templates in KTO_TEMPLATES"]
 fn renderings_of_a_larger_set() {
     let folder = PathBuf::from(std::env::var_os("KTO_TEMPLATES").unwrap());
     let (equal, refused, differing) = compare(&folder);
     println!("{equal} equal, {refused} refused by both, {} differ", differing.len());
-    differing.iter().for_each(|line| println!("{line}"));
+    let (known, unknown): (Vec<_>, Vec<_>) = differing.iter().partition(|line| {
+        KNOWN.iter().any(|(file, case, end)| line.contains(&format!("{file} {case}:")) && line.contains(end))
+    });
+    assert!(unknown.is_empty(), "{unknown:#?}");
+    assert_eq!(known.len(), KNOWN.len(), "a difference is gone: {known:#?}");
+    assert_eq!((equal, refused), (577, 42));
 }

@@ -90,23 +90,43 @@ fn refusals_say_what_the_template_said() {
 #[test]
 fn model_directories_without_a_template_say_so() {
     let dir = tempfile::tempdir().unwrap();
-    let error = ChatTemplate::from_model_dir(dir.path()).map(|_| ()).unwrap_err();
+    let error = ChatTemplate::load(dir.path(), None).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("has no chat template"), "{error}");
-    assert_eq!(error.hint(), Some("--template FILE gives one"));
+    assert_eq!(error.hint(), Some("--chat-template FILE gives one"));
     let config = dir.path().join("tokenizer_config.json");
     std::fs::write(
         &config,
         r#"{"chat_template": [{"name": "a", "template": "x"}], "eos_token": {"content": "</s>"}}"#,
     )
     .unwrap();
-    let error = ChatTemplate::from_model_dir(dir.path()).map(|_| ()).unwrap_err();
+    let error = ChatTemplate::load(dir.path(), None).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("none is named \"default\""), "{error}");
     std::fs::write(dir.path().join("chat_template.jinja"), "file wins{{ eos_token }}").unwrap();
-    let template = ChatTemplate::from_model_dir(dir.path()).unwrap();
+    let template = ChatTemplate::load(dir.path(), None).unwrap();
     assert_eq!(template.render(&[], None, None, false).unwrap(), "file wins</s>");
     std::fs::write(&config, "{}").unwrap();
-    let template = ChatTemplate::from_model_dir(dir.path()).unwrap();
+    let template = ChatTemplate::load(dir.path(), None).unwrap();
     assert_eq!(template.render(&[], None, None, false).unwrap(), "file wins");
+}
+
+#[test]
+fn a_turn_is_left_open_where_its_text_ends() {
+    let chat = [json!({"role": "user", "content": "q"}), json!({"role": "assistant", "content": "so far: "})];
+    let open = |text: &str| compile(text).unwrap().render_continued(&chat, None, None);
+    let kept = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}";
+    assert_eq!(open(kept).unwrap(), "<user>q</s><assistant>so far: ");
+    let trimmed = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}";
+    assert_eq!(open(trimmed).unwrap(), "<user>q</s><assistant>so far:");
+    assert!(
+        open("{{ messages[0].content }}").unwrap_err().to_string().contains("not in what the chat template")
+    );
+    let parts = [
+        json!({"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
+    ];
+    let template = compile("{% for p in messages[0].content %}{{ p.text }},{% endfor %}").unwrap();
+    assert_eq!(template.render_continued(&parts, None, None).unwrap(), "a,b");
+    let empty = [json!({"role": "assistant", "tool_calls": [1]})];
+    assert!(template.render_continued(&empty, None, None).is_err());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Templates are Jinja programs that come with models, written for Python's jinja2 inside transformers. minijinja runs
 //! them; `environment` holds what makes it agree with Python, `pystyle` how Python prints values, `clock` the one
-//! function that reads the time, `source` where a model directory keeps its template. Called by kto-tokenize and
+//! function that reads the time, `source` where a model directory keeps its templates, `continued` how a turn is left open. Called by kto-tokenize and
 //! kto-eval.
 //!
 //! A template is untrusted input. Its source is capped, every render has a budget of fuel (time and memory) that grows
@@ -11,6 +11,7 @@
 //! Deliberately absent: multimodal content, the assistant mask of `{% generation %}` (the tags are accepted).
 
 mod clock;
+mod continued;
 mod environment;
 mod pystyle;
 mod source;
@@ -24,7 +25,7 @@ use crate::tokenizer::TokenizerConfig;
 use kto_cli::{Error, Result, escape, guard, hash};
 use minijinja::{Environment, ErrorKind};
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Bytes of a template's source, at most.
 const SOURCE_CAP: usize = 64 << 10;
@@ -45,18 +46,22 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Loads the template of a model directory: `chat_template.jinja`, else `chat_template` in tokenizer_config.json.
+    /// Loads the templates of a model directory: `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, else
+    /// `chat_template` in tokenizer_config.json. `choice` is the name of one of them or, if none is called so, a file
+    /// that is used in their place, with that directory's special tokens.
     /// Errors: 65 when there is none or it does not compile, 66 when a file cannot be read.
-    pub fn from_model_dir(dir: &Path) -> Result<Self> {
+    pub fn load(dir: &Path, choice: Option<&Path>) -> Result<Self> {
         let config = TokenizerConfig::from_model_dir(dir)?;
-        let sources = source::of_model_dir(dir, &config)?;
+        let sources = match choice {
+            None => source::of_model_dir(dir, &config)?,
+            Some(choice) => source::chosen(choice, dir, &config)?,
+        };
         Self::compile(sources, &config)
     }
 
-    /// Loads a template file in place of the one in the model directory, with that directory's special tokens.
-    pub fn from_file(path: &Path, dir: &Path) -> Result<Self> {
-        let config = TokenizerConfig::from_model_dir(dir)?;
-        Self::compile(source::of_file(path)?, &config)
+    /// Returns the file that `choice` means, when it is not the name of one of the model's templates.
+    pub fn file_of_choice(dir: &Path, choice: &Path) -> Result<Option<PathBuf>> {
+        source::file_of_choice(choice, dir, &TokenizerConfig::from_model_dir(dir)?)
     }
 
     fn compile(sources: source::Sources, config: &TokenizerConfig) -> Result<Self> {
@@ -110,6 +115,21 @@ impl ChatTemplate {
         let context = environment::context(messages, tools, kwargs, add_generation_prompt, &self.variables)?;
         let name = if self.with_tools && tools.is_some() { TOOLS } else { NAME };
         render(&self.environment, name, messages.len(), context)
+    }
+
+    /// Renders a conversation whose last message is to be continued: the text ends where that message's does, without
+    /// what closes a turn. As transformers' `continue_final_message`: where the template trims the message, so is the
+    /// result. Errors (65): the last message is no text, or the template leaves it out.
+    pub fn render_continued(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        kwargs: Option<&Value>,
+    ) -> Result<String> {
+        let mut marked = messages.to_vec();
+        let said = continued::mark(&mut marked)?;
+        let text = self.render_here(&marked, tools, kwargs, false)?;
+        continued::cut(text, &said)
     }
 }
 

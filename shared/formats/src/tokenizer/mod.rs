@@ -75,6 +75,12 @@ impl TextTokenizer {
         self.tokenizer.token_to_id(token)
     }
 
+    /// Returns whether an id is a control token's.
+    pub fn is_control(&self, id: u32) -> bool {
+        let added = self.tokenizer.get_added_vocabulary();
+        added.simple_id_to_token(id).is_some_and(|token| added.is_special_token(&token))
+    }
+
     /// Returns the text of the end-of-sequence token.
     pub fn eos_token(&self) -> Option<&str> {
         self.config.token("eos_token")

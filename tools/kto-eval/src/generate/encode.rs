@@ -2,7 +2,7 @@
 
 use super::prompts::{Body, Prompt};
 use crate::args::GenerateArgs;
-use kto_cli::{Context, Error, Result};
+use kto_cli::{Context, Error, Result, guard};
 use kto_formats::{chat, template::ChatTemplate, tokenizer::TextTokenizer};
 use serde_json::{Value, json};
 use std::{path::PathBuf, sync::OnceLock};
@@ -12,7 +12,7 @@ pub struct Encoder {
     tokenizer: TextTokenizer,
     /// Loaded when the first conversational prompt comes: a model for plain text has none.
     template: OnceLock<ChatTemplate>,
-    template_file: Option<PathBuf>,
+    template_choice: Option<PathBuf>,
     model: PathBuf,
     chat: bool,
     allow_special: bool,
@@ -25,12 +25,12 @@ impl Encoder {
         let this = Self {
             tokenizer: TextTokenizer::from_model_dir(&model)?,
             template: OnceLock::new(),
-            template_file: args.template.clone(),
+            template_choice: args.chat_template.clone(),
             model,
             chat: args.chat,
             allow_special: args.allow_special,
         };
-        if args.chat || args.template.is_some() {
+        if args.chat || args.chat_template.is_some() {
             this.template()?;
         }
         Ok(this)
@@ -78,16 +78,11 @@ impl Encoder {
             }
         }
         let open = messages.last().filter(|m| chat::role(m) == "assistant");
-        let mut text = self.template()?.render(&messages, tools.as_ref(), kwargs.as_ref(), open.is_none())?;
-        if let Some(open) = open {
-            let said = open.get("content").and_then(Value::as_str).unwrap_or_default().trim();
-            let Some(at) = text.rfind(said).filter(|_| !said.is_empty()) else {
-                return Err(Error::data(
-                    "the answer to be continued is not in what the chat template made of it",
-                ));
-            };
-            text.truncate(at + said.len());
-        }
+        let (template, tools, kwargs) = (self.template()?, tools.as_ref(), kwargs.as_ref());
+        let text = match open {
+            Some(_) => guard::on_big_stack(|| template.render_continued(&messages, tools, kwargs))?,
+            None => template.render(&messages, tools, kwargs, true)?,
+        };
         match covered {
             true => self.tokenizer.shield().encode(&text, false),
             false => self.tokenizer.encode(&text, false),
@@ -110,10 +105,7 @@ impl Encoder {
         if let Some(template) = self.template.get() {
             return Ok(template);
         }
-        let template = match &self.template_file {
-            Some(file) => ChatTemplate::from_file(file, &self.model)?,
-            None => ChatTemplate::from_model_dir(&self.model)?,
-        };
+        let template = ChatTemplate::load(&self.model, self.template_choice.as_deref())?;
         Ok(self.template.get_or_init(|| template))
     }
 }

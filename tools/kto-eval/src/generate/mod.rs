@@ -12,6 +12,7 @@ use crate::{
 use answer::Answer;
 use encode::Encoder;
 use kto_cli::{Common, Context, Error, Exit, Record, Result, Ui, input, output, output::Output, signal};
+use kto_formats::template::ChatTemplate;
 use kto_kernels::random;
 use kto_model::{
     generate::{Request, Sampling, generate_batch},
@@ -33,7 +34,9 @@ pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     let mut record = Record::new(common);
     record.output(args.output.as_deref());
     record.files(&paths);
-    record.files(&args.template);
+    if let Some(choice) = &args.chat_template {
+        record.files(&ChatTemplate::file_of_choice(&args.model.model, choice)?);
+    }
     record.check()?;
     set_threads(args.model.threads)?;
     let mut policy = Policy::open(&args.model, POSITIONS)?;

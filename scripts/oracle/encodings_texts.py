@@ -1,0 +1,27 @@
+"""The texts whose encodings are compared."""
+
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "Hello world",
+    " Hello  world ",
+    "  two  spaces\n\n  and lines\r\n\tend\t ",
+    "héllo ÅÄ ñ ß 日本語 한국어 العربية Ελληνικά",
+    "🤗🤗🏽👨‍👩‍👧 e\u0301 \u00e9 ﬁ ½ Ⅳ",
+    "123 4567 89,000.50 1e-5 0x1F",
+    "don't we'll I'M you've THEY'RE",
+    "<s>x</s> [INST] y [/INST]",
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+    "<|user|>\n hi<|end|>\n a <|assistant|>  b",
+    "a<|endoftext|> b <|endoftext|>c",
+    "<tool_call>\n{\"name\": \"f\"}\n</tool_call><think>x</think>",
+    "def f(x):\n    return x ** 2  # ok\n",
+    "\u00a0nb\u3000sp\u200bzw\ufeffbom",
+    "\u0000nul\u0007bel",
+    "ÀÉÎÕÜ" * 5,
+    "▁▁ already ▁ there",
+    "a" * 200,
+    "Question: What? Answer:",
+    "Q\n\nHuman: hi\n\nAssistant: ho",
+]
