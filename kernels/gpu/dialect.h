@@ -253,6 +253,9 @@ DEVICE float exponential(float v) {
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// tanh by the exponential, as kernels/src/attention/softmax.rs.
+DEVICE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(x * 2.0f) + 1.0f); }
+
 // The finalizer of SplitMix64, as kernels/src/random.rs.
 DEVICE u64 mixed(u64 v) {
   u64 x = v + U64(0x9e3779b97f4a7c15);

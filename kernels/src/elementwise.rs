@@ -51,6 +51,38 @@ pub fn scale_in_place(x: &Tensor, factor: f64) -> Result<()> {
     }))
 }
 
+/// Writes `cap·tanh(x / cap)` in place.
+pub fn soft_cap(x: &Tensor, cap: f64) -> Result<()> {
+    let c = x.dims().last().copied().unwrap_or(1);
+    with_type!(x, T => write::<T>(x, |data| {
+        for_rows(data, c, |_, row| crate::attention::cap(row, T::of(cap)));
+        Ok(())
+    }))
+}
+
+/// Multiplies the gradient `d` of capped values by the slope of their cap: `1 − (y / cap)²`. Shapes: d and y (T, C).
+pub fn soft_cap_backward(d: &Tensor, y: &Tensor, cap: f64) -> Result<()> {
+    let (_, c) = d.dims2()?;
+    same_type(d, y)?;
+    apart(d, y)?;
+    if d.dims2()? != y.dims2()? {
+        bail!("soft_cap_backward: shapes {:?} and {:?}", d.shape(), y.shape());
+    }
+    with_type!(d, T => {
+        let ry = read(y);
+        let y_ = ry.slice::<T>()?;
+        write::<T>(d, |data| {
+            for_rows(data, c, |i, row| {
+                for (d, y) in row.iter_mut().zip(&y_[i * c..][..c]) {
+                    let t = *y / T::of(cap);
+                    *d *= T::ONE - t * t;
+                }
+            });
+            Ok(())
+        })
+    })
+}
+
 /// Returns the sum of squares in f64, always added in element order.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
     with_type!(x, T => Ok(read(x).slice::<T>()?.iter().map(|v| v.wide() * v.wide()).sum()))

@@ -12,6 +12,7 @@ pub mod device;
 mod dropout;
 mod elementwise;
 mod exp;
+mod gated;
 mod gemm;
 pub mod gpu;
 mod logprob;
@@ -25,17 +26,19 @@ mod rope;
 mod rows;
 mod simd;
 mod stored;
-mod swiglu;
 mod tensor;
 mod weight;
 
 pub use adamw::{AdamW, adamw_step};
 pub use attention::{
     ATTENTION_PARTS, AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape,
-    Segment, attention, attention_backward, attention_scratch,
+    ScoreRule, Segment, attention, attention_backward, attention_scratch,
 };
 pub use dropout::{DropoutKey, dropout};
-pub use elementwise::{add, add_bias, first_non_finite, scale_in_place, sum_of_squares};
+pub use elementwise::{
+    add, add_bias, first_non_finite, scale_in_place, soft_cap, soft_cap_backward, sum_of_squares,
+};
+pub use gated::{geglu, geglu_backward, swiglu, swiglu_backward};
 pub use logprob::{LogprobStats, logprob_stats, logprob_unit_gradient};
 pub use matmul::{Factor, Onto, Product, matmul, multiply};
 pub use parallel::with_team;
@@ -44,5 +47,4 @@ pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::{RopeTable, rope};
 pub use rows::{clear, gather_rows, gather_rows_into, scale_rows, scatter_add_rows};
 pub use stored::{AffineParts, Bytes, Dense, Nf4Parts, Nf4Scales, Stored};
-pub use swiglu::{swiglu, swiglu_backward};
 pub use weight::Weight;

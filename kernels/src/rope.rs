@@ -10,6 +10,7 @@ use candle_core::{Result, Tensor, bail};
 
 /// Cosines and sines for positions `0..positions`, each (positions, D/2), kept in f32 as transformers keeps them.
 pub struct RopeTable {
+    head: usize,
     half: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -27,7 +28,21 @@ impl RopeTable {
             .collect();
         let angles = (0..positions).flat_map(|p| inverse.iter().map(move |f| (p as f32 * f) as f64));
         let (sin, cos) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
-        Self { half, cos, sin }
+        Self { head: head_dim, half, cos, sin }
+    }
+
+    /// Computes the table for heads of `head_dim` whose first `2 · frequencies.len()` dimensions turn; sines and cosines are times
+    /// `factor`.
+    pub fn of_frequencies(head_dim: usize, frequencies: &[f64], factor: f64, positions: usize) -> Self {
+        let angles =
+            (0..positions).flat_map(|p| frequencies.iter().map(move |f| (p as f32 * *f as f32) as f64));
+        let (sin, cos) = angles.map(|a| ((a.sin() * factor) as f32, (a.cos() * factor) as f32)).unzip();
+        Self { head: head_dim, half: frequencies.len(), cos, sin }
+    }
+
+    /// Returns D.
+    pub fn head(&self) -> usize {
+        self.head
     }
 
     /// Returns cosines and sines, each (positions, D/2) row-major: what a device gets.
@@ -35,7 +50,7 @@ impl RopeTable {
         (&self.cos, &self.sin)
     }
 
-    /// Returns D/2.
+    /// Returns half of the dimensions of a head that turn.
     pub fn half(&self) -> usize {
         self.half
     }
@@ -51,8 +66,8 @@ impl RopeTable {
 pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], inverse: bool) -> Result<()> {
     let (t, c) = x.dims2()?;
     let half = table.half;
-    if half == 0 || c % (2 * half) != 0 || positions.len() != t {
-        bail!("rope: input ({t}, {c}), head size {}, {} positions", 2 * half, positions.len());
+    if half == 0 || 2 * half > table.head || c % table.head != 0 || positions.len() != t {
+        bail!("rope: input ({t}, {c}), head size {}, {} positions", table.head, positions.len());
     }
     if let Some(p) = positions.iter().find(|p| table.row(**p).is_none()) {
         bail!("rope: position {p} is past the table");
@@ -61,8 +76,8 @@ pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], inverse: bool) -> 
         for_rows(x, c, |i, row| {
             let Some((cos, sin)) = table.row(positions[i]) else { return };
             let sign = T::of(if inverse { -1.0 } else { 1.0 });
-            for head in row.chunks_mut(2 * half) {
-                let (low, high) = head.split_at_mut(half);
+            for head in row.chunks_mut(table.head) {
+                let (low, high) = head[..2 * half].split_at_mut(half);
                 rotate(low, high, cos, sin, sign);
             }
         });

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use kto_kernels::{
     AdamW, AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, DropoutKey, Factor,
-    HeadShape, Onto, Product, RopeTable, Segment, adamw_step,
+    HeadShape, Onto, Product, RopeTable, ScoreRule, Segment, adamw_step,
     adamw8::{self, Moments8, adamw8_step},
     add, add_bias, attention, attention_backward, dropout, first_non_finite, gather_rows, logprob_stats,
     logprob_unit_gradient, matmul, multiply,
@@ -150,7 +150,14 @@ fn attention_case(pack: Pack, back: bool) -> Case {
     let (name, products) = if back { ("attention_backward", 5.0) } else { ("attention", 2.0) };
     let shape = format!("{rows} rows, {} prompts, 9/3 heads", layout.groups.len());
     case(name, shape, Work::Flops(2.0 * products * seen * width as f64), move || {
-        let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout: &layout, shape: HEADS };
+        let inputs = AttentionInputs {
+            q: &q,
+            k: &k,
+            v: &v,
+            layout: &layout,
+            shape: HEADS,
+            rule: ScoreRule::plain(HEADS),
+        };
         let outputs = AttentionOutputs { out: &out, stats: &stats };
         if back {
             let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };

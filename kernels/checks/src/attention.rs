@@ -4,8 +4,8 @@
 use crate::{Arg, Machine, launch, support::*};
 use candle_core::{DType, Device, Result, Tensor};
 use kto_kernels::{
-    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, Dense, HeadShape, Segment,
-    attention, attention_backward, gpu::Softmax,
+    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, Dense, HeadShape, ScoreRule,
+    Segment, attention, attention_backward, gpu::Softmax,
 };
 
 const SHAPE: HeadShape = HeadShape { heads: 4, kv_heads: 2, dim: 8 };
@@ -79,7 +79,7 @@ pub(crate) fn check(m: &dyn Machine) -> Result<()> {
 /// One segment and one key-value head, forward and backward.
 fn block(m: &dyn Machine, x: &Inputs, sums: &mut Sums, segment: &Segment, head: usize) -> Result<()> {
     let keys = segment.prefix_len + segment.offset + segment.queries;
-    let p = Softmax::of_segment(segment, GROUP, 1.0 / (SHAPE.dim as f32).sqrt(), (keys as u32, keys as u32));
+    let p = Softmax::of_segment(segment, GROUP, ScoreRule::plain(SHAPE), (keys as u32, keys as u32));
     let row_of = |r: usize| query(segment.query + r % segment.queries, head * GROUP + r / segment.queries);
     let key_of = |j: usize| match j.checked_sub(segment.prefix_len) {
         None => key(segment.prefix + j, head),
@@ -92,7 +92,7 @@ fn block(m: &dyn Machine, x: &Inputs, sums: &mut Sums, segment: &Segment, head: 
     let (mut probabilities, mut ds) = (buffer(Dense::F32, &scores), buffer(Dense::F32, &slopes));
     // In place: scores become probabilities, slopes gradients of scores.
     launch(m, "softmax_f32", grid, &mut [Arg::Out(&mut probabilities), Arg::Again(0)], &p)?;
-    let args = &mut [Arg::Out(&mut ds), Arg::Again(0), Arg::In(&probabilities)];
+    let args = &mut [Arg::Out(&mut ds), Arg::Again(0), Arg::In(&probabilities), Arg::Again(2)];
     launch(m, "softmax_backward_f32", grid, args, &p)?;
     let (probabilities, ds) = (decode(Dense::F32, probabilities.content()), decode(Dense::F32, ds.content()));
     for ((r, j), (p, ds)) in pairs().zip(probabilities.into_iter().zip(ds)) {
@@ -112,7 +112,14 @@ fn expected(x: &Inputs) -> Result<[Vec<f64>; 4]> {
     let like = |t: &Tensor| Tensor::zeros(t.shape(), DType::F64, &Device::Cpu);
     let (out, dq, dk, dv) = (like(&q)?, like(&q)?, like(&k)?, like(&v)?);
     let stats = Tensor::zeros((QUERIES, 2 * SHAPE.heads), DType::F64, &Device::Cpu)?;
-    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout: &layout(), shape: SHAPE };
+    let inputs = AttentionInputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        layout: &layout(),
+        shape: SHAPE,
+        rule: ScoreRule::plain(SHAPE),
+    };
     let outputs = AttentionOutputs { out: &out, stats: &stats };
     attention(outputs, inputs)?;
     let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };

@@ -12,6 +12,7 @@ mod dropout;
 mod elementwise;
 #[cfg(emulated)]
 mod emulator;
+mod gated;
 #[cfg(emulated)]
 mod gpu;
 mod logprob;
@@ -21,7 +22,6 @@ mod rope;
 mod rows;
 mod softmax;
 mod support;
-mod swiglu;
 
 #[cfg(feature = "cuda")]
 pub use cuda::OnCuda;
@@ -56,11 +56,11 @@ pub const CHECKS: [(&str, Check); 12] = [
     ("dequantize", dequantize::check),
     ("dropout", dropout::check),
     ("elementwise", elementwise::check),
+    ("gated", gated::check),
     ("logprob", logprob::check),
     ("rms_norm", rms_norm::check),
     ("rope", rope::check),
     ("rows", rows::check),
     ("scatter", rows::check_scatter),
     ("softmax", softmax::check),
-    ("swiglu", swiglu::check),
 ];

@@ -30,7 +30,7 @@ pub(crate) fn check(m: &dyn Machine) -> Result<()> {
                     heads: heads as u32,
                     half_dim: dim as u32 / 2,
                     sign,
-                    unused: 0,
+                    head_dim: dim as u32,
                 };
                 let (index, cosines, sines) = (indices(&positions), table(cosines), table(sines));
                 let args = &mut [Arg::Out(&mut y), Arg::In(&index), Arg::In(&cosines), Arg::In(&sines)];

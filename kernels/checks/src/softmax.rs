@@ -3,9 +3,10 @@
 use crate::{Arg, Machine, launch, support::*};
 use candle_core::Result;
 use kto_kernels::{
-    Dense, Segment,
+    Dense, ScoreRule, Segment,
     gpu::{Grid, Softmax},
 };
+use std::ops::Range;
 
 /// (heads, queries, prefix, offset, launch)
 const CASES: [(usize, usize, usize, usize, Grid); 7] = [
@@ -29,24 +30,27 @@ struct Case {
 impl Case {
     fn new(
         (heads, queries, prefix_len, offset, grid): (usize, usize, usize, usize, Grid),
+        rule: ScoreRule,
         element: Dense,
     ) -> Self {
         let segment = Segment { query: 0, queries, prefix: 0, prefix_len, own: prefix_len, offset };
         let columns = (prefix_len + offset + queries) as u32;
-        let p = Softmax::of_segment(&segment, heads, 0.5, (columns + 3, columns + 1));
+        let p = Softmax::of_segment(&segment, heads, rule, (columns + 3, columns + 1));
         let n = p.rows as usize * p.in_stride as usize;
         let mut new = Self { p, grid, scores: noise(element, n, 7), slopes: noise(element, n, 8) };
         for i in 0..n {
             let (row, column) = (i / p.in_stride as usize, i % p.in_stride as usize);
-            if column >= new.seen(row) {
+            if !new.seen(row).contains(&column) {
                 (new.scores[i], new.slopes[i]) = (f32::NAN, f32::NAN);
             }
         }
         new
     }
 
-    fn seen(&self, row: usize) -> usize {
-        self.p.first as usize + row % self.p.queries as usize
+    fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.p.first as usize + row % self.p.queries as usize;
+        let window = if self.p.window == 0 { end } else { self.p.window as usize };
+        end.saturating_sub(window)..end
     }
 
     fn elements(&self) -> usize {
@@ -60,15 +64,25 @@ impl Case {
         for (i, (x, y)) in rows.enumerate() {
             y[..self.p.columns as usize].fill(0.0);
             let seen = self.seen(i);
-            f(i, &x[..seen], &mut y[..seen]);
+            f(i, &x[seen.clone()], &mut y[seen]);
         }
         out
     }
 
+    /// Returns the score made of a product, and its derivative.
+    fn score(&self, x: f32) -> (f64, f64) {
+        let (scale, cap) = (f64::from(self.p.scale), f64::from(self.p.cap));
+        let s = f64::from(x) * scale;
+        if cap == 0.0 {
+            return (s, scale);
+        }
+        let t = (s / cap).tanh();
+        (cap * t, scale * (1.0 - t * t))
+    }
+
     fn probabilities(&self) -> Vec<f64> {
-        let scale = f64::from(self.p.scale);
         self.rows(&self.scores, |_, x, y| {
-            y.iter_mut().zip(x).for_each(|(y, x)| *y = (f64::from(*x) * scale).exp());
+            y.iter_mut().zip(x).for_each(|(y, x)| *y = self.score(*x).0.exp());
             let sum: f64 = y.iter().sum();
             y.iter_mut().for_each(|y| *y /= sum);
         })
@@ -77,10 +91,11 @@ impl Case {
     fn gradient(&self, probabilities: &[f32]) -> Vec<f64> {
         let stride = self.p.out_stride as usize;
         self.rows(&self.slopes, |i, x, y| {
-            let p = &probabilities[i * stride..];
+            let p = &probabilities[i * stride + self.seen(i).start..];
+            let s = &self.scores[i * self.p.in_stride as usize + self.seen(i).start..];
             let dot: f64 = x.iter().zip(p).map(|(x, p)| f64::from(*x) * f64::from(*p)).sum();
-            for ((y, x), p) in y.iter_mut().zip(x).zip(p) {
-                *y = f64::from(*p) * (f64::from(*x) - dot) * f64::from(self.p.scale);
+            for (((y, x), p), s) in y.iter_mut().zip(x).zip(p).zip(s) {
+                *y = f64::from(*p) * (f64::from(*x) - dot) * self.score(*s).1;
             }
         })
     }
@@ -90,8 +105,11 @@ pub(crate) fn check(m: &dyn Machine) -> Result<()> {
     for element in TYPES {
         for case in CASES {
             // Scores in the type of the module, and in f32 whatever it is.
-            check_case(m, element, (element, ""), &Case::new(case, element))?;
-            check_case(m, element, (Dense::F32, "_of_f32"), &Case::new(case, Dense::F32))?;
+            let plain = ScoreRule { scale: 0.5, window: None, cap: None };
+            for rule in [plain, ScoreRule { window: Some(3), cap: Some(0.75), ..plain }] {
+                check_case(m, element, (element, ""), &Case::new(case, rule, element))?;
+                check_case(m, element, (Dense::F32, "_of_f32"), &Case::new(case, rule, Dense::F32))?;
+            }
         }
     }
     Ok(())
@@ -115,7 +133,7 @@ fn check_case(m: &dyn Machine, element: Dense, source: (Dense, &str), c: &Case) 
     let p = decode(element, found.content());
     let mut ds = results(element, c.elements());
     let slopes = buffer(source, &c.slopes);
-    let args = &mut [Arg::Out(&mut ds), Arg::In(&slopes), Arg::In(&found)];
+    let args = &mut [Arg::Out(&mut ds), Arg::In(&slopes), Arg::In(&found), Arg::In(&scores)];
     launch(m, &kernel("softmax_backward"), c.grid, args, &c.p)?;
     close(&what("softmax_backward"), element, &ds, &c.gradient(&p), tolerance)
 }

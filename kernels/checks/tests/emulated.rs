@@ -38,22 +38,22 @@ mod checks {
         dequantize,
         dropout,
         elementwise,
+        gated,
         logprob,
         rms_norm,
         rope,
         rows,
         scatter,
-        softmax,
-        swiglu
+        softmax
     );
 }
 
 #[cfg(emulated)]
 mod defects {
     use kto_kernel_checks::{Arg, Buffer, Emulator, launch};
-    use kto_kernels::gpu::{Grid, RmsNorm, Swiglu};
+    use kto_kernels::gpu::{Gated, Grid, RmsNorm};
 
-    const P: Swiglu = Swiglu { elements: 33 };
+    const P: Gated = Gated { elements: 33 };
 
     /// Runs a broken kernel on `n` floats and an input, if it takes one, and returns what the emulator says.
     fn fault(kernel: &str, element: &str, grid: Grid, input: Option<&Buffer>) -> String {

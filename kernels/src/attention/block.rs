@@ -1,7 +1,7 @@
 //! The work of one block of queries on one key-value head, tile by tile.
 
 use super::{
-    layout::{HeadShape, Segment},
+    layout::{HeadShape, ScoreRule, Segment},
     softmax::{self, LANES, State},
     tiles::{KEYS, Tile, tiles},
 };
@@ -25,6 +25,7 @@ pub(super) struct Heads<'a, T> {
     pub k: &'a [T],
     pub v: &'a [T],
     pub shape: HeadShape,
+    pub rule: ScoreRule,
 }
 
 /// Where the forward pass writes: (Tq, H·D) and (Tq, 2·H).
@@ -59,11 +60,13 @@ impl<T: Real> Heads<'_, T> {
         self.with_buffers(rows, |[q, o, _], [p, _]| {
             self.stack(b, j, self.q, self.scale(), q);
             let mut start = Start::Zero;
-            for tile in tiles(b) {
+            for tile in tiles(b, self.rule.window) {
                 self.against(tile, j, q, self.k, p);
                 let used = tile.keys.next_multiple_of(LANES);
                 for (r, (row, state)) in p.chunks_mut(ROW).zip(&mut states).enumerate() {
-                    let factor = softmax::weigh(&mut row[..used], tile.seen(b, r % b.queries), state);
+                    self.cap(&mut row[..tile.keys]);
+                    let visible = tile.visible(b, r % b.queries, self.rule.window);
+                    let factor = softmax::weigh(&mut row[..used], visible, state);
                     if matches!(start, Start::Target) && factor != T::ONE {
                         o[r * dim..][..dim].iter_mut().for_each(|o| *o *= factor);
                     }
@@ -101,18 +104,27 @@ impl<T: Real> Heads<'_, T> {
             self.stack(b, j, self.q, self.scale(), q);
             self.stack(b, j, known.dout, T::ONE, d);
             let mut start = Start::Zero;
-            for tile in tiles(b) {
+            for tile in tiles(b, self.rule.window) {
                 let used = tile.keys.next_multiple_of(LANES);
                 self.against(tile, j, q, self.k, p);
                 for (r, (row, [max, inverse, _])) in p.chunks_mut(ROW).zip(&facts).enumerate() {
-                    softmax::probabilities(&mut row[..used], tile.seen(b, r % b.queries), *max, *inverse);
+                    self.cap(&mut row[..tile.keys]);
+                    let visible = tile.visible(b, r % b.queries, self.rule.window);
+                    softmax::probabilities(&mut row[..used], visible, *max, *inverse);
                 }
                 self.add_transposed(tile, d, p, sums.dvt, sums.tk);
                 self.against(tile, j, d, self.v, ds);
                 for ((ds, p), [_, _, dot]) in ds.chunks_mut(ROW).zip(p.chunks(ROW)).zip(&facts) {
                     softmax::backward(&mut ds[..tile.keys], &p[..tile.keys], *dot);
                 }
-                // `q` carries 1/√D already.
+                if let Some(cap) = self.rule.cap {
+                    // The scores once more: their place was the probabilities'.
+                    self.against(tile, j, q, self.k, p);
+                    for (ds, s) in ds.chunks_mut(ROW).zip(p.chunks(ROW)) {
+                        softmax::uncap(&mut ds[..tile.keys], &s[..tile.keys], T::of(cap));
+                    }
+                }
+                // `q` carries the scale already.
                 self.add_transposed(tile, q, ds, sums.dkt, sums.tk);
                 self.weighted(tile, j, ds, self.k, (dq, start));
                 start = Start::Target;
@@ -134,7 +146,13 @@ impl<T: Real> Heads<'_, T> {
     }
 
     fn scale(&self) -> T {
-        T::of(1.0 / (self.shape.dim as f64).sqrt())
+        T::of(self.rule.scale)
+    }
+
+    fn cap(&self, scores: &mut [T]) {
+        if let Some(cap) = self.rule.cap {
+            softmax::cap(scores, T::of(cap));
+        }
     }
 
     /// Calls `f` with this thread's memory, that of a new task would be fresh pages: three times (rows, D), twice (rows, [`ROW`]).

@@ -41,6 +41,24 @@ pub struct HeadShape {
     pub dim: usize,
 }
 
+/// How a score is made of a query and a key.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScoreRule {
+    /// Factor of q·k.
+    pub scale: f64,
+    /// Positions that a query sees, its own included; prefix and own segment count as one sequence.
+    pub window: Option<usize>,
+    /// A score s becomes cap · tanh(s / cap).
+    pub cap: Option<f64>,
+}
+
+impl ScoreRule {
+    /// Returns the rule of Llama: 1/√D, and nothing else.
+    pub fn plain(shape: HeadShape) -> Self {
+        Self { scale: 1.0 / (shape.dim as f64).sqrt(), window: None, cap: None }
+    }
+}
+
 impl Segment {
     /// Own keys that the last query sees.
     pub(super) fn own_len(&self) -> usize {

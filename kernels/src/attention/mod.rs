@@ -9,7 +9,8 @@ mod layout;
 mod softmax;
 mod tiles;
 
-pub use layout::{AttentionLayout, HeadShape, Segment};
+pub use layout::{AttentionLayout, HeadShape, ScoreRule, Segment};
+pub(crate) use softmax::cap;
 
 use crate::{
     gemm::with_scratch,
@@ -35,6 +36,8 @@ pub struct AttentionInputs<'a> {
     pub layout: &'a AttentionLayout,
     /// Sizes of the heads.
     pub shape: HeadShape,
+    /// How scores are made.
+    pub rule: ScoreRule,
 }
 
 /// What attention writes, and its way back reads again.
@@ -47,9 +50,9 @@ pub struct AttentionOutputs<'a> {
 }
 
 /// Writes the attention output. Rows that no segment names are left alone.
-/// Formula: `softmax(q·kᵀ/√D + mask)·v` per head; query head h uses key-value head h / (H/Hkv).
+/// Formula: `softmax(cap(scale·q·kᵀ) + mask)·v` per head; query head h uses key-value head h / (H/Hkv).
 pub fn attention(outputs: AttentionOutputs, inputs: AttentionInputs) -> Result<()> {
-    let AttentionInputs { q, k, v, layout, shape } = inputs;
+    let AttentionInputs { q, k, v, layout, shape, rule } = inputs;
     check(q, k, v, layout, shape)?;
     check_outputs(outputs, inputs)?;
     for operand in [q, k, v] {
@@ -59,7 +62,7 @@ pub fn attention(outputs: AttentionOutputs, inputs: AttentionInputs) -> Result<(
     apart(outputs.out, outputs.stats)?;
     with_type!(q, T => {
         let (rq, rk, rv) = (read(q), read(k), read(v));
-        let heads = Heads::<T> { q: rq.slice()?, k: rk.slice()?, v: rv.slice()?, shape };
+        let heads = Heads::<T> { q: rq.slice()?, k: rk.slice()?, v: rv.slice()?, shape, rule };
         let tasks: Vec<(Segment, usize)> = layout
             .segments
             .iter()
@@ -101,14 +104,14 @@ pub fn attention_scratch(shape: HeadShape) -> usize {
 
 /// Writes the gradients for the gradient `dout` (Tq, H·D) of the output; `outputs` are those of [`attention`] for the same inputs.
 /// Keys that no query sees get zero; rows of dq that no segment names are left alone.
-/// Formula, with probabilities P and `dP = dout·vᵀ`: `dS = P∘(dP − rowsum(dout∘out))/√D; dq = dS·k; dk = dSᵀ·q; dv = Pᵀ·dout`.
+/// Formula, with probabilities P and `dP = dout·vᵀ`: `dS = scale·P∘(dP − rowsum(dout∘out))·(1 − tanh²); dq = dS·k; dk = dSᵀ·q; dv = Pᵀ·dout`.
 pub fn attention_backward(
     gradients: AttentionGradients,
     dout: &Tensor,
     outputs: AttentionOutputs,
     inputs: AttentionInputs,
 ) -> Result<()> {
-    let AttentionInputs { q, k, v, layout, shape } = inputs;
+    let AttentionInputs { q, k, v, layout, shape, rule } = inputs;
     let (_, tk) = check(q, k, v, layout, shape)?;
     check_outputs(outputs, inputs)?;
     let AttentionGradients { dq, dk, dv } = gradients;
@@ -135,7 +138,7 @@ pub fn attention_backward(
     with_type!(q, T => {
         let (rq, rk, rv) = (read(q), read(k), read(v));
         let (rd, ro, rs) = (read(dout), read(outputs.out), read(outputs.stats));
-        let heads = Heads::<T> { q: rq.slice()?, k: rk.slice()?, v: rv.slice()?, shape };
+        let heads = Heads::<T> { q: rq.slice()?, k: rk.slice()?, v: rv.slice()?, shape, rule };
         let (dout, out, stats) = (rd.slice::<T>()?, ro.slice::<T>()?, rs.slice::<T>()?);
         // Sums over queries are kept transposed, (Hkv·D, Tk): the products that add to them then read P and dS by rows.
         let columns = shape.kv_heads * shape.dim;

@@ -3,6 +3,7 @@
 //! Rows are padded to whole groups of [`LANES`]; the order of all additions is fixed.
 
 use crate::{real::Real, simd::simd};
+use std::ops::Range;
 
 /// Elements taken together, so that a loop over a row is SIMD.
 pub(super) const LANES: usize = 16;
@@ -30,25 +31,52 @@ fn total<T: Real>(lanes: [T; LANES]) -> T {
     sum
 }
 
-/// Masks what is not seen in a padded row: minus infinity in the last group that has something to see, zero behind.
-/// Returns the groups up to it.
+/// Masks what is not visible in a padded row: minus infinity before it and in the last group that has something to see, zero behind.
+/// Returns the groups up to that.
 #[inline(always)]
-fn mask<T: Real>(row: &mut [T], seen: usize) -> &mut [[T; LANES]] {
-    let (row, hidden) = row.split_at_mut(seen.next_multiple_of(LANES));
-    row[seen..].fill(T::NEG_INFINITY);
+fn mask<T: Real>(row: &mut [T], visible: Range<usize>) -> &mut [[T; LANES]] {
+    let (row, hidden) = row.split_at_mut(visible.end.next_multiple_of(LANES));
+    row[..visible.start].fill(T::NEG_INFINITY);
+    row[visible.end..].fill(T::NEG_INFINITY);
     hidden.fill(T::ZERO);
     row.as_chunks_mut::<LANES>().0
 }
 
+/// tanh by our exponential; absolute errors are some roundings of 1.
+#[inline(always)]
+fn tanh<T: Real, const FUSED: bool>(x: T) -> T {
+    let two = T::ONE + T::ONE;
+    T::ONE - two / ((x * two).exp::<FUSED>() + T::ONE)
+}
+
 simd! {
-    /// Turns the first `seen` scores of a tile's row into e^(score − max) and the others into zeros. Returns the factor that
+    /// `s ← cap·tanh(s / cap)`
+    pub(crate) fn cap<T: Real>(scores: &mut [T], cap: T) {
+        for s in scores.iter_mut() {
+            *s = cap * tanh::<T, FUSED>(*s / cap);
+        }
+    }
+}
+
+simd! {
+    /// `ds ← ds·(1 − tanh²(s / cap))` for scores s before their cap.
+    pub(super) fn uncap<T: Real>(ds: &mut [T], scores: &[T], cap: T) {
+        for (d, s) in ds.iter_mut().zip(scores) {
+            let t = tanh::<T, FUSED>(*s / cap);
+            *d = *d * (T::ONE - t * t);
+        }
+    }
+}
+
+simd! {
+    /// Turns the visible scores of a tile's row into e^(score − max) and the others into zeros. Returns the factor that
     /// earlier tiles' values have to be multiplied with.
-    pub(super) fn weigh<T: Real>(row: &mut [T], seen: usize, state: &mut State<T>) -> T {
-        if seen == 0 {
+    pub(super) fn weigh<T: Real>(row: &mut [T], visible: Range<usize>, state: &mut State<T>) -> T {
+        if visible.is_empty() {
             row.fill(T::ZERO);
             return T::ONE;
         }
-        let groups = mask(row, seen);
+        let groups = mask(row, visible);
         let mut lanes = [T::NEG_INFINITY; LANES];
         for group in groups.iter() {
             for l in 0..LANES {
@@ -73,9 +101,13 @@ simd! {
 }
 
 simd! {
-    /// Turns the first `seen` scores of a tile's row into probabilities and the others into zeros.
-    pub(super) fn probabilities<T: Real>(row: &mut [T], seen: usize, max: T, inverse: T) {
-        for group in mask(row, seen) {
+    /// Turns the visible scores of a tile's row into probabilities and the others into zeros.
+    pub(super) fn probabilities<T: Real>(row: &mut [T], visible: Range<usize>, max: T, inverse: T) {
+        if visible.is_empty() {
+            row.fill(T::ZERO);
+            return;
+        }
+        for group in mask(row, visible) {
             for v in group.iter_mut() {
                 *v = (*v - max).exp::<FUSED>() * inverse;
             }

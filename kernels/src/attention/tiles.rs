@@ -36,22 +36,38 @@ pub(super) struct Tile {
     pub keys: usize,
     /// Place of the first one in the queries' own segment; `None` in the prefix, which all see.
     own: Option<usize>,
+    /// Place of the first one in the whole sequence, the prefix first.
+    place: usize,
 }
 
 impl Tile {
-    /// Returns how many of the keys, from the first on, query `i` of block `b` sees.
-    pub fn seen(&self, b: &Segment, i: usize) -> usize {
-        self.own.map_or(self.keys, |start| (b.offset + i + 1).saturating_sub(start).min(self.keys))
+    /// Returns which of the keys query `i` of block `b` sees: those up to itself, and of them as many as a window holds.
+    pub fn visible(&self, b: &Segment, i: usize, window: Option<usize>) -> Range<usize> {
+        let end = self.own.map_or(self.keys, |start| (b.offset + i + 1).saturating_sub(start).min(self.keys));
+        first_seen(b, i, window).saturating_sub(self.place).min(end)..end
     }
 }
 
-/// Cuts the keys of a block into tiles: those of the prefix, then its own up to its last query.
-pub(super) fn tiles(b: &Segment) -> impl Iterator<Item = Tile> + use<> {
+/// Returns the place of the first key that query `i` of a block sees.
+fn first_seen(b: &Segment, i: usize, window: Option<usize>) -> usize {
+    window.map_or(0, |window| (b.prefix_len + b.offset + i + 1).saturating_sub(window))
+}
+
+/// Cuts the keys of a block into tiles: those of the prefix, then its own up to its last query. Tiles before the window of its first
+/// query are left out.
+pub(super) fn tiles(b: &Segment, window: Option<usize>) -> impl Iterator<Item = Tile> + use<> {
     let b = *b;
     let cut = |n: usize| (0..n).step_by(KEYS).map(move |at| (at, KEYS.min(n - at)));
-    let prefix = cut(b.prefix_len).map(move |(at, keys)| Tile { key: b.prefix + at, keys, own: None });
-    let own = cut(b.own_len()).map(move |(at, keys)| Tile { key: b.own + at, keys, own: Some(at) });
-    prefix.chain(own)
+    let prefix =
+        cut(b.prefix_len).map(move |(at, keys)| Tile { key: b.prefix + at, keys, own: None, place: at });
+    let own = cut(b.own_len()).map(move |(at, keys)| Tile {
+        key: b.own + at,
+        keys,
+        own: Some(at),
+        place: b.prefix_len + at,
+    });
+    let first = first_seen(&b, 0, window);
+    prefix.chain(own).filter(move |t| t.place + t.keys > first)
 }
 
 /// Cuts the blocks of a group into `parts` consecutive ranges of about the same work.
@@ -88,12 +104,32 @@ mod tests {
                 next += b.queries;
                 for i in 0..b.queries {
                     let mut keys = Vec::new();
-                    tiles(&b).for_each(|t| keys.extend(t.key..t.key + t.seen(&b, i)));
+                    let seen = |t: Tile| t.visible(&b, i, None).map(move |key| t.key + key);
+                    tiles(&b, None).for_each(|t| keys.extend(seen(t)));
                     let own = s.own..s.own + b.offset + i + 1;
                     assert_eq!(keys, (s.prefix..s.prefix + s.prefix_len).chain(own).collect::<Vec<_>>());
                 }
             }
             assert_eq!(next, s.query + s.queries);
+        }
+    }
+
+    #[test]
+    fn a_window_holds_the_last_keys() {
+        for s in [segment(300, 700, 0), segment(65, KEYS, 511), segment(600, 0, 3)] {
+            for window in [1, 7, 250, 256, 257, 900] {
+                for b in blocks(&s, SHAPE) {
+                    for i in 0..b.queries {
+                        let (mut keys, mut all) = (Vec::new(), Vec::new());
+                        for t in tiles(&b, Some(window)) {
+                            keys.extend(t.visible(&b, i, Some(window)).map(|key| t.key + key));
+                        }
+                        tiles(&b, None)
+                            .for_each(|t| all.extend(t.visible(&b, i, None).map(|key| t.key + key)));
+                        assert_eq!(keys, all[all.len().saturating_sub(window)..]);
+                    }
+                }
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use super::{
     Tensor::{self, Gpu, Host},
     apart,
 };
-use crate::{AttentionLayout, HeadShape, gpu::attention as on};
+use crate::{AttentionLayout, HeadShape, ScoreRule, gpu::attention as on};
 use candle_core::Result;
 
 /// As [`crate::AttentionInputs`].
@@ -20,6 +20,8 @@ pub struct AttentionInputs<'a> {
     pub layout: &'a AttentionLayout,
     /// Sizes of the heads.
     pub shape: HeadShape,
+    /// How scores are made.
+    pub rule: ScoreRule,
 }
 
 /// As [`crate::AttentionOutputs`].
@@ -44,13 +46,15 @@ pub struct AttentionGradients<'a> {
 
 /// As [`crate::attention`].
 pub fn attention(outputs: AttentionOutputs, inputs: AttentionInputs) -> Result<()> {
-    let AttentionInputs { q, k, v, layout, shape } = inputs;
+    let AttentionInputs { q, k, v, layout, shape, rule } = inputs;
     match (outputs.out, outputs.stats, q, k, v) {
         (Host(out), Host(stats), Host(q), Host(k), Host(v)) => {
-            let inputs = crate::AttentionInputs { q, k, v, layout, shape };
+            let inputs = crate::AttentionInputs { q, k, v, layout, shape, rule };
             crate::attention(crate::AttentionOutputs { out, stats }, inputs)
         }
-        (Gpu(out), _, Gpu(q), Gpu(k), Gpu(v)) => on::attention(out, on::Inputs { q, k, v, layout, shape }),
+        (Gpu(out), _, Gpu(q), Gpu(k), Gpu(v)) => {
+            on::attention(out, on::Inputs { q, k, v, layout, shape, rule })
+        }
         _ => apart("attention"),
     }
 }
@@ -62,16 +66,16 @@ pub fn attention_backward(
     outputs: AttentionOutputs,
     inputs: AttentionInputs,
 ) -> Result<()> {
-    let AttentionInputs { q, k, v, layout, shape } = inputs;
+    let AttentionInputs { q, k, v, layout, shape, rule } = inputs;
     let AttentionGradients { dq, dk, dv } = gradients;
     match (q, k, v, dq, dk, dv, dout) {
         (Host(q), Host(k), Host(v), Host(dq), Host(dk), Host(dv), Host(dout)) => {
-            let inputs = crate::AttentionInputs { q, k, v, layout, shape };
+            let inputs = crate::AttentionInputs { q, k, v, layout, shape, rule };
             let outputs = crate::AttentionOutputs { out: outputs.out.host()?, stats: outputs.stats.host()? };
             crate::attention_backward(crate::AttentionGradients { dq, dk, dv }, dout, outputs, inputs)
         }
         (Gpu(q), Gpu(k), Gpu(v), Gpu(dq), Gpu(dk), Gpu(dv), Gpu(dout)) => {
-            on::attention_backward((dq, dk, dv), dout, on::Inputs { q, k, v, layout, shape })
+            on::attention_backward((dq, dk, dv), dout, on::Inputs { q, k, v, layout, shape, rule })
         }
         _ => apart("attention_backward"),
     }

@@ -11,8 +11,8 @@ mod tensor;
 
 pub use attention::{AttentionGradients, AttentionInputs, AttentionOutputs, attention, attention_backward};
 pub use operations::{
-    Rotation, add, add_bias, clear, dropout, gather_rows, gather_rows_into, logprobs, rms_norm,
-    rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows, swiglu, swiglu_backward,
+    Gate, Rotation, add, add_bias, clear, dropout, gated, gated_backward, gather_rows, gather_rows_into,
+    logprobs, rms_norm, rms_norm_backward, rope, scale_in_place, scale_rows, scatter_add_rows, soft_cap,
 };
 pub use products::{Factor, Onto, Product, matmul, multiply};
 pub use self_test::self_test;

@@ -33,8 +33,8 @@ pub fn rms_norm_backward(dx: &Tensor, dy: &Tensor, x: &Tensor, w: &Tensor, eps: 
 pub enum Rotation {
     /// On the processor.
     Host(RopeTable),
-    /// On a GPU, each (positions, D/2) in f32.
-    Gpu(Matrix, Matrix),
+    /// On a GPU, each (positions, half of what turns) in f32, and D.
+    Gpu(Matrix, Matrix, usize),
 }
 
 impl Rotation {
@@ -44,7 +44,7 @@ impl Rotation {
         let (cosines, sines) = table.tables();
         let half = table.half();
         let bring = |v: &[f32]| Matrix::of_floats(gpu, v, v.len() / half.max(1), half, crate::Dense::F32);
-        Ok(Self::Gpu(bring(cosines)?, bring(sines)?))
+        Ok(Self::Gpu(bring(cosines)?, bring(sines)?, table.head()))
     }
 }
 
@@ -52,26 +52,49 @@ impl Rotation {
 pub fn rope(x: &Tensor, rotation: &Rotation, positions: &[u32], inverse: bool) -> Result<()> {
     match (x, rotation) {
         (Host(x), Rotation::Host(table)) => crate::rope(x, table, positions, inverse),
-        (Gpu(x), Rotation::Gpu(cosines, sines)) => on::rope(x, (cosines, sines), positions, inverse),
+        (Gpu(x), Rotation::Gpu(cosines, sines, head)) => {
+            on::rope(x, (cosines, sines), *head, positions, inverse)
+        }
         _ => apart("rope"),
     }
 }
 
-/// As [`crate::swiglu`].
-pub fn swiglu(out: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-    match (out, gate, up) {
-        (Host(out), Host(gate), Host(up)) => crate::swiglu(out, gate, up),
-        (Gpu(out), Gpu(gate), Gpu(up)) => on::swiglu(out, gate, up),
-        _ => apart("swiglu"),
+/// The activation of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    /// `x · sigmoid(x)`
+    Silu,
+    /// GELU by tanh.
+    Gelu,
+}
+
+/// As [`crate::swiglu`] or [`crate::geglu`].
+pub fn gated(kind: Gate, out: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+    match (kind, out, gate, up) {
+        (Gate::Silu, Host(out), Host(gate), Host(up)) => crate::swiglu(out, gate, up),
+        (Gate::Gelu, Host(out), Host(gate), Host(up)) => crate::geglu(out, gate, up),
+        (Gate::Silu, Gpu(out), Gpu(gate), Gpu(up)) => on::gated("swiglu", out, gate, up),
+        (Gate::Gelu, Gpu(out), Gpu(gate), Gpu(up)) => on::gated("geglu", out, gate, up),
+        _ => apart("gated"),
     }
 }
 
-/// As [`crate::swiglu_backward`].
-pub fn swiglu_backward(d: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-    match (d, gate, up) {
-        (Host(d), Host(gate), Host(up)) => crate::swiglu_backward(d, gate, up),
-        (Gpu(d), Gpu(gate), Gpu(up)) => on::swiglu_backward(d, gate, up),
-        _ => apart("swiglu_backward"),
+/// As [`crate::swiglu_backward`] or [`crate::geglu_backward`].
+pub fn gated_backward(kind: Gate, d: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+    match (kind, d, gate, up) {
+        (Gate::Silu, Host(d), Host(gate), Host(up)) => crate::swiglu_backward(d, gate, up),
+        (Gate::Gelu, Host(d), Host(gate), Host(up)) => crate::geglu_backward(d, gate, up),
+        (Gate::Silu, Gpu(d), Gpu(gate), Gpu(up)) => on::gated("swiglu_backward", d, gate, up),
+        (Gate::Gelu, Gpu(d), Gpu(gate), Gpu(up)) => on::gated("geglu_backward", d, gate, up),
+        _ => apart("gated_backward"),
+    }
+}
+
+/// `x ← cap·tanh(x / cap)`; as [`crate::soft_cap`].
+pub fn soft_cap(x: &Tensor, cap: f64) -> Result<()> {
+    match x {
+        Host(x) => crate::soft_cap(x, cap),
+        Gpu(x) => on::soft_cap(x, cap),
     }
 }
 
@@ -160,12 +183,13 @@ pub fn dropout(x: &Tensor, key: DropoutKey, rows: &[u64]) -> Result<Tensor> {
 }
 
 /// Returns [`crate::logprob_stats`], and with `gradient` the [`crate::logprob_unit_gradient`] of every row: in the logits' memory on
-/// the host, short-lived and of the activations' type on a GPU.
+/// the host, short-lived and of the activations' type on a GPU. Logits that went through [`soft_cap`] name its cap: the gradient is then
+/// that of what they were before.
 pub fn logprobs(
     device: &Device,
     logits: &Tensor,
     targets: &[u32],
-    gradient: bool,
+    (gradient, cap): (bool, Option<f64>),
 ) -> Result<(Vec<LogprobStats>, Option<Tensor>)> {
     match (logits, device) {
         (Host(logits), _) => {
@@ -173,14 +197,23 @@ pub fn logprobs(
             if !gradient {
                 return Ok((stats, None));
             }
+            let capped = cap.map(|cap| Ok::<_, candle_core::Error>((logits.copy()?, cap))).transpose()?;
             crate::logprob_unit_gradient(logits, targets, &stats)?;
+            if let Some((capped, cap)) = capped {
+                crate::soft_cap_backward(logits, &capped, cap)?;
+            }
             Ok((stats, Some(Host(logits.clone()))))
         }
         (Gpu(logits), Device::Gpu(_, element)) => {
             let (stats, kept) = gpu::operations::logprob_stats(logits, targets)?;
-            let unit =
-                if gradient { Some(on::logprob_unit_gradient(logits, &kept, *element)?) } else { None };
-            Ok((stats, unit.map(Gpu)))
+            if !gradient {
+                return Ok((stats, None));
+            }
+            let unit = on::logprob_unit_gradient(logits, &kept, *element)?;
+            if let Some(cap) = cap {
+                on::soft_cap_backward(&unit, logits, cap)?;
+            }
+            Ok((stats, Some(Gpu(unit))))
         }
         _ => apart("logprobs"),
     }

@@ -1,11 +1,11 @@
 //! A short proof that a GPU computes what the processor computes: whole operations on odd sizes, in f32.
 
 use super::{
-    AttentionGradients, AttentionInputs, AttentionOutputs, Device, Factor, FrozenWeight, Onto, Product,
-    Tensor, attention, attention_backward, logprobs, multiply, rms_norm, swiglu,
+    AttentionGradients, AttentionInputs, AttentionOutputs, Device, Factor, FrozenWeight, Gate, Onto, Product,
+    Tensor, attention, attention_backward, gated, logprobs, multiply, rms_norm, soft_cap,
 };
 use crate::{
-    AttentionLayout, Dense, HeadShape, Nf4Parts, Nf4Scales, Segment, Stored, Weight,
+    AttentionLayout, Dense, HeadShape, Nf4Parts, Nf4Scales, ScoreRule, Segment, Stored, Weight,
     gpu::{Gpu, Machine, Matrix, Packed, products::Frozen},
     quant::nf4::CODE,
     random,
@@ -78,11 +78,14 @@ fn results(device: &Device) -> Result<Vec<(&'static str, Vec<f64>)>> {
     rms_norm(&normed, &x, &norm, 1e-5)?;
     all.push(("rms_norm", values(&normed)?));
     let weight = weight(device)?;
-    let (wide, gated) = (device.matrix(ROWS, WIDE)?, device.matrix(ROWS, WIDE)?);
+    let (wide, active) = (device.matrix(ROWS, WIDE)?, device.matrix(ROWS, WIDE)?);
     multiply(&wide, Onto::Zero, &[Product::new(&x, Factor::Linear(&weight))])?;
     all.push(("product with an NF4 weight", values(&wide)?));
-    swiglu(&gated, &wide, &noise(device, ROWS, WIDE, 2)?)?;
-    all.push(("swiglu", values(&gated)?));
+    let up = noise(device, ROWS, WIDE, 2)?;
+    for (name, kind) in [("swiglu", Gate::Silu), ("geglu", Gate::Gelu)] {
+        gated(kind, &active, &wide, &up)?;
+        all.push((name, values(&active)?));
+    }
     let segment =
         |query, queries, prefix_len, own| Segment { query, queries, prefix: 0, prefix_len, own, offset: 0 };
     let segments = vec![segment(0, 20, 0, 0), segment(20, 9, 20, 20), segment(29, 8, 20, 29)];
@@ -90,24 +93,26 @@ fn results(device: &Device) -> Result<Vec<(&'static str, Vec<f64>)>> {
     let keys = SHAPE.kv_heads * SHAPE.dim;
     let (k, v) = (noise(device, ROWS, keys, 5)?, noise(device, ROWS, keys, 6)?);
     let (out, stats) = (device.matrix(ROWS, WIDTH)?, device.matrix(ROWS, 2 * SHAPE.heads)?);
-    let (inputs, outputs) = (
-        AttentionInputs { q: &x, k: &k, v: &v, layout: &layout, shape: SHAPE },
-        AttentionOutputs { out: &out, stats: &stats },
-    );
-    attention(outputs, inputs)?;
-    all.push(("attention", values(&out)?));
     let (dq, dk, dv) = (device.matrix(ROWS, WIDTH)?, device.matrix(ROWS, keys)?, device.matrix(ROWS, keys)?);
-    let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
-    attention_backward(gradients, &noise(device, ROWS, WIDTH, 7)?, outputs, inputs)?;
-    for (name, gradient) in
-        [("queries\' gradient", &dq), ("keys\' gradient", &dk), ("values\' gradient", &dv)]
-    {
-        all.push((name, values(gradient)?));
+    let dout = noise(device, ROWS, WIDTH, 7)?;
+    let plain = ScoreRule::plain(SHAPE);
+    for rule in [plain, ScoreRule { window: Some(11), cap: Some(0.5), ..plain }] {
+        let inputs = AttentionInputs { q: &x, k: &k, v: &v, layout: &layout, shape: SHAPE, rule };
+        let outputs = AttentionOutputs { out: &out, stats: &stats };
+        attention(outputs, inputs)?;
+        all.push(("attention", values(&out)?));
+        attention_backward(AttentionGradients { dq: &dq, dk: &dk, dv: &dv }, &dout, outputs, inputs)?;
+        for (name, gradient) in
+            [("queries' gradient", &dq), ("keys' gradient", &dk), ("values' gradient", &dv)]
+        {
+            all.push((name, values(gradient)?));
+        }
     }
     let logits = device.logits(ROWS, WIDE)?;
     multiply(&logits, Onto::Zero, &[Product::new(&x, Factor::Linear(&weight))])?;
+    soft_cap(&logits, 2.0)?;
     let targets: Vec<u32> = (0..ROWS as u32).map(|i| i * 3 % WIDE as u32).collect();
-    let (stats, unit) = logprobs(device, &logits, &targets, true)?;
+    let (stats, unit) = logprobs(device, &logits, &targets, (true, Some(2.0)))?;
     all.push(("log-probabilities", stats.iter().map(|s| s.logp).collect()));
     if let Some(unit) = unit {
         all.push(("gradient of the head", values(&unit)?));

@@ -99,6 +99,19 @@ impl Tensor {
         })
     }
 
+    /// Returns the same elements in rows of `columns`.
+    pub fn in_rows_of(&self, columns: usize) -> Result<Self> {
+        let (rows, wide) = self.dims2()?;
+        if columns == 0 || wide % columns != 0 {
+            bail!("rows of {wide} in rows of {columns}");
+        }
+        let shape = (rows * (wide / columns), columns);
+        Ok(match self {
+            Self::Host(t) => Self::Host(t.reshape(shape)?),
+            Self::Gpu(m) => Self::Gpu(m.reshape(shape.0, shape.1)?),
+        })
+    }
+
     /// Returns the transpose, for products.
     pub fn t(&self) -> Result<Self> {
         Ok(match self {

@@ -10,7 +10,7 @@ use super::{
     matrix::Matrix,
     operations::{add, cast},
 };
-use crate::{AttentionLayout, Dense, HeadShape, Segment};
+use crate::{AttentionLayout, Dense, HeadShape, ScoreRule, Segment};
 use candle_core::{Result, bail};
 
 /// Scores that exist at a time, over all heads.
@@ -31,6 +31,8 @@ pub struct Inputs<'a> {
     pub layout: &'a AttentionLayout,
     /// Sizes of the heads.
     pub shape: HeadShape,
+    /// How scores are made.
+    pub rule: ScoreRule,
 }
 
 /// Returns the elements from one row of scores to the next: the tensor cores want their rows aligned to 16 bytes.
@@ -67,6 +69,7 @@ struct Part {
     k: Matrix,
     v: Matrix,
     shape: HeadShape,
+    rule: ScoreRule,
 }
 
 impl Part {
@@ -86,7 +89,14 @@ impl Part {
             both.narrow(segment.prefix_len, own)?.copy_from(&all.narrow(segment.own, own)?)?;
             Ok(both)
         };
-        Ok(Self { segment, keys, k: joined(inputs.k)?, v: joined(inputs.v)?, shape: inputs.shape })
+        Ok(Self {
+            segment,
+            keys,
+            k: joined(inputs.k)?,
+            v: joined(inputs.v)?,
+            shape: inputs.shape,
+            rule: inputs.rule,
+        })
     }
 
     /// The blocks of queries: (first query in the segment, number, keys that the last one sees).
@@ -132,13 +142,15 @@ impl Part {
             first: narrow(before + 1)?,
             in_stride: narrow(padded(seen))?,
             out_stride: narrow(padded(seen))?,
-            scale: 1.0 / (self.shape.dim as f32).sqrt(),
+            scale: self.rule.scale as f32,
+            window: self.rule.window.map_or(0, |w| u32::try_from(w).unwrap_or(0)),
+            cap: self.rule.cap.map_or(0.0, |cap| cap as f32),
         };
         Ok((p, Grid::rows(rows, seen)))
     }
 
-    /// Returns the probabilities of a block (H·n, seen).
-    fn probabilities(&self, q: &Matrix, (first, n, seen): (usize, usize, usize)) -> Result<Matrix> {
+    /// Returns the probabilities of a block (H·n, seen), and the products that they come from.
+    fn probabilities(&self, q: &Matrix, (first, n, seen): (usize, usize, usize)) -> Result<(Matrix, Matrix)> {
         let (gpu, rows, element) = (q.gpu(), self.shape.heads * n, q.element());
         let scores = Matrix::short(gpu, rows, padded(seen), Dense::F32)?;
         for j in 0..self.group() {
@@ -149,7 +161,7 @@ impl Part {
         let probabilities = Matrix::short(gpu, rows, padded(seen), element)?;
         let (p, grid) = self.softmax(first, n, seen)?;
         gpu.launch("softmax_of_f32", element, grid, &[probabilities.address(), scores.address()], &p)?;
-        Ok(probabilities)
+        Ok((probabilities, scores))
     }
 
     /// Queues a product for every group. Its sides are a, b and c; `result` is the type of c.
@@ -177,7 +189,7 @@ fn side(of: &Matrix, start: usize, stride: usize, batch: usize) -> Side {
 }
 
 fn check(inputs: Inputs) -> Result<()> {
-    let Inputs { q, k, v, layout, shape } = inputs;
+    let Inputs { q, k, v, layout, shape, .. } = inputs;
     let (of_queries, of_keys) = (shape.heads * shape.dim, shape.kv_heads * shape.dim);
     let ((tq, cq), (tk, ck)) = (q.dims(), k.dims());
     let types = q.element() == k.element() && q.element() == v.element();
@@ -209,7 +221,7 @@ pub fn attention(out: &Matrix, inputs: Inputs) -> Result<()> {
         let part = Part::of(inputs, *segment)?;
         for block in part.blocks() {
             let (first, n, seen) = block;
-            let p = part.probabilities(q, block)?;
+            let (p, _) = part.probabilities(q, block)?;
             for j in 0..part.group() {
                 let sides = (part.scores(&p, n, seen, j), part.keys(&part.v), part.queries(out, first, j));
                 part.product((n, part.shape.dim, seen), sides, element, 0.0)?;
@@ -247,7 +259,9 @@ pub fn attention_backward(
         own_v.clear()?;
         for block in part.blocks() {
             let (first, n, seen) = block;
-            let p = part.probabilities(q, block)?;
+            let (p, scores) = part.probabilities(q, block)?;
+            // Read with a cap alone; else its place is free for the next.
+            let scores = part.rule.cap.map(|_| scores);
             let rows = part.shape.heads * n;
             let dp = Matrix::short(gpu, rows, padded(seen), Dense::F32)?;
             for j in 0..part.group() {
@@ -259,7 +273,8 @@ pub fn attention_backward(
             }
             let ds = Matrix::short(gpu, rows, padded(seen), element)?;
             let (params, grid) = part.softmax(first, n, seen)?;
-            let at = [ds.address(), dp.address(), p.address()];
+            let read = scores.as_ref().map_or(dp.address(), Matrix::address);
+            let at = [ds.address(), dp.address(), p.address(), read];
             gpu.launch("softmax_backward_of_f32", element, grid, &at, &params)?;
             for j in 0..part.group() {
                 let s = part.scores(&ds, n, seen, j);

@@ -88,6 +88,14 @@ impl Matrix {
         Ok(Self { offset, rows: count, ..self.clone() })
     }
 
+    /// Returns the same elements in another shape.
+    pub fn reshape(&self, rows: usize, columns: usize) -> Result<Self> {
+        if self.transposed || rows * columns != self.elements() {
+            bail!("{} × {} elements as {rows} × {columns}", self.rows, self.columns);
+        }
+        Ok(Self { rows, columns, ..self.clone() })
+    }
+
     /// Returns its transpose, for products.
     pub fn t(&self) -> Self {
         Self { transposed: !self.transposed, rows: self.columns, columns: self.rows, ..self.clone() }

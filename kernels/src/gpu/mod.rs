@@ -33,12 +33,12 @@ pub const SOURCES: [(&str, &str); 11] = [
     ("dequantize_nf4", include_str!("../../gpu/dequantize_nf4.kernel")),
     ("dropout", include_str!("../../gpu/dropout.kernel")),
     ("elementwise", include_str!("../../gpu/elementwise.kernel")),
+    ("gated", include_str!("../../gpu/gated.kernel")),
     ("logprob", include_str!("../../gpu/logprob.kernel")),
     ("rms_norm", include_str!("../../gpu/rms_norm.kernel")),
     ("rope", include_str!("../../gpu/rope.kernel")),
     ("rows", include_str!("../../gpu/rows.kernel")),
     ("softmax", include_str!("../../gpu/softmax.kernel")),
-    ("swiglu", include_str!("../../gpu/swiglu.kernel")),
 ];
 
 /// Returns the dialect's name of a type, which ends the names of its kernels.

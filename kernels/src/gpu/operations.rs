@@ -2,7 +2,7 @@
 //! CPU operations of the same names.
 
 use super::{
-    Dropout, Elements, Grid, Logprob, RmsNorm, Rope, Rows, Swiglu,
+    Dropout, Elements, Gated, Grid, Logprob, RmsNorm, Rope, Rows,
     matrix::Matrix,
     memory::{Gpu, Memory},
 };
@@ -75,6 +75,7 @@ pub fn rms_norm_backward(dx: &Matrix, dy: &Matrix, x: &Matrix, w: &Matrix, eps: 
 pub fn rope(
     x: &Matrix,
     (cosines, sines): (&Matrix, &Matrix),
+    head: usize,
     positions: &[u32],
     inverse: bool,
 ) -> Result<()> {
@@ -82,8 +83,8 @@ pub fn rope(
     same("rope", (known, half), Dense::F32, &[cosines, sines])?;
     same("rope", (positions.len(), columns), x.element(), &[x])?;
     check_index("rope", positions, known)?;
-    if half == 0 || columns % (2 * half) != 0 {
-        bail!("rope: rows of {columns} for heads of {}", 2 * half);
+    if half == 0 || 2 * half > head || columns % head != 0 {
+        bail!("rope: rows of {columns} for heads of {head}");
     }
     if rows == 0 {
         return Ok(());
@@ -91,29 +92,20 @@ pub fn rope(
     let positions = indices(x.gpu(), positions)?;
     let p = Rope {
         rows: rows as u64,
-        heads: width(columns / (2 * half))?,
+        heads: width(columns / head)?,
         half_dim: width(half)?,
         sign: if inverse { -1.0 } else { 1.0 },
-        unused: 0,
+        head_dim: width(head)?,
     };
     let at = [x.address(), positions.address(), cosines.address(), sines.address()];
     x.gpu().launch("rope", x.element(), Grid::rows(rows, columns / 2), &at, &p)
 }
 
-/// As [`crate::swiglu`].
-pub fn swiglu(out: &Matrix, gate: &Matrix, up: &Matrix) -> Result<()> {
-    same("swiglu", gate.dims(), gate.element(), &[gate, up, out])?;
-    let p = Swiglu { elements: gate.elements() as u64 };
-    let at = [out.address(), gate.address(), up.address()];
-    flat("swiglu", gate, &at, &p)
-}
-
-/// As [`crate::swiglu_backward`].
-pub fn swiglu_backward(d: &Matrix, gate: &Matrix, up: &Matrix) -> Result<()> {
-    same("swiglu_backward", gate.dims(), gate.element(), &[gate, up, d])?;
-    let p = Swiglu { elements: gate.elements() as u64 };
-    let at = [d.address(), gate.address(), up.address()];
-    flat("swiglu_backward", gate, &at, &p)
+/// As [`crate::swiglu`] and [`crate::geglu`]; `name` is the operation's.
+pub fn gated(name: &str, out: &Matrix, gate: &Matrix, up: &Matrix) -> Result<()> {
+    same(name, gate.dims(), gate.element(), &[gate, up, out])?;
+    let p = Gated { elements: gate.elements() as u64 };
+    flat(name, gate, &[out.address(), gate.address(), up.address()], &p)
 }
 
 /// Launches an element-wise kernel over the elements of `like`.
@@ -137,6 +129,18 @@ pub fn add(a: &Matrix, b: &Matrix) -> Result<()> {
 /// As [`crate::scale_in_place`].
 pub fn scale_in_place(x: &Matrix, factor: f64) -> Result<()> {
     flat("scale", x, &[x.address()], &elements(x, factor))
+}
+
+/// As [`crate::soft_cap`].
+pub fn soft_cap(x: &Matrix, cap: f64) -> Result<()> {
+    flat("soft_cap", x, &[x.address()], &elements(x, cap))
+}
+
+/// As [`crate::soft_cap_backward`]; y is f32.
+pub fn soft_cap_backward(d: &Matrix, y: &Matrix, cap: f64) -> Result<()> {
+    same("soft_cap_backward", y.dims(), d.element(), &[d])?;
+    same("soft_cap_backward", y.dims(), Dense::F32, &[y])?;
+    flat("soft_cap_backward", d, &[d.address(), y.address()], &elements(d, cap))
 }
 
 /// Writes the values of a matrix in another type; one of the types is f32, or they are the same.

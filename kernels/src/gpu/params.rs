@@ -2,7 +2,7 @@
 //!
 //! The constructors do what is done once on the host, in f64, exactly as the CPU operations do it.
 
-use crate::{Dense, DropoutKey, Segment};
+use crate::{Dense, DropoutKey, ScoreRule, Segment};
 
 /// A kernel's last argument.
 ///
@@ -54,8 +54,8 @@ params!(
         half_dim: u32,
         /// 1, or −1 for the way back.
         sign: f32,
-        /// Zero.
-        unused: u32,
+        /// D, at least twice `half_dim`.
+        head_dim: u32,
     }
 );
 params!(
@@ -75,11 +75,15 @@ params!(
         out_stride: u32,
         /// Factor of the scores.
         scale: f32,
+        /// Positions that a query sees; 0 for all.
+        window: u32,
+        /// A score s becomes cap·tanh(s/cap); 0 for none.
+        cap: f32,
     }
 );
 params!(
-    /// Of `swiglu` and `swiglu_backward`.
-    Swiglu {
+    /// Of `swiglu`, `geglu` and their ways back.
+    Gated {
         /// Elements of each tensor.
         elements: u64,
     }
@@ -199,7 +203,7 @@ impl Dropout {
 
 impl Softmax {
     /// Returns the parameters for the scores of `heads` stacked query heads of a segment against its keys, prefix first.
-    pub fn of_segment(segment: &Segment, heads: usize, scale: f32, strides: (u32, u32)) -> Self {
+    pub fn of_segment(segment: &Segment, heads: usize, rule: ScoreRule, strides: (u32, u32)) -> Self {
         Self {
             rows: (heads * segment.queries) as u64,
             columns: (segment.prefix_len + segment.offset + segment.queries) as u32,
@@ -207,7 +211,9 @@ impl Softmax {
             first: (segment.prefix_len + segment.offset + 1) as u32,
             in_stride: strides.0,
             out_stride: strides.1,
-            scale,
+            scale: rule.scale as f32,
+            window: rule.window.map_or(0, |w| u32::try_from(w).unwrap_or(0)),
+            cap: rule.cap.map_or(0.0, |cap| cap as f32),
         }
     }
 }

@@ -3,8 +3,8 @@
 use crate::support::*;
 use candle_core::{Result, Tensor};
 use kto_kernels::{
-    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape, Segment, attention,
-    attention_backward,
+    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape, ScoreRule, Segment,
+    attention, attention_backward,
 };
 use std::{collections::HashMap, ops::Range};
 
@@ -154,7 +154,7 @@ pub(crate) fn attend(
     layout: &AttentionLayout,
     shape: HeadShape,
 ) -> Result<Tensor> {
-    let inputs = AttentionInputs { q, k, v, layout, shape };
+    let inputs = AttentionInputs { q, k, v, layout, shape, rule: ScoreRule::plain(shape) };
     written(q, |out| attention(AttentionOutputs { out, stats: &stats(q, shape) }, inputs))
 }
 
@@ -170,8 +170,10 @@ pub(crate) fn attend_backward(
     let [dq, dk, dv] = [q, k, v].map(|x| written(x, |_| Ok(())).unwrap());
     let gradients = AttentionGradients { dq: &dq, dk: &dk, dv: &dv };
     let (out, stats) = (written(q, |_| Ok(()))?, stats(q, shape));
-    let (inputs, outputs) =
-        (AttentionInputs { q, k, v, layout, shape }, AttentionOutputs { out: &out, stats: &stats });
+    let (inputs, outputs) = (
+        AttentionInputs { q, k, v, layout, shape, rule: ScoreRule::plain(shape) },
+        AttentionOutputs { out: &out, stats: &stats },
+    );
     attention(outputs, inputs)?;
     attention_backward(gradients, dout, outputs, inputs)?;
     Ok((dq, dk, dv))

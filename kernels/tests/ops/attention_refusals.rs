@@ -4,7 +4,7 @@ use crate::attention_layout::*;
 use crate::support::*;
 use candle_core::{DType, Tensor};
 use kto_kernels::{
-    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape, attention,
+    AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape, ScoreRule, attention,
     attention_backward,
 };
 
@@ -138,7 +138,7 @@ fn outputs_of_other_shapes_types_and_strides() -> Outcome {
     let pack = pack();
     let [q, k, v, d] = pack.tensors(SHAPE, 1);
     let layout = &pack.layout;
-    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout, shape: SHAPE };
+    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout, shape: SHAPE, rule: ScoreRule::plain(SHAPE) };
     let (o, s) = (normal(13, 32, 3), normal(13, 8, 4));
     let outputs = AttentionOutputs { out: &o, stats: &s };
     attention(outputs, inputs)?;
@@ -180,7 +180,7 @@ fn shared_memory() -> Outcome {
     let pack = pack();
     let layout = &pack.layout;
     let [q, k, v, d] = pack.tensors(shape, 1);
-    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout, shape };
+    let inputs = AttentionInputs { q: &q, k: &k, v: &v, layout, shape, rule: ScoreRule::plain(shape) };
     let (o, s) = (normal(13, 32, 3), normal(13, 8, 4));
     let outputs = AttentionOutputs { out: &o, stats: &s };
     attention(outputs, inputs)?;

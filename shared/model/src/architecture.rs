@@ -1,11 +1,11 @@
 //! What the engine computes of the record in config.json, checked before anything is allocated.
 
 use crate::{
-    family::{Activation, Family, Record},
-    rotary::Scaling,
+    family::{Activation, Family, Norm, Record},
+    rotary::{Rotary, Scaling},
 };
 use kto_cli::{Error, Result};
-use kto_kernels::HeadShape;
+use kto_kernels::{HeadShape, ScoreRule, device::Gate};
 use serde_json::Value;
 
 /// The seven linear layers of a decoder block, in the order in which they are computed.
@@ -43,10 +43,10 @@ impl Module {
     }
 }
 
-/// A decoder of the Llama form.
+/// A decoder of the Llama form and what its families add to it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {
-    /// `llama` or `qwen2`.
+    /// Its `model_type`.
     pub family: String,
     /// V, rows of the embedding.
     pub vocab_size: usize,
@@ -60,8 +60,30 @@ pub struct Architecture {
     pub shape: HeadShape,
     /// Epsilon of the norms.
     pub rms_eps: f64,
-    /// Base of the rotary embedding.
-    pub rope_theta: f64,
+    /// Rotation of the blocks that see everything.
+    pub rotary: Rotary,
+    /// Rotation of the blocks with a window, where it is another.
+    pub sliding_rotary: Option<Rotary>,
+    /// Positions that a block with a window sees, its own included.
+    pub window: Option<usize>,
+    /// Which blocks have it (L).
+    pub sliding: Vec<bool>,
+    /// Factor of the scores.
+    pub attention_scale: f64,
+    /// Scores s become cap · tanh(s / cap).
+    pub attention_cap: Option<f64>,
+    /// The same for logits.
+    pub logit_cap: Option<f64>,
+    /// Factor of the embedding's rows.
+    pub embedding_scale: f64,
+    /// Whether 1 is added to the weights of norms.
+    pub norm_plus_one: bool,
+    /// Norms also behind attention and MLP, before the sum.
+    pub post_norms: bool,
+    /// Norms of each head's queries and keys, before they turn.
+    pub qk_norm: bool,
+    /// The MLP's activation.
+    pub gate: Gate,
     /// Whether the head is the embedding.
     pub tied: bool,
     /// Biases on q, k, v.
@@ -75,14 +97,14 @@ pub struct Architecture {
 }
 
 /// The families that the engine computes.
-const WORKS: [Family; 2] = [Family::Llama, Family::Qwen2];
+const WORKS: [Family; 6] =
+    [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3, Family::Gemma2, Family::Gemma3];
 
 impl Architecture {
     /// Reads a config.json. Errors (65): an unknown family or feature, one that the engine does not compute, a missing
     /// field, sizes that do not fit together.
     pub fn from_config(config: &Value) -> Result<Self> {
         let record = Record::read(config, &WORKS)?;
-        refuse(&record)?;
         Ok(Self {
             vocab_size: record.vocab_size,
             hidden: record.hidden,
@@ -90,7 +112,21 @@ impl Architecture {
             layers: record.layers,
             shape: record.shape,
             rms_eps: record.norm_eps,
-            rope_theta: record.rotary.theta,
+            rotary: record.rotary,
+            sliding_rotary: record.sliding_rotary,
+            window: record.window,
+            sliding: record.sliding,
+            attention_scale: record.attention_scale,
+            attention_cap: record.attention_cap,
+            logit_cap: record.logit_cap,
+            embedding_scale: record.embedding_scale,
+            norm_plus_one: record.norm == Norm::RmsPlusOne,
+            post_norms: record.post_norms,
+            qk_norm: record.qk_norm,
+            gate: match record.activation {
+                Activation::Silu => Gate::Silu,
+                Activation::GeluTanh => Gate::Gelu,
+            },
             tied: record.tied,
             qkv_bias: record.qkv_bias,
             o_bias: record.o_bias,
@@ -124,6 +160,36 @@ impl Architecture {
         }
     }
 
+    /// Returns how block `layer` makes scores.
+    pub fn rule(&self, layer: usize) -> ScoreRule {
+        let window = self.window.filter(|_| self.sliding.get(layer).copied().unwrap_or(false));
+        ScoreRule { scale: self.attention_scale, window, cap: self.attention_cap }
+    }
+
+    /// Returns the rotation of block `layer`.
+    pub fn rotary(&self, layer: usize) -> &Rotary {
+        let sliding = self.sliding.get(layer).copied().unwrap_or(false);
+        self.sliding_rotary.as_ref().filter(|_| sliding).unwrap_or(&self.rotary)
+    }
+
+    /// Fails (65) when rows of `positions` tokens would turn otherwise than shorter ones: the engine turns all rows alike.
+    pub fn check_positions(&self, positions: usize) -> Result<()> {
+        for rotary in std::iter::once(&self.rotary).chain(&self.sliding_rotary) {
+            let (name, original) = match &rotary.scaling {
+                Scaling::Dynamic { original, .. } => ("dynamic", *original),
+                Scaling::Long { original, .. } => ("longrope", *original),
+                _ => continue,
+            };
+            if positions as f64 > original {
+                let text = format!(
+                    "rows of {positions} tokens: beyond {original} the rotary embedding of type \"{name}\" is not supported"
+                );
+                return Err(Error::data(text).with_hint(format!("kto-tokenize --max-length {original}")));
+            }
+        }
+        Ok(())
+    }
+
     /// Returns whether a module has a bias.
     pub fn has_bias(&self, module: Module) -> bool {
         match module {
@@ -139,34 +205,10 @@ impl Architecture {
             let (rows, columns) = self.weight_shape(m);
             rows * columns + if self.has_bias(m) { rows } else { 0 }
         };
-        let block: usize = Module::ALL.into_iter().map(linear).sum::<usize>() + 2 * self.hidden;
+        let norms = if self.post_norms { 4 } else { 2 } * self.hidden
+            + if self.qk_norm { 2 * self.shape.dim } else { 0 };
+        let block: usize = Module::ALL.into_iter().map(linear).sum::<usize>() + norms;
         let ends = self.vocab_size * self.hidden * if self.tied { 1 } else { 2 } + self.hidden;
         self.layers * block + ends
-    }
-}
-
-/// Refuses what a record of these families may say and the engine does not compute.
-fn refuse(record: &Record) -> Result<()> {
-    let bad = |what: &str, works: &str| {
-        Err(Error::data(format!("config.json: {what} is not supported"))
-            .with_hint(format!("supported: {works}")))
-    };
-    match &record.rotary.scaling {
-        Scaling::Default => {}
-        Scaling::Linear { .. } => return bad("a rotary embedding of type \"linear\"", "default"),
-        Scaling::Dynamic { .. } => return bad("a rotary embedding of type \"dynamic\"", "default"),
-        Scaling::Llama3 { .. } => return bad("a rotary embedding of type \"llama3\"", "default"),
-        Scaling::Yarn { .. } => return bad("a rotary embedding of type \"yarn\"", "default"),
-        Scaling::Long { .. } => return bad("a rotary embedding of type \"longrope\"", "default"),
-    }
-    if record.rotary.dim != record.shape.dim {
-        return bad("a rotary embedding of a part of the head", "all of it");
-    }
-    if record.sliding.contains(&true) {
-        return bad("a sliding window", "full_attention");
-    }
-    match record.activation {
-        Activation::Silu => Ok(()),
-        Activation::GeluTanh => bad("hidden_act \"gelu_pytorch_tanh\"", "silu"),
     }
 }

@@ -11,8 +11,9 @@ use crate::{
     on_gpu::weights::{GpuLayers, HostLayer, frozen},
     projection::Linear,
     residency::Pages,
+    rotary::{Rotary, Scaling},
     source::Source,
-    weights::{self, EMBEDDING, FINAL_NORM, HEAD, NORMS, bias_name, norm_name, weight_name},
+    weights::{self, EMBEDDING, FINAL_NORM, HEAD, Norms, bias_name, weight_name},
 };
 use candle_core::{DType, Tensor as HostTensor};
 use kto_cli::{Context, Error, Result, escape};
@@ -22,7 +23,7 @@ use kto_formats::{
 };
 use kto_kernels::{
     RopeTable, Weight,
-    device::{Device, FrozenWeight, Rotation, Tensor},
+    device::{Device, FrozenWeight, Rotation, Tensor, scale_in_place},
 };
 use std::sync::{
     Arc,
@@ -32,10 +33,8 @@ use std::sync::{
 /// The weights of one block, where a sweep computes.
 #[derive(Clone, Debug)]
 pub struct LayerWeights {
-    /// (C)
-    pub input_norm: Tensor,
-    /// (C)
-    pub post_norm: Tensor,
+    /// As the engine multiplies with them.
+    pub norms: Norms<Tensor>,
     /// By [`Module`].
     pub linears: [Linear; 7],
 }
@@ -66,7 +65,8 @@ pub struct BaseModel {
 /// What is where the sweep computes.
 struct Placed {
     final_norm: Tensor,
-    rope: Rotation,
+    /// Of the blocks that see everything, and of those with a window where it is another.
+    rope: (Rotation, Option<Rotation>),
     head: FrozenWeight,
     /// The blocks on a GPU.
     layers: Option<GpuLayers>,
@@ -82,8 +82,7 @@ pub struct Placement {
 }
 
 struct Layer {
-    input_norm: HostTensor,
-    post_norm: HostTensor,
+    norms: Norms<HostTensor>,
     /// By [`Module`]: the matrix and its bias (out).
     linears: Vec<(Weight, Option<HostTensor>)>,
     use_: Use,
@@ -118,10 +117,11 @@ impl BaseModel {
         let (v, c) = (architecture.vocab_size, architecture.hidden);
         let embedding = loader.matrix(EMBEDDING, v, c)?;
         let head = if architecture.tied { None } else { Some(loader.matrix(HEAD, v, c)?) };
-        let final_norm = loader.vector(FINAL_NORM, c)?;
+        let final_norm = loader.norm(FINAL_NORM, c)?;
         let layers = (0..architecture.layers).map(|i| loader.layer(i)).collect::<Result<_>>()?;
         let device = Device::Host(dtype);
-        let rope = rotation(&architecture, positions, &device)?;
+        architecture.check_positions(positions)?;
+        let rope = rotations(&architecture, positions, &device)?;
         let own = head.as_ref().unwrap_or(&embedding).weight.clone();
         let placed = Placed {
             final_norm: Tensor::Host(final_norm.clone()),
@@ -161,16 +161,15 @@ impl BaseModel {
             layer.check().at(self.shown())?;
         }
         let host = self.layers.iter().map(|l| HostLayer {
-            input_norm: &l.input_norm,
-            post_norm: &l.post_norm,
+            norms: &l.norms,
             linears: l.linears.iter().map(|(w, b)| (w, b.as_ref())).collect(),
         });
-        let layers = GpuLayers::new(device, host, placement.streamed, uploaded)?;
+        let layers = GpuLayers::new(device, &self.architecture, host, placement.streamed, uploaded)?;
         let own = self.head.as_ref().unwrap_or(&self.embedding).checked().at(self.shown())?;
         let head = frozen(device, own, placement.head_tile)?;
         self.placed = Placed {
             final_norm: device.bring(&self.final_norm).numeric()?,
-            rope: rotation(&self.architecture, self.positions, device)?,
+            rope: rotations(&self.architecture, self.positions, device)?,
             head,
             layers: Some(layers),
         };
@@ -186,20 +185,28 @@ impl BaseModel {
         &self.device
     }
 
+    /// Multiplies rows of the embedding as the decoder wants them.
+    pub(crate) fn scale_embedding(&self, rows: &Tensor) -> Result<()> {
+        let scale = self.architecture.embedding_scale;
+        if scale == 1.0 { Ok(()) } else { scale_in_place(rows, scale).numeric() }
+    }
+
     /// Returns the weight of the last norm.
     pub fn final_norm(&self) -> &Tensor {
         &self.placed.final_norm
     }
 
-    /// Returns cosines and sines for every position in use.
-    pub fn rope(&self) -> &Rotation {
-        &self.placed.rope
+    /// Returns cosines and sines of block `layer` for every position in use.
+    pub fn rope(&self, layer: usize) -> &Rotation {
+        let sliding = self.architecture.sliding.get(layer).copied().unwrap_or(false);
+        self.placed.rope.1.as_ref().filter(|_| sliding).unwrap_or(&self.placed.rope.0)
     }
 
     /// Makes room for rows of at most `positions` tokens.
     pub fn set_positions(&mut self, positions: usize) -> Result<()> {
+        self.architecture.check_positions(positions)?;
         self.positions = positions;
-        self.placed.rope = rotation(&self.architecture, positions, &self.device)?;
+        self.placed.rope = rotations(&self.architecture, positions, &self.device)?;
         Ok(())
     }
 
@@ -219,7 +226,7 @@ impl BaseModel {
         };
         let linears: Vec<Linear> = own.linears.iter().map(linear).collect();
         let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
-        Ok(LayerWeights { input_norm: bring(&own.input_norm), post_norm: bring(&own.post_norm), linears })
+        Ok(LayerWeights { norms: own.norms.map(&self.architecture, |norm, _| Ok(bring(norm)))?, linears })
     }
 
     /// Returns the embedding (V, C). A sweep begins here. Error as for [`BaseModel::layer`].
@@ -372,9 +379,24 @@ impl Matrix {
     }
 }
 
-fn rotation(architecture: &Architecture, positions: usize, device: &Device) -> Result<Rotation> {
-    let table = RopeTable::new(architecture.shape.dim, architecture.rope_theta, positions.max(1));
-    Rotation::new(table, device).numeric()
+fn rotations(
+    architecture: &Architecture,
+    positions: usize,
+    device: &Device,
+) -> Result<(Rotation, Option<Rotation>)> {
+    let (head, positions) = (architecture.shape.dim, positions.max(1));
+    let bring = |rotary: &Rotary| {
+        let table = match rotary.scaling {
+            // Rounded as transformers rounds it, to the last bit.
+            Scaling::Default if rotary.dim == head => RopeTable::new(head, rotary.theta, positions),
+            _ => {
+                let frequencies = rotary.frequencies(positions);
+                RopeTable::of_frequencies(head, &frequencies, rotary.attention_factor(), positions)
+            }
+        };
+        Rotation::new(table, device).numeric()
+    };
+    Ok((bring(&architecture.rotary)?, architecture.sliding_rotary.as_ref().map(bring).transpose()?))
 }
 
 fn bytes(weight: &Weight) -> usize {
@@ -406,10 +428,9 @@ impl Loader<'_> {
             parts.extend(of);
             names.push(name);
         }
-        let [input_norm, post_norm] =
-            NORMS.map(|n| self.vector(&norm_name(layer, n), self.architecture.hidden));
-        let (input_norm, post_norm) = (input_norm?, post_norm?);
-        Ok(Layer { input_norm, post_norm, linears, use_: self.used(names, &parts) })
+        let norms =
+            Norms::names(self.architecture, layer).map(self.architecture, |name, n| self.norm(name, n))?;
+        Ok(Layer { norms, linears, use_: self.used(names, &parts) })
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
@@ -428,6 +449,12 @@ impl Loader<'_> {
         let parts = source.parts(name);
         let stored = source.wrap(&self.directory.tensors, name, rows, columns)?;
         Ok((Weight::Stored(Arc::new(stored)), parts))
+    }
+
+    /// Returns the weight of a norm as it is multiplied with.
+    fn norm(&self, name: &str, length: usize) -> Result<HostTensor> {
+        let stored = self.vector(name, length)?;
+        if self.architecture.norm_plus_one { (stored + 1.0).numeric() } else { Ok(stored) }
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<HostTensor> {

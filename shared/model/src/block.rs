@@ -8,11 +8,11 @@ use crate::{
 };
 use candle_core::Result;
 use kto_kernels::{
-    AttentionLayout, DropoutKey, HeadShape,
+    AttentionLayout, DropoutKey, HeadShape, ScoreRule,
     device::{
-        AttentionGradients, AttentionInputs, AttentionOutputs, Rotation, Tensor, attention,
-        attention_backward, clear, gather_rows, rms_norm, rms_norm_backward, rope, scatter_add_rows, swiglu,
-        swiglu_backward,
+        AttentionGradients, AttentionInputs, AttentionOutputs, Rotation, Tensor, add, attention,
+        attention_backward, clear, gated, gated_backward, gather_rows, rms_norm, rms_norm_backward, rope,
+        scatter_add_rows,
     },
     random,
 };
@@ -24,6 +24,7 @@ pub type BlockFactors<T = candle_core::Tensor> = [Option<Factors<T>>; 7];
 /// A block's weights and what is common to a pass.
 pub(crate) struct Block<'a> {
     pub architecture: &'a Architecture,
+    pub rule: ScoreRule,
     pub rope: &'a Rotation,
     pub weights: &'a LayerWeights,
     pub factors: Option<(&'a BlockFactors<Tensor>, f64)>,
@@ -74,9 +75,9 @@ pub(crate) struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    fn attends(&self, shape: HeadShape) -> AttentionInputs<'a> {
+    fn attends(&self, shape: HeadShape, rule: ScoreRule) -> AttentionInputs<'a> {
         let (k, v) = (&self.all.k, &self.all.v);
-        AttentionInputs { q: &self.a.q, k, v, layout: self.rows.layout, shape }
+        AttentionInputs { q: &self.a.q, k, v, layout: self.rows.layout, shape, rule }
     }
 
     fn attended(&self) -> AttentionOutputs<'a> {
@@ -93,11 +94,17 @@ impl Block<'_> {
         scratch: &ForwardScratch,
     ) -> Result<()> {
         let Pass { h, rows, a, .. } = pass;
-        rms_norm(&scratch.normed, h, &self.weights.input_norm, self.architecture.rms_eps)?;
+        rms_norm(&scratch.normed, h, &self.weights.norms.input, self.architecture.rms_eps)?;
         let project = |m: Module, y: &Tensor| {
             self.projection(m, rows.keys).forward(y, None, &scratch.normed, &a.inner[m as usize])
         };
-        project(Module::K, &new.k)?;
+        match &self.weights.norms.heads {
+            None => project(Module::K, &new.k)?,
+            Some((_, norm)) => {
+                project(Module::K, &a.raw.1)?;
+                self.norm_heads(&new.k, &a.raw.1, norm)?;
+            }
+        }
         rope(&new.k, self.rope, rows.positions, false)?;
         project(Module::V, &new.v)
     }
@@ -109,22 +116,45 @@ impl Block<'_> {
         let project = |m: Module, y: &Tensor, residual: Option<&Tensor>, x: &Tensor| {
             self.projection(m, &keys).forward(y, residual, x, &a.inner[m as usize])
         };
-        project(Module::Q, &a.q, None, &rows.select(&scratch.normed)?)?;
+        let selected = rows.select(&scratch.normed)?;
+        match &self.weights.norms.heads {
+            None => project(Module::Q, &a.q, None, &selected)?,
+            Some((norm, _)) => {
+                project(Module::Q, &a.raw.0, None, &selected)?;
+                self.norm_heads(&a.q, &a.raw.0, norm)?;
+            }
+        }
         rope(&a.q, self.rope, &positions, false)?;
-        attention(pass.attended(), pass.attends(self.architecture.shape))?;
-        project(Module::O, &a.h2, Some(&rows.select(h)?), &a.attended)?;
+        attention(pass.attended(), pass.attends(self.architecture.shape, self.rule))?;
+        let residual = rows.select(h)?;
+        match &self.weights.norms.post {
+            None => project(Module::O, &a.h2, Some(&residual), &a.attended)?,
+            Some((norm, _)) => {
+                project(Module::O, &a.sums.0, None, &a.attended)?;
+                rms_norm(&a.h2, &a.sums.0, norm, self.architecture.rms_eps)?;
+                add(&a.h2, &residual)?;
+            }
+        }
         let normed = scratch.normed.narrow(0, rows.results())?;
-        rms_norm(&normed, &a.h2, &self.weights.post_norm, self.architecture.rms_eps)?;
+        rms_norm(&normed, &a.h2, &self.weights.norms.mlp, self.architecture.rms_eps)?;
         project(Module::Gate, &a.gate, None, &normed)?;
         project(Module::Up, &a.up, None, &normed)?;
-        swiglu(&scratch.wide, &a.gate, &a.up)
+        gated(self.architecture.gate, &scratch.wide, &a.gate, &a.up)
     }
 
     /// Writes the block's output, after [`Block::keys_and_values`]. Shape: out (selected or T, C); it may be the input.
     pub fn output(&self, out: &Tensor, pass: Pass, scratch: &ForwardScratch) -> Result<()> {
         self.attend(pass, scratch)?;
         let (keys, inner) = (pass.rows.of_selected(pass.rows.keys), &pass.a.inner[Module::Down as usize]);
-        self.projection(Module::Down, &keys).forward(out, Some(&pass.a.h2), &scratch.wide, inner)
+        let down = self.projection(Module::Down, &keys);
+        match &self.weights.norms.post {
+            None => down.forward(out, Some(&pass.a.h2), &scratch.wide, inner),
+            Some((_, norm)) => {
+                down.forward(&pass.a.sums.1, None, &scratch.wide, inner)?;
+                rms_norm(out, &pass.a.sums.1, norm, self.architecture.rms_eps)?;
+                add(out, &pass.a.h2)
+            }
+        }
     }
 
     /// Computes again what [`Block::backward`] needs and was not kept.
@@ -132,7 +162,30 @@ impl Block<'_> {
         self.keys_and_values(pass, pass.all, scratch)?;
         self.attend(pass, scratch)?;
         let (keys, inner) = (pass.rows.of_selected(pass.rows.keys), &pass.a.inner[Module::Down as usize]);
-        self.projection(Module::Down, &keys).inner(inner, &scratch.wide)
+        let down = self.projection(Module::Down, &keys);
+        match self.weights.norms.post {
+            None => down.inner(inner, &scratch.wide),
+            Some(_) => down.forward(&pass.a.sums.1, None, &scratch.wide, inner),
+        }
+    }
+
+    /// Norms every head of queries or keys. Shapes: y and x (T, heads·D), norm (D).
+    fn norm_heads(&self, y: &Tensor, x: &Tensor, norm: &Tensor) -> Result<()> {
+        let dim = self.architecture.shape.dim;
+        rms_norm(&y.in_rows_of(dim)?, &x.in_rows_of(dim)?, norm, self.architecture.rms_eps)
+    }
+
+    /// Writes the gradient of heads before their norm.
+    fn unnorm_heads(&self, dx: &Tensor, dy: &Tensor, x: &Tensor, norm: &Tensor) -> Result<()> {
+        let dim = self.architecture.shape.dim;
+        clear(dx)?;
+        rms_norm_backward(
+            &dx.in_rows_of(dim)?,
+            &dy.in_rows_of(dim)?,
+            &x.in_rows_of(dim)?,
+            norm,
+            self.architecture.rms_eps,
+        )
     }
 
     /// Adds to the factors' gradients. `d` is the gradient of the block's output (selected or T, C) and is used up; the gradient of
@@ -155,33 +208,51 @@ impl Block<'_> {
         let eps = self.architecture.rms_eps;
         let (few, dattended) = (scratch.flow.0.narrow(0, rows.results())?, &scratch.flow.1);
 
-        let down = layer(Module::Down);
-        back.inner(Module::Down, &down, d)?;
-        back.input(&scratch.wide, &[(Module::Down, &down, d)])?;
-        swiglu_backward(&scratch.wide, &a.gate, &a.up)?;
-        back.factors(Module::Down, &down, d, &scratch.wide)?;
+        // The gradient of an output before its norm, or `d` itself.
+        let before = |norm: Option<&Tensor>, x: &Tensor| -> Result<Tensor> {
+            let Some(norm) = norm else { return Ok(d.clone()) };
+            clear(&scratch.before.1)?;
+            rms_norm_backward(&scratch.before.1, d, x, norm, eps)?;
+            Ok(scratch.before.1.clone())
+        };
+        let post = self.weights.norms.post.as_ref();
+
+        let (down, ddown) = (layer(Module::Down), before(post.map(|(_, mlp)| mlp), &a.sums.1)?);
+        back.inner(Module::Down, &down, &ddown)?;
+        back.input(&scratch.wide, &[(Module::Down, &down, &ddown)])?;
+        gated_backward(self.architecture.gate, &scratch.wide, &a.gate, &a.up)?;
+        back.factors(Module::Down, &down, &ddown, &scratch.wide)?;
 
         let (gate, up) = (layer(Module::Gate), layer(Module::Up));
         back.inner(Module::Gate, &gate, &a.gate)?;
         back.inner(Module::Up, &up, &a.up)?;
         back.input(&few, &[(Module::Gate, &gate, &a.gate), (Module::Up, &up, &a.up)])?;
         let normed = scratch.normed.narrow(0, rows.results())?;
-        rms_norm(&normed, &a.h2, &self.weights.post_norm, eps)?;
+        rms_norm(&normed, &a.h2, &self.weights.norms.mlp, eps)?;
         back.factors(Module::Gate, &gate, &a.gate, &normed)?;
         back.factors(Module::Up, &up, &a.up, &normed)?;
-        rms_norm_backward(d, &few, &a.h2, &self.weights.post_norm, eps)?;
+        rms_norm_backward(d, &few, &a.h2, &self.weights.norms.mlp, eps)?;
 
-        let o = layer(Module::O);
-        back.inner(Module::O, &o, d)?;
-        back.input(dattended, &[(Module::O, &o, d)])?;
-        back.factors(Module::O, &o, d, &a.attended)?;
+        let (o, dout) = (layer(Module::O), before(post.map(|(attention, _)| attention), &a.sums.0)?);
+        back.inner(Module::O, &o, &dout)?;
+        back.input(dattended, &[(Module::O, &o, &dout)])?;
+        back.factors(Module::O, &o, &dout, &a.attended)?;
         let (dq, dk, dv) = (&scratch.dq, &scratch.dkv.k, &scratch.dkv.v);
-        let inputs = pass.attends(self.architecture.shape);
+        let inputs = pass.attends(self.architecture.shape, self.rule);
         attention_backward(AttentionGradients { dq, dk, dv }, dattended, pass.attended(), inputs)?;
         rope(dq, self.rope, &positions, true)?;
         rope(dk, self.rope, rows.positions, true)?;
+        let (dq, dk) = match &self.weights.norms.heads {
+            None => (dq, dk),
+            // The gradient of attention's output is used up.
+            Some((q, k)) => {
+                self.unnorm_heads(dattended, dq, &a.raw.0, q)?;
+                self.unnorm_heads(&scratch.before.0, dk, &a.raw.1, k)?;
+                (dattended, &scratch.before.0)
+            }
+        };
 
-        rms_norm(&scratch.normed, h, &self.weights.input_norm, eps)?;
+        rms_norm(&scratch.normed, h, &self.weights.norms.input, eps)?;
         let (q, k, v) = (layer(Module::Q), layer(Module::K), layer(Module::V));
         for (m, layer, dy) in [(Module::Q, &q, dq), (Module::K, &k, dk), (Module::V, &v, dv)] {
             back.inner(m, layer, dy)?;
@@ -207,7 +278,7 @@ impl Block<'_> {
                 scatter_add_rows(dh, d, index)?;
             }
         }
-        rms_norm_backward(dh, dn1, h, &self.weights.input_norm, eps)
+        rms_norm_backward(dh, dn1, h, &self.weights.norms.input, eps)
     }
 
     fn projection<'b>(&'b self, module: Module, keys: &'b [u64]) -> Projection<'b> {

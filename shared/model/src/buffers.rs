@@ -66,6 +66,10 @@ impl Buffer {
 pub(crate) struct Activations<B = Buffer> {
     /// Rotated queries (T, H·D).
     pub q: B,
+    /// Queries and keys before their norms (T, H·D) and (T, Hkv·D), where heads are normed.
+    pub raw: (B, B),
+    /// Outputs of attention and MLP before their norms (T, C), where those are normed.
+    pub sums: (B, B),
     /// Attention's output (T, H·D).
     pub attended: B,
     /// What attention's way back needs of its softmax (T, 2·H).
@@ -96,6 +100,8 @@ pub(crate) struct Scratch<B = Buffer> {
     pub wide: B,
     /// Gradient of the queries (T, H·D).
     pub dq: B,
+    /// Gradients of the keys before their norm (T, Hkv·D), and of normed outputs before theirs (T, C), where there are such.
+    pub before: (B, B),
     /// Gradients of keys and values (T, Hkv·D).
     pub dkv: KeyValues<B>,
     /// Gradients of LoRA's inner values (T, r), by [`Module`].
@@ -115,6 +121,10 @@ pub struct Widths {
     pub keys: usize,
     /// I
     pub intermediate: usize,
+    /// H·D and Hkv·D where heads are normed, else 0.
+    pub raw: (usize, usize),
+    /// C where the outputs of attention and MLP are normed, else 0.
+    pub sums: usize,
     /// Ranks of LoRA, by [`Module`]; 0 where there is none.
     pub ranks: [usize; 7],
 }
@@ -138,6 +148,12 @@ impl Widths {
             stats: 2 * shape.heads,
             keys: shape.kv_heads * shape.dim,
             intermediate: architecture.intermediate,
+            raw: if architecture.qk_norm {
+                (shape.heads * shape.dim, shape.kv_heads * shape.dim)
+            } else {
+                (0, 0)
+            },
+            sums: if architecture.post_norms { architecture.hidden } else { 0 },
             ranks,
         }
     }
@@ -148,7 +164,8 @@ impl Widths {
 
     /// Returns the elements a row of what a block keeps for the way back (keys and values apart).
     pub fn activations(&self) -> usize {
-        2 * self.queries + self.stats + self.hidden + 2 * self.intermediate + self.rank_sum()
+        let extra = self.raw.0 + self.raw.1 + 2 * self.sums;
+        2 * self.queries + self.stats + self.hidden + 2 * self.intermediate + extra + self.rank_sum()
     }
 
     /// Returns the elements a row of keys and values.
@@ -168,13 +185,14 @@ impl Widths {
 
     /// Returns the elements a row that a backward pass on a GPU needs beyond [`Widths::forward_scratch`]; attention borrows its sums.
     pub fn backward_on_gpu(&self) -> usize {
-        self.hidden + 2 * self.queries + 2 * self.keys + self.rank_sum()
+        self.hidden + 2 * self.queries + 2 * self.keys + self.raw.1 + self.sums + self.rank_sum()
     }
 
     /// Returns the elements a row that a backward pass needs beyond [`Widths::forward_scratch`]. Attention sums the gradients of keys
     /// and values in parts.
     pub fn backward_scratch(&self) -> usize {
-        self.hidden + 2 * self.queries + (2 + 2 * ATTENTION_PARTS) * self.keys + self.rank_sum()
+        let extra = self.raw.1 + self.sums;
+        self.hidden + 2 * self.queries + (2 + 2 * ATTENTION_PARTS) * self.keys + extra + self.rank_sum()
     }
 }
 
@@ -228,12 +246,14 @@ impl Workspace {
     ) -> Self {
         let widths = Widths::new(architecture, lora);
         let widths = if matches!(device, Device::Gpu(..)) { widths.on_gpu() } else { widths };
-        let Widths { hidden, queries, stats, keys, intermediate, ranks } = widths;
+        let Widths { hidden, queries, stats, keys, intermediate, raw, sums, ranks } = widths;
         let buffer = |width: usize| Buffer::new(width, device);
         let inner = || ranks.map(buffer);
         let key_values = || KeyValues { k: buffer(keys), v: buffer(keys) };
         let activations = || Activations {
             q: buffer(queries),
+            raw: (buffer(raw.0), buffer(raw.1)),
+            sums: (buffer(sums), buffer(sums)),
             attended: buffer(queries),
             stats: buffer(stats),
             h2: buffer(hidden),
@@ -249,6 +269,7 @@ impl Workspace {
                 flow: (buffer(hidden), buffer(queries)),
                 wide: buffer(intermediate),
                 dq: buffer(queries),
+                before: (buffer(raw.1), buffer(sums)),
                 dkv: key_values(),
                 inner: inner(),
             },
@@ -302,8 +323,9 @@ impl Workspace {
 
 impl Activations {
     fn reserve(&self, rows: usize) -> Result<()> {
-        let all = [&self.q, &self.attended, &self.stats, &self.h2, &self.gate, &self.up];
-        all.into_iter().chain(&self.inner).try_for_each(|b| b.reserve(rows))
+        let own = [&self.q, &self.attended, &self.stats, &self.h2, &self.gate, &self.up];
+        let all = own.into_iter().chain([&self.raw.0, &self.raw.1, &self.sums.0, &self.sums.1]);
+        all.chain(&self.inner).try_for_each(|b| b.reserve(rows))
     }
 
     /// Returns rows `start..start + count` of everything; of queries, attention and what follows only `selected` rows.
@@ -314,6 +336,8 @@ impl Activations {
         };
         Ok(Activations {
             q: self.q.rows(start, selected)?,
+            raw: (self.raw.0.rows(start, selected)?, self.raw.1.rows(start, count)?),
+            sums: (self.sums.0.rows(start, selected)?, self.sums.1.rows(start, selected)?),
             attended: self.attended.rows(start, selected)?,
             stats: self.stats.rows(start, selected)?,
             h2: self.h2.rows(start, selected)?,
@@ -343,7 +367,7 @@ impl KeyValues<Tensor> {
 
 impl Scratch {
     fn reserve_backward(&self, rows: usize) -> Result<()> {
-        let all = [&self.flow.0, &self.flow.1, &self.dq];
+        let all = [&self.flow.0, &self.flow.1, &self.dq, &self.before.0, &self.before.1];
         all.into_iter().chain(&self.inner).try_for_each(|b| b.reserve(rows))?;
         self.dkv.reserve(rows)
     }
@@ -364,6 +388,7 @@ impl Scratch {
             flow: (self.flow.0.rows(0, count)?, self.flow.1.rows(0, selected)?),
             wide: self.wide.rows(0, selected)?,
             dq: self.dq.rows(0, selected)?,
+            before: (self.before.0.rows(0, count)?, self.before.1.rows(0, selected)?),
             dkv: self.dkv.rows(0, count)?,
             inner: by_module(inner)?,
         })

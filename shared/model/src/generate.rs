@@ -14,7 +14,7 @@ use candle_core::{DType, Tensor as HostTensor};
 use kto_cli::{Error, Result};
 use kto_kernels::{
     AttentionLayout, Segment,
-    device::{Factor, Onto, Product, Tensor, gather_rows, gather_rows_into, multiply, rms_norm},
+    device::{Factor, Onto, Product, Tensor, gather_rows, gather_rows_into, multiply, rms_norm, soft_cap},
     random,
 };
 
@@ -89,13 +89,15 @@ impl<'a> Generator<'a> {
         let device = self.base.device();
         let h = device.matrix(ids.len(), architecture.hidden).numeric()?;
         gather_rows_into(&h, self.base.embedding()?, &ids).numeric()?;
+        self.base.scale_embedding(&h)?;
         let buffers = DecodeBuffers::new(architecture, self.lora, ids.len(), device)?;
         let rows = Rows { positions: &positions, keys: &[], selected: None, layout: &layout };
         for layer in 0..self.base.architecture.layers {
             let weights = self.base.layer(layer)?;
             let block = Block {
                 architecture,
-                rope: self.base.rope(),
+                rule: architecture.rule(layer),
+                rope: self.base.rope(layer),
                 weights: &weights,
                 factors: self.factors.as_ref().map(|f| &f[layer]).zip(self.lora.map(|l| l.scale)),
                 dropout: None,
@@ -124,6 +126,7 @@ impl<'a> Generator<'a> {
             rms_norm(&normed, &h, self.base.final_norm(), architecture.rms_eps)?;
             let logits = device.logits(h.dims2()?.0, architecture.vocab_size)?;
             multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(weight))])?;
+            architecture.logit_cap.map_or(Ok(()), |cap| soft_cap(&logits, cap))?;
             logits.to_host()
         };
         head().numeric()

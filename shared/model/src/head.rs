@@ -7,7 +7,9 @@ use crate::{buffers::Buffer, numeric::Numeric, pack::Entry};
 use kto_cli::Result;
 use kto_kernels::{
     LogprobStats,
-    device::{Device, Factor, FrozenWeight, Onto, Product, Tensor, gather_rows, logprobs, multiply},
+    device::{
+        Device, Factor, FrozenWeight, Onto, Product, Tensor, gather_rows, logprobs, multiply, soft_cap,
+    },
 };
 
 /// Where the chunks' logits go, and how many rows a chunk has.
@@ -15,6 +17,8 @@ pub(crate) struct Chunks<'a> {
     pub device: &'a Device,
     pub logits: &'a Buffer,
     pub rows: usize,
+    /// Logits s become cap · tanh(s / cap).
+    pub cap: Option<f64>,
 }
 
 /// Returns the statistics of every entry, and writes ∇ of each of the first `unit` entries' log-probability with respect to its row.
@@ -40,8 +44,9 @@ pub(crate) fn run(
         let mut chunk = || {
             let picked = gather_rows(normed, &rows)?;
             multiply(&logits, Onto::Zero, &[Product::new(&picked, Factor::Linear(head))])?;
+            chunks.cap.map_or(Ok(()), |cap| soft_cap(&logits, cap))?;
             let unit = unit.filter(|_| start < trained);
-            let (chunk, gradient) = logprobs(chunks.device, &logits, &targets, unit.is_some())?;
+            let (chunk, gradient) = logprobs(chunks.device, &logits, &targets, (unit.is_some(), chunks.cap))?;
             if let Some((unit, gradient)) = unit.zip(gradient) {
                 let unit = unit.narrow(start, part.len())?;
                 multiply(&unit, Onto::Zero, &[Product::new(&gradient, Factor::Weight(head))])?;

@@ -80,7 +80,10 @@ pub enum Scaling {
 impl Rotary {
     /// Returns the frequencies (dim / 2) for a sequence of `length` positions.
     pub fn frequencies(&self, length: usize) -> Vec<f64> {
-        let base = |theta: f64| (0..self.dim / 2).map(move |i| theta.powf(-2.0 * i as f64 / self.dim as f64));
+        // Exponents, powers and reciprocals in f32, as transformers rounds them.
+        let of =
+            |theta: f64, i: usize| (theta as f32 as f64).powf(f64::from((2 * i) as f32 / self.dim as f32));
+        let base = |theta: f64| (0..self.dim / 2).map(move |i| f64::from(1.0 / of(theta, i) as f32));
         let length = length as f64;
         match &self.scaling {
             Scaling::Default => base(self.theta).collect(),

@@ -109,6 +109,7 @@ impl Sweep<'_> {
             for (part, state) in self.states(0, pack, *place, keep)? {
                 let ids = &pack.ids[part.rows.clone()];
                 gather_rows_into(&state, embedding, ids).numeric()?;
+                self.base.scale_embedding(&state)?;
             }
         }
         self.base.release_embedding();
@@ -205,7 +206,8 @@ impl Sweep<'_> {
             true => Some(w.unit.rows(place.unit, pack.gradient_entries)?),
             false => None,
         };
-        let chunks = head::Chunks { device: self.base.device(), logits: &w.logits, rows: w.head_rows };
+        let (device, cap) = (self.base.device(), self.base.architecture.logit_cap);
+        let chunks = head::Chunks { device, logits: &w.logits, rows: w.head_rows, cap };
         let stats = head::run(&chunks, &normed, self.base.head()?, &pack.entries, unit.as_ref())?;
         Ok(branch_stats(pack, &stats))
     }
@@ -322,7 +324,8 @@ impl Sweep<'_> {
         let masked = self.dropout.filter(|d| d.p > 0.0 && !pack.trained.rows.is_empty());
         Block {
             architecture: &self.base.architecture,
-            rope: self.base.rope(),
+            rule: self.base.architecture.rule(layer.index),
+            rope: self.base.rope(layer.index),
             weights: &layer.weights,
             factors: layer.factors.zip(self.lora.map(|l| l.scale)),
             dropout: masked.map(|d| DropoutKey { key: random::key(&[d.key, layer.index as u64]), ..d }),

@@ -16,8 +16,56 @@ pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 /// Name of the norm before the head (C).
 pub(crate) const FINAL_NORM: &str = "model.norm.weight";
-/// The norms of a block (C): before attention, before the MLP.
-pub(crate) const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+/// The norms of a block, each with the name of its tensor where the block has it.
+#[derive(Clone, Debug)]
+pub struct Norms<T> {
+    /// Before attention (C).
+    pub input: T,
+    /// Before the MLP (C).
+    pub mlp: T,
+    /// Of queries and of keys (D).
+    pub heads: Option<(T, T)>,
+    /// Behind attention and behind the MLP, before the sum (C).
+    pub post: Option<(T, T)>,
+}
+
+impl Norms<String> {
+    /// Returns the names in a checkpoint.
+    pub(crate) fn names(architecture: &Architecture, layer: usize) -> Self {
+        let name = |norm: &str| format!("model.layers.{layer}.{norm}.weight");
+        let heads = architecture.qk_norm.then(|| (name("self_attn.q_norm"), name("self_attn.k_norm")));
+        match architecture.post_norms {
+            false => Self {
+                input: name("input_layernorm"),
+                mlp: name("post_attention_layernorm"),
+                heads,
+                post: None,
+            },
+            true => Self {
+                input: name("input_layernorm"),
+                mlp: name("pre_feedforward_layernorm"),
+                heads,
+                post: Some((name("post_attention_layernorm"), name("post_feedforward_layernorm"))),
+            },
+        }
+    }
+}
+
+impl<T> Norms<T> {
+    /// Returns what `f` makes of every norm; it also gets the norm's length.
+    pub(crate) fn map<U>(
+        &self,
+        architecture: &Architecture,
+        mut f: impl FnMut(&T, usize) -> Result<U>,
+    ) -> Result<Norms<U>> {
+        let (c, d) = (architecture.hidden, architecture.shape.dim);
+        let mut pair = |pair: &Option<(T, T)>, n: usize| -> Result<Option<(U, U)>> {
+            pair.as_ref().map(|(a, b)| Ok((f(a, n)?, f(b, n)?))).transpose()
+        };
+        let (heads, post) = (pair(&self.heads, d)?, pair(&self.post, c)?);
+        Ok(Norms { input: f(&self.input, c)?, mlp: f(&self.mlp, c)?, heads, post })
+    }
+}
 
 /// Returns the name of a linear layer's weight (out, in).
 pub(crate) fn weight_name(module: Module, layer: usize) -> String {
@@ -27,11 +75,6 @@ pub(crate) fn weight_name(module: Module, layer: usize) -> String {
 /// Returns the name of a linear layer's bias (out).
 pub(crate) fn bias_name(module: Module, layer: usize) -> String {
     format!("{}.bias", module.path(layer))
-}
-
-/// Returns the name of one of a block's [`NORMS`].
-pub(crate) fn norm_name(layer: usize, norm: &str) -> String {
-    format!("model.layers.{layer}.{norm}.weight")
 }
 
 /// Fails (65) at the first tensor that is missing or has another shape, and when there are more blocks than config.json says.
@@ -45,9 +88,7 @@ pub fn check(architecture: &Architecture, directory: &ModelDir) -> Result<()> {
         matrix(HEAD, v, c)?;
     }
     for layer in 0..architecture.layers {
-        for norm in NORMS {
-            vector(&norm_name(layer, norm), &[c])?;
-        }
+        Norms::names(architecture, layer).map(architecture, |name, length| vector(name, &[length]))?;
         for module in Module::ALL {
             let (rows, columns) = architecture.weight_shape(module);
             matrix(&weight_name(module, layer), rows, columns)?;

@@ -128,6 +128,10 @@ fn buffers(demand: &Demand, choice: &MemoryPlan, steps: BatchShape, reference: B
         item("one block at work", work),
         item("attention scores", scores),
         item("rows of the head", of(head, w.hidden)),
-        item(format!("logits of {head_rows} rows"), of(head_rows, a.vocab_size)),
+        item(
+            format!("logits of {head_rows} rows"),
+            // Those that a cap has changed are kept beside their gradient.
+            of(head_rows, a.vocab_size) * if a.logit_cap.is_some() { 2 } else { 1 },
+        ),
     ]
 }

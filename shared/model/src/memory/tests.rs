@@ -1,7 +1,8 @@
 //! The plan on sizes that can be added up by hand.
 
 use super::*;
-use kto_kernels::HeadShape;
+use crate::rotary::{Rotary, Scaling};
+use kto_kernels::{HeadShape, device::Gate};
 
 fn architecture() -> Architecture {
     Architecture {
@@ -12,7 +13,18 @@ fn architecture() -> Architecture {
         layers: 8,
         shape: HeadShape { heads: 8, kv_heads: 4, dim: 64 },
         rms_eps: 1e-6,
-        rope_theta: 1e4,
+        rotary: Rotary { dim: 64, theta: 1e4, scaling: Scaling::Default },
+        sliding_rotary: None,
+        window: None,
+        sliding: Vec::new(),
+        attention_scale: 0.125,
+        attention_cap: None,
+        logit_cap: None,
+        embedding_scale: 1.0,
+        norm_plus_one: false,
+        post_norms: false,
+        qk_norm: false,
+        gate: Gate::Silu,
         tied: true,
         qkv_bias: false,
         o_bias: false,

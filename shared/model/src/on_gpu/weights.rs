@@ -3,7 +3,13 @@
 //! Resident runs are uploaded once. Streamed ones take turns in two places: while a block computes, the next one is copied from
 //! the page cache to page-locked memory and from there to the device. Widened matrices share one place a module.
 
-use crate::{architecture::Module, base::LayerWeights, numeric::Numeric, projection::Linear};
+use crate::{
+    architecture::{Architecture, Module},
+    base::LayerWeights,
+    numeric::Numeric,
+    projection::Linear,
+    weights::Norms,
+};
 use candle_core::Tensor as HostTensor;
 use kto_cli::{Error, Result};
 use kto_kernels::{
@@ -18,8 +24,7 @@ use std::{cell::RefCell, sync::Arc};
 
 /// One block as the host has it.
 pub(crate) struct HostLayer<'a> {
-    pub input_norm: &'a HostTensor,
-    pub post_norm: &'a HostTensor,
+    pub norms: &'a Norms<HostTensor>,
     /// By [`Module`]: the matrix and its bias.
     pub linears: Vec<(&'a Weight, Option<&'a HostTensor>)>,
 }
@@ -35,8 +40,7 @@ pub(crate) struct GpuLayers {
 }
 
 struct GpuLayer {
-    input_norm: Tensor,
-    post_norm: Tensor,
+    norms: Norms<Tensor>,
     biases: Vec<Option<Tensor>>,
     packed: Packed,
 }
@@ -67,6 +71,7 @@ impl GpuLayers {
     /// Uploads what is resident.
     pub fn new<'a>(
         device: &Device,
+        architecture: &Architecture,
         layers: impl Iterator<Item = HostLayer<'a>>,
         streamed: bool,
         mut uploaded: impl FnMut(usize),
@@ -79,8 +84,7 @@ impl GpuLayers {
             let stored = layer.linears.iter().map(|(weight, _)| stored(weight)).collect::<Result<_>>()?;
             let bring = |t: &HostTensor| device.bring(t).numeric();
             own.push(GpuLayer {
-                input_norm: bring(layer.input_norm)?,
-                post_norm: bring(layer.post_norm)?,
+                norms: layer.norms.map(architecture, |norm, _| bring(norm))?,
                 biases: layer.linears.iter().map(|(_, b)| b.map(bring).transpose()).collect::<Result<_>>()?,
                 packed: Packed::new(stored, *element),
             });
@@ -133,7 +137,7 @@ impl GpuLayers {
         };
         let linears: Vec<Linear> = (0..Module::ALL.len()).map(linear).collect::<Result<_>>()?;
         let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
-        Ok(LayerWeights { input_norm: own.input_norm.clone(), post_norm: own.post_norm.clone(), linears })
+        Ok(LayerWeights { norms: own.norms.clone(), linears })
     }
 
     /// Says that all work with block `layer` is queued: the next one may come.

@@ -1,6 +1,6 @@
 use crate::support::*;
 use candle_core::{DType, Result, Tensor};
-use kto_kernels::{swiglu, swiglu_backward};
+use kto_kernels::{geglu, geglu_backward, swiglu, swiglu_backward};
 
 /// Returns the result of the forward pass.
 fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -50,6 +50,33 @@ fn backward_is_autograd() -> Outcome {
             let (dgate, dup) = gradients(&single(&dy), &single(&gate), &single(&up))?;
             assert_tensors("gate in f32", &dgate, &expected[0], IN_F32);
             assert_tensors("up in f32", &dup, &expected[1], IN_F32);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gelu_is_the_form_by_tanh() -> Outcome {
+    let gelu =
+        |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
+    let composed = |gate: &Tensor, up: &Tensor| {
+        let z = ((gate + (gate.powf(3.0)? * 0.044715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
+        (gate * 0.5)? * (z.tanh()? + 1.0)? * up
+    };
+    for (t, c) in [(1, 1), (3, 7), (5, 65), (2, 300)] {
+        let (gate, up, dy) = ((normal(t, c, 3) * 3.0)?, normal(t, c, 4), normal(t, c, 5));
+        let expected: Vec<f64> = values(&gate).iter().zip(values(&up)).map(|(g, u)| gelu(*g) * u).collect();
+        let forward = |gate: &Tensor, up: &Tensor| written(gate, |out| geglu(out, gate, up));
+        assert_close("f64", &values(&forward(&gate, &up)?), &expected, 1e-14);
+        assert_close("f32", &values(&forward(&single(&gate), &single(&up))?), &expected, IN_F32);
+        let expected = autograd(&[&gate, &up], &dy, |v| composed(&v[0], &v[1]));
+        for (narrow, tolerance) in [(false, 1e-13), (true, 2.0 * IN_F32)] {
+            let to = |t: &Tensor| if narrow { single(t) } else { t.copy().unwrap() };
+            let (y, dgate, dup) = (to(&dy), to(&gate), to(&up));
+            geglu_backward(&y, &dgate, &dup)?;
+            assert_eq!(values(&y), values(&forward(&to(&gate), &to(&up))?), "the result once more");
+            assert_tensors("gate", &dgate, &expected[0], tolerance);
+            assert_tensors("up", &dup, &expected[1], tolerance);
         }
     }
     Ok(())

@@ -1,0 +1,205 @@
+//! Every family and rope scaling against transformers and PEFT: logits, log-probabilities and the LoRA gradients of one KTO step, on
+//! the processor and on an emulated GPU (testdata/families).
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device as HostDevice, Tensor};
+use kto_formats::{
+    model_dir::ModelDir,
+    tensors::TensorStore,
+    tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
+};
+use kto_kernel_checks::emulated_gpu;
+use kto_kernels::{
+    Dense,
+    device::Device,
+    gpu::{Gpu, Stream},
+};
+use kto_model::{
+    architecture::{Architecture, Module},
+    base::{BaseModel, Placement},
+    buffers::{Workspace, WorkspaceSpec},
+    generate::Generator,
+    lora::{Lora, LoraSpec},
+    rows::{Batch, Job, Packing},
+    sweep::{BranchStats, Sweep},
+};
+use std::path::{Path, PathBuf};
+
+const WORKS: [&str; 10] = [
+    "gemma2",
+    "gemma3",
+    "llama-biases",
+    "llama-linear",
+    "llama-yarn",
+    "llama3",
+    "mistral-window",
+    "qwen2",
+    "qwen2-yarn",
+    "qwen3",
+];
+/// Longest sequence.
+const POSITIONS: usize = 28;
+const BETA: f64 = 0.3;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/families").join(name)
+}
+
+fn golden(name: &str) -> TensorStore {
+    TensorStore::open_file(&folder(name).join("golden.safetensors")).unwrap()
+}
+
+fn ids(store: &TensorStore, name: &str) -> Vec<u32> {
+    let view = store.require(name).unwrap();
+    view.data.chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn floats(store: &TensorStore, name: &str) -> Vec<f32> {
+    store.require(name).unwrap().to_f32().unwrap()
+}
+
+fn base(name: &str, positions: usize, device: Option<&Device>) -> BaseModel {
+    let mut base = BaseModel::load(ModelDir::open(&folder(name)).unwrap(), DType::F32, positions).unwrap();
+    if let Some(device) = device {
+        base.place(device, Placement::default(), |_| {}).unwrap();
+    }
+    base
+}
+
+fn gpu() -> Option<Device> {
+    Some(Device::Gpu(Gpu::new(emulated_gpu(1 << 30, Stream::Copy)?, 1 << 30), Dense::F32))
+}
+
+/// Returns |a − b| / |b| of whole tensors.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / norm(&mut b.iter().map(|b| f64::from(*b)))
+}
+
+fn check_logits(name: &str, length: &str, base: &BaseModel) {
+    let store = golden(name);
+    let ids = ids(&store, &format!("ids.{length}"));
+    let expected = floats(&store, &format!("logits.{length}"));
+    let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    // At once, and a token at a time from the cache.
+    let whole = flat(Generator::new(base, None, ids.len()).unwrap().feed(&ids, true).unwrap());
+    let mut generator = Generator::new(base, None, ids.len()).unwrap();
+    let single: Vec<f32> = ids.iter().flat_map(|id| flat(generator.feed(&[*id], true).unwrap())).collect();
+    for (how, found) in [("at once", whole), ("one by one", single)] {
+        let found = distance(&found, &expected);
+        assert!(found < 1e-5, "{name} {length} {how}: {found:.1e}");
+    }
+}
+
+/// The trained rows of a golden step as tokens.
+fn tokens(store: &TensorStore, vocabulary: usize) -> TokenSet {
+    let meta =
+        TokenMeta { vocab_size: vocabulary as u32, max_length: POSITIONS as u32, ..Default::default() };
+    let mut set = TokenSet::new(meta);
+    for i in 0..2 {
+        let [prompt, completion] = ["prompt", "completion"].map(|part| ids(store, &format!("{i}.{part}")));
+        set.push(TokenRow {
+            prompt_ids: &prompt,
+            completion_ids: &completion,
+            label: i == 0,
+            prompt_hash: prompt_hash(&prompt),
+        });
+    }
+    set
+}
+
+fn adapter(store: &TensorStore, architecture: &Architecture) -> Lora {
+    let spec = LoraSpec { rank: 2, alpha: 3.0, modules: Module::ALL.to_vec() };
+    let lora = Lora::fresh(architecture, &spec, 1, DType::F32).unwrap();
+    for (name, tensor) in lora.named_tensors() {
+        let values = floats(store, &format!("lora/{name}.weight"));
+        let values = Tensor::from_vec(values, tensor.shape(), &HostDevice::Cpu).unwrap();
+        tensor.slice_set(&values, 0, 0).unwrap();
+    }
+    lora
+}
+
+/// One step of TRL's KTO over two rows, the first desirable. The KL completion of a row is the other row's.
+fn check_step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize) {
+    let store = golden(name);
+    let tokens = tokens(&store, base.architecture.vocab_size);
+    let lora = adapter(&store, &base.architecture);
+    let spec = WorkspaceSpec { kept_layers, head_rows: 5, offload_inputs: false };
+    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
+    let job = |prompt, completion, gradient| Job { prompt, completion, gradient };
+    let jobs = [job(0, 0, true), job(1, 1, true), job(0, 1, false), job(1, 0, false)];
+    let batch = Batch::new(&tokens, POSITIONS, &jobs, packing);
+    let sweep = Sweep { base, lora: None, dropout: None, workspace: &workspace, watch: None };
+    let reference = batch.by_job(&sweep.forward(&batch.packs, false).unwrap().branches);
+    let sweep = Sweep { lora: Some(&lora), ..sweep };
+    let forward = sweep.forward(&batch.packs, true).unwrap();
+    let policy = batch.by_job(&forward.branches);
+    let rewards: Vec<f64> = policy.iter().zip(&reference).map(|(p, r)| p.logps - r.logps).collect();
+    let kl = ((rewards[2] + rewards[3]) / 2.0).max(0.0);
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let arguments = [BETA * (rewards[0] - kl), BETA * (kl - rewards[1])];
+    let loss = arguments.iter().map(|x| 1.0 - sigmoid(*x)).sum::<f64>() / 2.0;
+    let close = |what: &str, found: f64, expected: f32| {
+        let off = (found - f64::from(expected)).abs() / f64::from(expected).abs().max(1.0);
+        assert!(off < 1e-5, "{name} {what}: {found} {expected}");
+    };
+    close("kl", kl, floats(&store, "kl")[0]);
+    close("loss", loss, floats(&store, "loss")[0]);
+    for i in 0..2 {
+        close("logps", policy[i].logps, floats(&store, "logps")[i]);
+        close("reference_logps", reference[i].logps, floats(&store, "reference_logps")[i]);
+    }
+    let slopes = arguments.map(|x| BETA / 2.0 * sigmoid(x) * (1.0 - sigmoid(x)));
+    let weights = [-slopes[0], slopes[1]];
+    let weight = |b: &BranchStats| if b.gradient { weights[b.tag] } else { 0.0 };
+    let coefficients: Vec<Vec<f64>> =
+        forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
+    let gradients = lora.zeros_like().unwrap();
+    sweep.backward(&batch.packs, forward, &coefficients, &gradients).unwrap();
+    for (tensor, gradient) in gradients.named_tensors() {
+        let found: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+        let off = distance(&found, &floats(&store, &format!("grad/{tensor}.weight")));
+        assert!(off < 1e-4, "{name} {tensor}: {off:.1e}");
+    }
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    for name in WORKS {
+        let base = base(name, POSITIONS, None);
+        check_logits(name, "short", &base);
+        check_logits(name, "long", &base);
+    }
+}
+
+#[test]
+fn a_step_is_that_of_trl_and_peft() {
+    for name in WORKS {
+        let base = base(name, POSITIONS, None);
+        for (packing, kept) in [(Packing::Shared(4096), 0), (Packing::Shared(10), 1), (Packing::Single, 3)] {
+            check_step(name, &base, packing, kept);
+        }
+    }
+}
+
+#[test]
+fn a_gpu_computes_every_family() {
+    let Some(gpu) = gpu() else { return };
+    for name in WORKS {
+        let base = base(name, POSITIONS, Some(&gpu));
+        check_logits(name, "long", &base);
+        check_step(name, &base, Packing::Shared(4096), 1);
+    }
+}
+
+/// A rotation that depends on the length of a sequence is computed where it does not, and refused beyond.
+#[test]
+fn scalings_by_length_end_at_the_original_length() {
+    check_logits("llama-dynamic", "short", &base("llama-dynamic", 16, None));
+    let model = ModelDir::open(&folder("llama-dynamic")).unwrap();
+    let error = BaseModel::load(model, DType::F32, 17).err().unwrap();
+    assert_eq!(error.kind().code(), 65);
+    assert!(error.to_string().contains("beyond 16"), "{error}");
+}
