@@ -121,6 +121,12 @@ pub fn write(target: &Path, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
+/// Gives a file that is whole, and on the disk, its final name.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    let renamed = fs::rename(from, to).and_then(|()| sync_dir(&stale::folder_of(to)));
+    renamed.map_err(|e| Error::writing(to, &e))
+}
+
 /// Creates a directory, and those above it that are missing. Their names are safe from a power loss when it returns.
 pub fn create_dir_all(target: &Path) -> Result<()> {
     let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();

@@ -1,7 +1,7 @@
 //! Looking a model up in the cache.
 
 use crate::{ModelName, Need, Settings, name::is_commit};
-use kto_cli::{Context, Result, escape};
+use kto_cli::{Context, Result, escape, input};
 use std::path::{Path, PathBuf};
 
 /// What the cache holds of a model.
@@ -43,8 +43,8 @@ pub fn find(settings: &Settings, name: &ModelName, need: &Need) -> Result<Found>
 
 /// The commit that a revision stood for when it was last fetched.
 pub fn reference(folder: &Path, revision: &str) -> Option<String> {
-    let text = std::fs::read(folder.join("refs").join(revision)).ok()?;
-    let commit = String::from_utf8(text).ok()?;
+    let path = folder.join("refs").join(revision);
+    let commit = if path.is_file() { input::read_text(&path, 4096).ok()? } else { return None };
     let commit = commit.trim();
     is_commit(commit).then(|| commit.to_string())
 }

@@ -359,7 +359,8 @@ impl Fields<'_> {
             Family::Qwen2 | Family::Qwen3 if window.is_some() => self.size_or("max_window_layers", 28)?,
             _ => 0,
         };
-        let has = |i: usize| window.is_some() && i >= first && (pattern == 0 || (i + 1) % pattern != 0);
+        let has =
+            |i: usize| window.is_some() && i >= first && (pattern == 0 || !(i + 1).is_multiple_of(pattern));
         Ok((0..layers).map(has).collect())
     }
 

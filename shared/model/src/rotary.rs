@@ -164,12 +164,13 @@ pub struct Surroundings<'a> {
 pub fn read(of: &Surroundings, kind: Option<&str>) -> Result<Rotary> {
     let config = of.config;
     let given = |value: &&Value| !value.is_null();
-    let (name, fields) = match config.get("rope_parameters").filter(given) {
-        Some(value) => ("rope_parameters", kind.and_then(|kind| value.get(kind)).unwrap_or(value)),
-        None => match config.get("rope_scaling").filter(given) {
-            Some(value) => ("rope_scaling", value),
-            None => ("rope_scaling", &Value::Null),
-        },
+    let is_empty = |value: &Value| value.as_object().is_some_and(serde_json::Map::is_empty);
+    let older = config.get("rope_scaling").filter(given).filter(|value| !is_empty(value));
+    // The older field wins where both are, as in transformers.
+    let (name, fields) = match (older, config.get("rope_parameters").filter(given)) {
+        (Some(value), _) => ("rope_scaling", value),
+        (None, Some(value)) => ("rope_parameters", kind.and_then(|kind| value.get(kind)).unwrap_or(value)),
+        (None, None) => ("rope_scaling", &Value::Null),
     };
     if !fields.is_object() && !fields.is_null() {
         return Err(Error::data(format!("config.json: \"{name}\" must be an object")));

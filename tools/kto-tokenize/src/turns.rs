@@ -7,14 +7,14 @@ use crate::args::TrainOn;
 use kto_cli::{Error, Result};
 use kto_formats::chat;
 use serde_json::Value;
-use std::ops::Range;
+use std::{iter, ops::Range};
 
 /// Returns the places of the completions in `messages`, the first `prompt` of which are the record's prompt.
 /// Errors (65): a row that holds no assistant turn to train on.
 pub fn trained(messages: &[Value], prompt: usize, on: TrainOn) -> Result<Vec<Range<usize>>> {
     let turns = || runs(messages).into_iter().filter(|turn| turn.start > 0);
     match on {
-        TrainOn::Completion => Ok(vec![prompt..messages.len()]),
+        TrainOn::Completion => Ok(iter::once(prompt..messages.len()).collect()),
         TrainOn::Last => match turns().next_back().filter(|turn| turn.end > prompt) {
             Some(turn) => Ok(vec![turn]),
             None => Err(Error::data("the completion has no assistant message to train on")),
@@ -75,12 +75,13 @@ mod tests {
 
     #[test]
     fn each_turn_is_a_row() {
+        let one = |turn: Range<usize>| Ok::<Vec<_>, String>(iter::once(turn).collect());
         let of = |roles: &str, prompt, on| trained(&chat(roles), prompt, on).map_err(|e| e.to_string());
-        assert_eq!(of("suauata", 4, TrainOn::Completion), Ok(vec![4..7]));
-        assert_eq!(of("suauata", 4, TrainOn::Last), Ok(vec![6..7]));
+        assert_eq!(of("suauata", 4, TrainOn::Completion), one(4..7));
+        assert_eq!(of("suauata", 4, TrainOn::Last), one(6..7));
         assert_eq!(of("suauata", 4, TrainOn::All), Ok(vec![2..3, 4..5, 6..7]));
-        assert_eq!(of("uaa", 1, TrainOn::Last), Ok(vec![1..3]));
-        assert_eq!(of("auaat", 2, TrainOn::All), Ok(vec![2..4]));
+        assert_eq!(of("uaa", 1, TrainOn::Last), one(1..3));
+        assert_eq!(of("auaat", 2, TrainOn::All), one(2..4));
         assert!(of("uau", 2, TrainOn::Last).is_err());
         assert!(of("uu", 1, TrainOn::All).is_err());
     }

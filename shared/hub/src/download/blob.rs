@@ -5,11 +5,11 @@
 //! apart.
 
 use super::http::{Meta, Source};
-use kto_cli::{Error, Kind, Progress, Result, Ui, disk, hash::Sha256Hex, signal, units};
+use kto_cli::{Error, Kind, Progress, Result, Ui, atomic, disk, hash::Sha256Hex, signal, units};
 use sha1::{Digest, Sha1};
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
-    io::{self, Read, Write},
+    io::{self, Read, Seek, Write},
     path::{Component, Path, PathBuf},
     thread::sleep,
     time::Duration,
@@ -92,7 +92,7 @@ impl<'a> Incoming<'a> {
 
     /// Hashes what an earlier run has left.
     fn take_over(&mut self) -> Result<()> {
-        let mut old = File::open(&self.path).map_err(|e| Error::reading(&self.path, &e))?;
+        let old = &mut self.file;
         let mut buffer = vec![0; BUFFER];
         loop {
             match old.read(&mut buffer).map_err(|e| Error::reading(&self.path, &e))? {
@@ -131,7 +131,7 @@ impl<'a> Incoming<'a> {
             }
         }
         self.file.sync_all().map_err(|e| Error::writing(&self.path, &e))?;
-        fs::rename(&self.path, blob).map_err(|e| Error::writing(blob, &e))
+        atomic::rename(&self.path, blob)
     }
 
     /// Asks for the rest until all of it is there.
@@ -199,14 +199,15 @@ impl<'a> Incoming<'a> {
     }
 
     /// Compares with the hash that the name promises: SHA-256, or git's of a small file. Other names promise none.
-    fn verify(&self) -> Result<()> {
-        let etag = self.meta.etag.as_str();
+    fn verify(&mut self) -> Result<()> {
+        let meta: &'a Meta = self.meta;
+        let etag = meta.etag.as_str();
         if !etag.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return Ok(());
         }
         let (kind, found) = match etag.len() {
             64 => ("SHA-256", self.hash.clone().finish()),
-            40 => ("git hash", git_hash(&self.path).map_err(|e| Error::reading(&self.path, &e))?),
+            40 => ("git hash", git_hash(&mut self.file).map_err(|e| Error::reading(&self.path, &e))?),
             _ => return Ok(()),
         };
         if found == etag {
@@ -218,8 +219,8 @@ impl<'a> Incoming<'a> {
 }
 
 /// The hash under which git keeps a file.
-fn git_hash(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
+fn git_hash(file: &mut File) -> io::Result<String> {
+    file.rewind()?;
     let mut hash = Sha1::new();
     hash.update(format!("blob {}\0", file.metadata()?.len()));
     let mut buffer = vec![0; BUFFER];
@@ -239,7 +240,8 @@ fn link(blob: &Path, path: &Path) -> Result<()> {
     let _ = fs::remove_file(&fresh);
     let made =
         std::os::unix::fs::symlink(way(folder, blob), &fresh).or_else(|_| fs::copy(blob, &fresh).map(drop));
-    made.and_then(|()| fs::rename(&fresh, path)).map_err(|e| Error::writing(path, &e))
+    made.map_err(|e| Error::writing(path, &e))?;
+    atomic::rename(&fresh, path)
 }
 
 fn name_of(path: &Path) -> String {
@@ -263,10 +265,10 @@ mod tests {
     fn ways_and_hashes() {
         assert_eq!(way(Path::new("/c/m/snapshots/x"), Path::new("/c/m/blobs/b")), Path::new("../../blobs/b"));
         assert_eq!(way(Path::new("m/snapshots/x/a"), Path::new("m/blobs/b")), Path::new("../../../blobs/b"));
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut file = tempfile::tempfile().unwrap();
         // `git hash-object` of an empty file and of "hello\n".
-        assert_eq!(git_hash(file.path()).unwrap(), "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391");
-        fs::write(file.path(), "hello\n").unwrap();
-        assert_eq!(git_hash(file.path()).unwrap(), "ce013625030ba8dba906f756967f9e9ca394464a");
+        assert_eq!(git_hash(&mut file).unwrap(), "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391");
+        file.write_all(b"hello\n").unwrap();
+        assert_eq!(git_hash(&mut file).unwrap(), "ce013625030ba8dba906f756967f9e9ca394464a");
     }
 }

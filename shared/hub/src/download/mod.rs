@@ -10,7 +10,7 @@ mod http;
 use crate::{ModelName, Need, Settings, files::relative, name::is_commit};
 use blob::Place;
 use http::Client;
-use kto_cli::{Context, Error, Progress, Result, Ui, atomic, escape, units};
+use kto_cli::{Context, Error, Progress, Result, Ui, atomic, escape, input, units};
 use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -92,7 +92,7 @@ impl Download<'_> {
 }
 
 fn write_reference(path: &Path, commit: &str) -> Result<()> {
-    if fs::read(path).is_ok_and(|old| old == commit.as_bytes()) {
+    if path.is_file() && input::read(path, 4096).is_ok_and(|old| old == commit.as_bytes()) {
         return Ok(());
     }
     if let Some(folder) = path.parent() {
