@@ -208,7 +208,8 @@ fn write_key(key: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(b": ");
 }
 
-fn write_value<T: serde::Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
+/// Appends a JSON value with the spacing of `json.dumps`.
+pub fn write_value<T: serde::Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
     let mut json = serde_json::Serializer::with_formatter(&mut *out, Spaced);
     value.serialize(&mut json).expect("JSON values serialize into memory");
 }

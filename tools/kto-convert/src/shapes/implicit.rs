@@ -1,6 +1,6 @@
 //! TRL's implicit prompts: chosen and rejected, each with the prompt in front. Texts (HH-RLHF and others) or messages.
 
-use super::{Fields, Rules, Unit, content, split_chat, split_text};
+use super::{Fields, Rules, Unit, content::content, dialogue, split_chat, split_text};
 use crate::problem::{Problem, Reason};
 use kto_formats::record::Content;
 
@@ -31,7 +31,11 @@ fn texts(chosen: &str, rejected: &str, rules: &Rules<'_>) -> Result<Unit, Proble
     if split.differ && !rules.keep_differing {
         return Err(split_chat::differ());
     }
-    let side = |text: &str, at: usize| (Content::Text(text[..at].into()), Content::Text(text[at..].into()));
+    let turns = shape.ends_with("(HH-RLHF)") && !rules.dialogue_as_text;
+    let side = |text: &str, at: usize| match turns {
+        true => dialogue::parse(&text[..at], &text[at..]),
+        false => (Content::Text(text[..at].into()), Content::Text(text[at..].into())),
+    };
     let mut unit = Unit::pair(shape, side(chosen, split.chosen), side(rejected, split.rejected));
     unit.differ = split.differ;
     Ok(unit)

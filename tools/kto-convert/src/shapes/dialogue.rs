@@ -1,0 +1,75 @@
+//! HH-RLHF text as messages: "\n\nHuman: …\n\nAssistant: …".
+//!
+//! The blank behind a marker belongs to the marker, all other blanks to the turn. A role that speaks twice in a row has one
+//! turn, joined by an empty line, because chat templates want roles to alternate.
+
+use super::content::turn;
+use kto_formats::record::Content;
+use serde_json::Value;
+
+const MARKERS: [(&str, &str); 2] = [("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant")];
+
+/// Parses the prompt (which ends with a marker of the assistant) and the completion behind it.
+pub fn parse(prompt: &str, completion: &str) -> (Content, Content) {
+    let asked = prompt.strip_suffix(MARKERS[1].0).unwrap_or(prompt);
+    let mut asked = turns(asked);
+    let mut said = turns(&format!("{}{completion}", MARKERS[1].0));
+    // What the assistant said just before belongs to its answer.
+    while asked.last().is_some_and(|turn| turn["role"] == "assistant") {
+        said.splice(0..0, asked.pop());
+    }
+    merge(&mut asked);
+    merge(&mut said);
+    (Content::Chat(asked), Content::Chat(said))
+}
+
+fn turns(text: &str) -> Vec<Value> {
+    let mut turns = Vec::new();
+    let mut rest = text;
+    while let Some((role, at)) = begin(rest) {
+        let body = &rest[at..];
+        let end = MARKERS.iter().filter_map(|(marker, _)| body.find(marker)).min().unwrap_or(body.len());
+        let said = &body[..end];
+        turns.push(turn(role, said.strip_prefix(' ').unwrap_or(said).to_owned()));
+        rest = &body[end..];
+    }
+    turns
+}
+
+fn begin(text: &str) -> Option<(&'static str, usize)> {
+    MARKERS.iter().find(|(marker, _)| text.starts_with(marker)).map(|(marker, role)| (*role, marker.len()))
+}
+
+fn merge(turns: &mut Vec<Value>) {
+    turns.dedup_by(|next, last| {
+        if next["role"] != last["role"] {
+            return false;
+        }
+        let text = |v: &Value| v["content"].as_str().unwrap_or_default().to_owned();
+        last["content"] = Value::String(format!("{}\n\n{}", text(last), text(next)));
+        true
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn turns_keep_their_blanks() {
+        let (prompt, said) = parse("\n\nHuman: a \n\nAssistant:b\n\nHuman:  c\n\nAssistant:", " d\n");
+        let expected = vec![turn("user", "a ".into()), turn("assistant", "b".into()), turn("user", " c".into())];
+        assert_eq!((prompt, said), (Content::Chat(expected), Content::Chat(vec![turn("assistant", "d\n".into())])));
+    }
+
+    #[test]
+    fn a_role_that_speaks_twice_has_one_turn() {
+        let (prompt, said) = parse("\n\nHuman: a\n\nHuman: b\n\nAssistant:", " x\n\nAssistant: y");
+        assert_eq!(prompt, Content::Chat(vec![json!({"role": "user", "content": "a\n\nb"})]));
+        let answer = Content::Chat(vec![json!({"role": "assistant", "content": "x\n\ny"})]);
+        assert_eq!(said, answer);
+        let (prompt, said) = parse("\n\nHuman: a\n\nAssistant: x\n\nAssistant:", " y");
+        assert_eq!((prompt, said), (Content::Chat(vec![turn("user", "a".into())]), answer));
+    }
+}
