@@ -25,9 +25,29 @@ pub struct Input {
 /// and UTF-16 are refused (65). Missing files, directories and unreadable files are 66.
 pub fn open(path: &Path) -> Result<Input> {
     if path == Path::new("-") {
+        if is_closed() {
+            return Err(Error::new(Kind::NoInput, "standard input is closed").with_hint("name a FILE"));
+        }
+        if rustix::fs::fstat(io::stdin()).is_ok_and(|s| (s.st_mode & 0o170_000) == 0o040_000) {
+            return Err(Error::new(Kind::NoInput, "<stdin>: is a directory").with_hint("name it as FILE"));
+        }
         return decode("<stdin>".into(), io::stdin());
     }
     decode(escape(&path.display().to_string()), open_file(path)?)
+}
+
+/// Whether the process was started without a standard input. Rust's start-up puts /dev/null in its place, for reading and
+/// writing; nobody else opens it so.
+fn is_closed() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let null = std::fs::metadata("/dev/null").map(|m| m.rdev()).ok();
+    let stdin = rustix::fs::fstat(io::stdin())
+        .ok()
+        .filter(|s| (s.st_mode & 0o170_000) == 0o020_000)
+        .map(|s| s.st_rdev);
+    let flags = rustix::fs::fcntl_getfl(io::stdin()).ok();
+    let read_write = flags.is_some_and(|f| f.contains(rustix::fs::OFlags::RDWR));
+    read_write && stdin.is_some() && stdin == null
 }
 
 /// Opens a file as it is, for mapping into memory. Directories and whatever cannot be opened are 66.

@@ -178,7 +178,11 @@ impl<R: BufRead> LineChunks<R> {
             } else if read > 0 {
                 continue;
             }
-            return Ok(Chunk::parsed(&self.name, Vec::new(), row.into_iter().map(|row| (row, 0..0)).collect()));
+            return Ok(Chunk::parsed(
+                &self.name,
+                Vec::new(),
+                row.into_iter().map(|row| (row, 0..0)).collect(),
+            ));
         }
     }
 }
@@ -196,7 +200,9 @@ impl<R: BufRead + Send> Source for LineChunks<R> {
                 let from = if self.held.len() < 2 * chunks::SIZE { 0 } else { self.held.len() - read };
                 match memchr::memrchr(b'\n', &self.held[from..]) {
                     Some(last) => return Ok(Some(self.cut(from + last + 1))),
-                    None if self.held.len() as u64 > self.options.max_line => return self.long_line().map(Some),
+                    None if self.held.len() as u64 > self.options.max_line => {
+                        return self.long_line().map(Some);
+                    }
                     None => {}
                 }
             }
@@ -275,7 +281,9 @@ mod tests {
     #[test]
     fn chunks_give_the_rows_of_the_whole() {
         let long = "x".repeat(90);
-        let text = format!("\u{feff}{{\"a\":1}}\r\n\n  \n{{\"b\":\"{long}\"}}\n{{\"a\":\n[3]\n{{\"c\":\"{long}\"}}\n7");
+        let text = format!(
+            "\u{feff}{{\"a\":1}}\r\n\n  \n{{\"b\":\"{long}\"}}\n{{\"a\":\n[3]\n{{\"c\":\"{long}\"}}\n7"
+        );
         let whole: Vec<String> = {
             let options = ReadOptions { max_line: 64, lossy: false };
             let mut lines = JsonLines::from_reader("f".into(), text.as_bytes()).with_options(options);

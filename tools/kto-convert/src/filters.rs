@@ -24,7 +24,8 @@ impl Filters {
     /// Reads the flags. Errors are usage errors (2).
     pub fn new(args: &Args) -> Result<Self> {
         if let Some(role) = args.drop_role.iter().find(|r| !chat::ROLES.contains(&r.as_str())) {
-            let what = format!("--drop-role knows no role \"{}\" (known: {})", escape(role), chat::ROLES.join(", "));
+            let what =
+                format!("--drop-role knows no role \"{}\" (known: {})", escape(role), chat::ROLES.join(", "));
             return Err(Error::usage(what));
         }
         Ok(Self {
@@ -56,7 +57,9 @@ impl Filters {
             return Some(Reason::Role);
         }
         let matches = |regex: &Regex| sides.iter().any(|side| texts(side).any(|text| regex.is_match(text)));
-        if self.keep_match.as_ref().is_some_and(|r| !matches(r)) || self.drop_match.as_ref().is_some_and(matches) {
+        if self.keep_match.as_ref().is_some_and(|r| !matches(r))
+            || self.drop_match.as_ref().is_some_and(matches)
+        {
             return Some(Reason::Pattern);
         }
         None

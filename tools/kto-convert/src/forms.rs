@@ -51,9 +51,7 @@ pub fn write_pair(chosen: &Record, rejected: &Record, exact: &[(String, String)]
     row.insert("prompt".into(), value(&chosen.prompt));
     row.insert("chosen".into(), value(&chosen.completion));
     row.insert("rejected".into(), value(&rejected.completion));
-    for (name, column) in
-        [("tools", &chosen.tools), ("chat_template_kwargs", &chosen.chat_template_kwargs)]
-    {
+    for (name, column) in [("tools", &chosen.tools), ("chat_template_kwargs", &chosen.chat_template_kwargs)] {
         if let Some(column) = column {
             row.insert(name.into(), column.clone());
         }
@@ -95,7 +93,8 @@ fn extras(record: &Record, exact: &[(String, String)], row: &mut Map<String, Val
             continue;
         }
         let same = exact.iter().find(|(name, _)| name == key);
-        let value = same.and_then(|(_, text)| serde_json::from_str(text).ok()).unwrap_or_else(|| value.clone());
+        let value =
+            same.and_then(|(_, text)| serde_json::from_str(text).ok()).unwrap_or_else(|| value.clone());
         row.insert(key.clone(), value);
     }
 }

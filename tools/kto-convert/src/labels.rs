@@ -24,11 +24,32 @@ const THUMBS: [&str; 7] = ["feedback", "thumb", "thumbs", "vote", "reaction", "u
 const RATINGS: [&str; 5] = ["rating", "score", "overall_score", "stars", "user_score"];
 /// Words of a thumb that is up, and of one that is down.
 const UP: [&str; 12] = [
-    "up", "thumbs_up", "thumbsup", "thumbs up", "thumb_up", "👍", "like", "liked", "upvote", "positive", "good", "desirable",
+    "up",
+    "thumbs_up",
+    "thumbsup",
+    "thumbs up",
+    "thumb_up",
+    "👍",
+    "like",
+    "liked",
+    "upvote",
+    "positive",
+    "good",
+    "desirable",
 ];
 const DOWN: [&str; 12] = [
-    "down", "thumbs_down", "thumbsdown", "thumbs down", "thumb_down", "👎", "dislike", "disliked", "downvote", "negative",
-    "bad", "undesirable",
+    "down",
+    "thumbs_down",
+    "thumbsdown",
+    "thumbs down",
+    "thumb_down",
+    "👎",
+    "dislike",
+    "disliked",
+    "downvote",
+    "negative",
+    "bad",
+    "undesirable",
 ];
 
 /// The rules of `--label-field`, `--label-map`, `--label`, `--desirable` and `--undesirable`.
@@ -175,7 +196,8 @@ fn thumb(column: &str, value: &Value) -> Result<bool, Problem> {
 
 fn unknown(column: &str, value: &Value) -> Problem {
     let what = format!("field {}: neither up nor down: {}", quoted(column), describe(value));
-    Reason::Label.error(Error::data(what).with_hint("--label-map VALUE=true,VALUE=false says what values mean"))
+    Reason::Label
+        .error(Error::data(what).with_hint("--label-map VALUE=true,VALUE=false says what values mean"))
 }
 
 /// A rating without thresholds: words may say enough, numbers do not.

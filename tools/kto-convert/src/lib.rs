@@ -35,7 +35,10 @@ mod work;
 pub use args::Args;
 pub use plan::Plan;
 
-use kto_cli::{Error, Exit, Record, Result, Ui, output::{self, Output}};
+use kto_cli::{
+    Error, Exit, Record, Result, Ui,
+    output::{self, Output},
+};
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {

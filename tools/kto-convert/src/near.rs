@@ -44,7 +44,9 @@ pub fn signature(record: &Record) -> Box<Signature> {
 pub fn bands(signature: &Signature, label: bool) -> impl Iterator<Item = u64> {
     signature[..WHOLE].chunks_exact(ROWS).enumerate().map(move |(band, rows)| {
         let mut bytes = [0; 4 * ROWS + 2];
-        rows.iter().zip(bytes.chunks_exact_mut(4)).for_each(|(row, out)| out.copy_from_slice(&row.to_le_bytes()));
+        rows.iter()
+            .zip(bytes.chunks_exact_mut(4))
+            .for_each(|(row, out)| out.copy_from_slice(&row.to_le_bytes()));
         bytes[4 * ROWS] = band as u8;
         bytes[4 * ROWS + 1] = u8::from(label);
         XxHash3_64::oneshot(&bytes)
@@ -115,7 +117,8 @@ mod tests {
 
     /// |A ∩ B| / |A ∪ B| of the word sequences.
     fn jaccard(a: &[String], b: &[String]) -> f64 {
-        let set = |t: &[String]| t.windows(WORDS).map(|w| w.join(" ")).collect::<std::collections::BTreeSet<_>>();
+        let set =
+            |t: &[String]| t.windows(WORDS).map(|w| w.join(" ")).collect::<std::collections::BTreeSet<_>>();
         let (a, b) = (set(a), set(b));
         a.intersection(&b).count() as f64 / a.union(&b).count() as f64
     }

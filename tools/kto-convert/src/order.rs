@@ -50,6 +50,9 @@ impl Ordered {
     }
 
     fn end_block(&mut self, sink: &mut Sink) -> Result<()> {
+        if self.rows == 0 {
+            return Ok(());
+        }
         sink.write(&self.first, 0)?;
         sink.write(&self.second, 0)?;
         self.first.clear();

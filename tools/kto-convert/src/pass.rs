@@ -5,7 +5,7 @@ use crate::{
     order::Ordered,
     pipeline,
     plan::{OnError, Plan},
-    readers::{self, Inputs, Piece},
+    readers::{self, Inputs, Part, Piece},
     report::{Report, plural},
     shapes::Shape,
     sink::Sink,
@@ -25,15 +25,16 @@ pub fn run(plan: &Plan, files: &[PathBuf], record: &Record, ui: &Ui) -> Result<R
         ui,
         sink: Sink::create(plan)?,
         report: Report { is_kto: plan.to == crate::args::Form::Kto, ..Report::default() },
-        seen: (plan.rows.duplicates && !plan.needs_all()).then(|| Duplicates::new(duplicates::BUDGET)),
+        seen: plan.counts_duplicates().then(|| Duplicates::new(duplicates::BUDGET)),
         ordered: Ordered::new(plan.order),
         whole: plan.needs_all().then(|| Whole::new(plan)),
         quarantine,
         named: 0,
         explained: Vec::new(),
     };
-    pass.report.inputs = files.iter().map(|path| shown(path)).collect();
-    match pass.read(plan, files).and_then(|()| pass.end(plan)) {
+    let parts = readers::parts(files, plan.shard)?;
+    pass.report.inputs = parts.iter().map(|part| shown(&part.path)).collect();
+    match pass.read(plan, parts).and_then(|()| pass.end(plan)) {
         Ok(()) => pass.finish(record),
         Err(error) => {
             pass.sink.abandon(&error);
@@ -56,7 +57,7 @@ struct Pass<'a> {
     ui: &'a Ui,
     sink: Sink,
     report: Report,
-    /// The duplicate check, unless the records are sorted anyway.
+    /// The duplicate check, when duplicates are written.
     seen: Option<Duplicates>,
     ordered: Ordered,
     whole: Option<Whole<'a>>,
@@ -69,10 +70,10 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     /// Converts all rows of all inputs.
-    fn read(&mut self, plan: &Plan, files: &[PathBuf]) -> Result<()> {
+    fn read(&mut self, plan: &Plan, parts: Vec<Part>) -> Result<()> {
         let progress = self.ui.progress(0, "rows");
         let worker = Worker::new(plan);
-        let mut inputs = Inputs::new(plan, readers::parts(files, plan.shard)?);
+        let mut inputs = Inputs::new(plan, parts);
         let mut over = false;
         let next = || -> Option<Job> {
             if over {
@@ -111,17 +112,15 @@ impl Pass<'_> {
         }
         match &mut self.whole {
             Some(whole) => whole.take(&done)?,
-            None => {
-                self.ordered.write(&done, &mut self.sink)?;
-                if let Some(seen) = &mut self.seen {
-                    let mut nth = 0;
-                    for meta in &done.metas {
-                        if meta.hash != 0 {
-                            seen.note(meta.hash, meta.label, meta.place, nth)?;
-                        }
-                        nth = if meta.ends_row { 0 } else { nth + 1 };
-                    }
+            None => self.ordered.write(&done, &mut self.sink)?,
+        }
+        if let Some(seen) = &mut self.seen {
+            let mut nth = 0;
+            for meta in &done.metas {
+                if meta.hash != 0 {
+                    seen.note(meta.hash, meta.label, meta.place, nth)?;
                 }
+                nth = if meta.ends_row { 0 } else { nth + 1 };
             }
         }
         self.report.absorb(std::mem::take(&mut done.report));

@@ -64,10 +64,15 @@ mod tests {
                 }
                 n * 2
             };
-            let result: Result<(), ()> = run(threads, || numbers.next(), work, |n| {
-                seen.push(n);
-                Ok(())
-            });
+            let result: Result<(), ()> = run(
+                threads,
+                || numbers.next(),
+                work,
+                |n| {
+                    seen.push(n);
+                    Ok(())
+                },
+            );
             assert_eq!(result, Ok(()));
             assert!(seen.into_iter().eq((0..1000).map(|n| n * 2)));
         }

@@ -3,7 +3,9 @@
 mod parse;
 
 use crate::{
-    args::{Args, Balance, BothBad, Conflicts, Dedup, Dialogues, Form, Format, Order, OutFormat, Pii, Policy},
+    args::{
+        Args, Balance, BothBad, Conflicts, Dedup, Dialogues, Form, Format, Order, OutFormat, Pii, Policy,
+    },
     filters::Filters,
     labels::Labels,
     shapes::{self, Shape},
@@ -176,7 +178,9 @@ impl Plan {
 
     /// Refuses what does not go together.
     fn check(&self) -> Result<()> {
-        let alone = |what: &str| Err(Error::usage(format!("--shard sees a part of the records only, {what} needs all")));
+        let alone = |what: &str| {
+            Err(Error::usage(format!("--shard sees a part of the records only, {what} needs all")))
+        };
         if self.shard.is_some() {
             if self.needs_all() || self.order != Order::Interleave {
                 return alone("this order, --dedup, --conflicts drop, --balance or --split");
@@ -202,6 +206,11 @@ impl Plan {
             || self.rows.conflicts == Conflicts::Drop
             || self.rows.balance != Balance::None
             || !self.splits.is_empty()
+    }
+
+    /// True when repeated records are written and counted.
+    pub fn counts_duplicates(&self) -> bool {
+        self.rows.duplicates && self.rows.dedup == Dedup::None && self.rows.conflicts == Conflicts::Keep
     }
 
     /// The dialect of a table whose own delimiter would be `usual`.

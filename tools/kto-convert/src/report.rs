@@ -120,10 +120,9 @@ impl Report {
         for (name, count) in later.shapes {
             *self.shapes.entry(name).or_default() += count;
         }
-        for (sum, tallies) in [
-            (&mut self.skipped_rows, later.skipped_rows),
-            (&mut self.skipped_records, later.skipped_records),
-        ] {
+        for (sum, tallies) in
+            [(&mut self.skipped_rows, later.skipped_rows), (&mut self.skipped_records, later.skipped_records)]
+        {
             for (reason, tally) in tallies {
                 sum.entry(reason).or_default().absorb(tally);
             }
@@ -191,6 +190,12 @@ impl Report {
         ]
     }
 
+    /// How much of each kind of personal data was found.
+    fn kinds(&self) -> String {
+        let found = pii::KINDS.iter().zip(self.pii_kinds).filter(|(_, n)| *n > 0);
+        found.map(|(kind, n)| format!("{n} {kind}")).collect::<Vec<_>>().join(", ")
+    }
+
     /// Prints the summary.
     pub fn print(&self, ui: &Ui) {
         let shapes: Vec<String> = self.shapes.iter().map(|(name, n)| format!("{n} {name}")).collect();
@@ -218,7 +223,9 @@ impl Report {
             }
         }
         for (_, what, words, tally) in self.oddities().into_iter().filter(|(.., t)| t.count > 0) {
-            ui.warn(format_args!("{} {words}: {}", plural(tally.count, what), tally.places()));
+            let kinds =
+                if words.ends_with("personal data") { format!(" ({})", self.kinds()) } else { String::new() };
+            ui.warn(format_args!("{} {words}{kinds}: {}", plural(tally.count, what), tally.places()));
         }
         if self.lossy > 0 {
             ui.warn(format_args!("{} replaced by U+FFFD", plural(self.lossy, "broken character")));

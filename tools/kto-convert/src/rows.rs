@@ -53,6 +53,9 @@ pub fn convert(value: Value, table: bool, plan: &Plan) -> Result<Converted, Prob
     };
     let covered = rename(&mut row, &plan.map)?;
     refuse_media(&row)?;
+    if table {
+        shapes::parse_cells(&mut row)?;
+    }
     let rules = rules(plan, table);
     let found = shapes::find(&row, &rules, plan.from)?;
     let mut unit = found.convert(&mut row, &rules)?;

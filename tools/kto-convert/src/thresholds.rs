@@ -67,8 +67,12 @@ impl Thresholds {
             (None, Value::String(word)) if self.has_word() => {
                 self.decide(|test| *test == Test::Word(word.clone()), || quoted(word))?
             }
-            (None, Value::Null) => return Err(Reason::NoRating.says(format!("field {} is null", quoted(column)))),
-            (None, Value::String(text)) if ["", "N/A", "NA", "n/a", "null", "None"].contains(&text.trim()) => {
+            (None, Value::Null) => {
+                return Err(Reason::NoRating.says(format!("field {} is null", quoted(column))));
+            }
+            (None, Value::String(text))
+                if ["", "N/A", "NA", "n/a", "null", "None"].contains(&text.trim()) =>
+            {
                 return Err(Reason::NoRating.says(format!("field {} is empty", quoted(column))));
             }
             _ => {
@@ -78,9 +82,11 @@ impl Thresholds {
         };
         match rated {
             Rated::Label(label) => Ok(label),
-            Rated::Middle => {
-                Err(Reason::Middle.says(format!("field {}: {} is in the middle", quoted(column), describe(value))))
-            }
+            Rated::Middle => Err(Reason::Middle.says(format!(
+                "field {}: {} is in the middle",
+                quoted(column),
+                describe(value)
+            ))),
         }
     }
 
@@ -91,7 +97,8 @@ impl Thresholds {
     fn decide(&self, takes: impl Fn(&Test) -> bool, shown: impl Fn() -> String) -> Result<Rated, Problem> {
         match (self.desirable.iter().any(&takes), self.undesirable.iter().any(&takes)) {
             (true, true) => {
-                Err(Reason::Label.says(format!("--desirable and --undesirable both take the rating {}", shown())))
+                Err(Reason::Label
+                    .says(format!("--desirable and --undesirable both take the rating {}", shown())))
             }
             (true, false) => Ok(Rated::Label(true)),
             (false, true) => Ok(Rated::Label(false)),

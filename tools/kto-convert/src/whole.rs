@@ -15,7 +15,7 @@ use crate::{
     store::Store,
     work::{Done, Meta},
 };
-use kto_cli::Result;
+use kto_cli::{Error, Result};
 
 /// Earlier records of a band that a record is compared with.
 const COMPARED: usize = 16;
@@ -81,6 +81,12 @@ impl<'a> Whole<'a> {
     }
 
     fn record(&mut self, line: &[u8], meta: &Meta) -> Result<()> {
+        if line.len() >= LABEL as usize {
+            return Err(Error::data(format!(
+                "a record of {} MiB is too large to be sorted",
+                line.len() >> 20
+            )));
+        }
         let offset = self.lines.append(line)?;
         let mut entry = [0; ENTRY];
         let length = line.len() as u32 | if meta.label { LABEL } else { 0 };
@@ -165,7 +171,13 @@ impl<'a> Whole<'a> {
         Ok(())
     }
 
-    fn write(mut self, mut out: Dropped, mut copies: Copies, report: &mut Report, sink: &mut Sink) -> Result<()> {
+    fn write(
+        mut self,
+        mut out: Dropped,
+        mut copies: Copies,
+        report: &mut Report,
+        sink: &mut Sink,
+    ) -> Result<()> {
         let shuffle = self.plan.order == Order::Shuffle;
         let mut order = Sorter::new(self.plan.memory / 8);
         let (mut labels, mut repeated) = ([0_u64; 2], 0);
@@ -229,7 +241,10 @@ impl Near {
             self.signatures.append(&[0; near::BYTES])?;
         }
         let mut bytes = [0; near::BYTES];
-        signature.iter().zip(bytes.chunks_exact_mut(4)).for_each(|(n, out)| out.copy_from_slice(&n.to_le_bytes()));
+        signature
+            .iter()
+            .zip(bytes.chunks_exact_mut(4))
+            .for_each(|(n, out)| out.copy_from_slice(&n.to_le_bytes()));
         self.signatures.append(&bytes)?;
         near::bands(signature, label).try_for_each(|band| self.bands.push([band, number, 0]))
     }
@@ -317,7 +332,13 @@ impl Copies {
 
 /// Leaves out records of the frequent label, or says how often those of the rare one are repeated. `kept` has the records that are
 /// left in a random order, by label.
-fn balance(how: Balance, counts: [u64; 2], mut kept: Sorted, out: &mut Sorter, part: usize) -> Result<Copies> {
+fn balance(
+    how: Balance,
+    counts: [u64; 2],
+    mut kept: Sorted,
+    out: &mut Sorter,
+    part: usize,
+) -> Result<Copies> {
     let rare = counts[1] < counts[0];
     let (few, many) = (counts[usize::from(rare)], counts[usize::from(!rare)]);
     let mut copies = Copies::default();
@@ -326,7 +347,8 @@ fn balance(how: Balance, counts: [u64; 2], mut kept: Sorted, out: &mut Sorter, p
     }
     let mut more = Sorter::new(part);
     // Down: so many of the frequent label go. Up: so many of the rare label come once more than the others.
-    let (wanted, mut left) = if how == Balance::Down { (!rare, many - few) } else { (rare, (many - few) % few) };
+    let (wanted, mut left) =
+        if how == Balance::Down { (!rare, many - few) } else { (rare, (many - few) % few) };
     while let Some([label, _, number]) = kept.next()? {
         if label != u64::from(wanted) || left == 0 {
             continue;

@@ -281,7 +281,16 @@ impl Pass<'_> {
         let prompt = if plan.needs_all() { forms::prompt_hash(&record.prompt) } else { 0 };
         let end = self.done.bytes.len();
         let place = (self.input, place.line);
-        self.done.metas.push(Meta { end, second, ends_row: false, label: record.label, hash, prompt, place, near });
+        self.done.metas.push(Meta {
+            end,
+            second,
+            ends_row: false,
+            label: record.label,
+            hash,
+            prompt,
+            place,
+            near,
+        });
     }
 
     /// Writes pairs of a row's desirable and undesirable records to one prompt.
@@ -296,7 +305,8 @@ impl Pass<'_> {
         let mut alone = 0;
         while !kept.is_empty() {
             let record = kept.remove(0);
-            let Some(at) = kept.iter().position(|r| r.label != record.label && r.prompt == record.prompt) else {
+            let Some(at) = kept.iter().position(|r| r.label != record.label && r.prompt == record.prompt)
+            else {
                 alone += 1;
                 continue;
             };
@@ -310,10 +320,12 @@ impl Pass<'_> {
             if self.worker.metas {
                 let text = &self.done.bytes[start..];
                 let hash = if tie { 0 } else { XxHash3_128::oneshot(text).max(1) };
-                let near = (self.worker.plan.rows.dedup == crate::args::Dedup::Near && !tie).then(|| near::signature(chosen));
+                let near = (self.worker.plan.rows.dedup == crate::args::Dedup::Near && !tie)
+                    .then(|| near::signature(chosen));
                 let prompt = forms::prompt_hash(&chosen.prompt);
                 let (end, place) = (self.done.bytes.len(), (self.input, place.line));
-                let meta = Meta { end, second: false, ends_row: false, label: true, hash, prompt, place, near };
+                let meta =
+                    Meta { end, second: false, ends_row: false, label: true, hash, prompt, place, near };
                 self.done.metas.push(meta);
             }
         }

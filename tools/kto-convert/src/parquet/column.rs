@@ -60,7 +60,12 @@ fn array(kind: &Kind, values: &[Option<&Value>]) -> Result<ArrayRef> {
             let items: Vec<Option<&Value>> = lists.flatten().flatten().map(Some).collect();
             let field = Arc::new(Field::new("item", data_type(item), true));
             let nulls = NullBuffer::from_iter(values.iter().map(there));
-            let list = ListArray::try_new(field, OffsetBuffer::from_lengths(lengths), array(item, &items)?, Some(nulls));
+            let list = ListArray::try_new(
+                field,
+                OffsetBuffer::from_lengths(lengths),
+                array(item, &items)?,
+                Some(nulls),
+            );
             Arc::new(list.map_err(|e| Error::internal(e.to_string()))?)
         }
         Kind::Struct(known) => {

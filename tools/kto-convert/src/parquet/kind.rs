@@ -32,7 +32,9 @@ impl Kind {
             }
             // Parquet has no struct without fields.
             Value::Object(fields) if fields.is_empty() => Self::Json,
-            Value::Object(fields) => Self::Struct(fields.iter().map(|(k, v)| (k.clone(), Self::of(v))).collect()),
+            Value::Object(fields) => {
+                Self::Struct(fields.iter().map(|(k, v)| (k.clone(), Self::of(v))).collect())
+            }
         }
     }
 

@@ -54,7 +54,9 @@ impl ParquetSink {
     /// Makes the file final.
     pub fn finish(mut self) -> Result<()> {
         self.group()?;
-        let Some(writer) = self.writer.take() else { return Err(Error::internal("a Parquet file without a schema")) };
+        let Some(writer) = self.writer.take() else {
+            return Err(Error::internal("a Parquet file without a schema"));
+        };
         writer.into_inner().map_err(failed)?.finish()
     }
 
@@ -65,7 +67,10 @@ impl ParquetSink {
             if self.writer.is_none() {
                 self.kind = std::mem::replace(&mut self.kind, Kind::Null).merged(seen);
             } else if !self.kind.takes(&seen) {
-                let what = format!("record {} does not fit the column types of the records before", self.written + i as u64 + 1);
+                let what = format!(
+                    "record {} does not fit the column types of the records before",
+                    self.written + i as u64 + 1
+                );
                 return Err(Error::data(what).with_hint("--out-format jsonl has no types"));
             }
         }

@@ -47,8 +47,11 @@ pub fn splits(pairs: &[String], mlx: bool) -> Result<Vec<Split>> {
         let plain = |name: &str| {
             !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))
         };
-        let Some((name, share)) = parsed.filter(|(name, share)| plain(name) && *share > 0.0 && *share <= 1.0) else {
-            return Err(Error::usage(format!("--split takes NAME=SHARE, such as train=0.9, found \"{pair}\"")));
+        let Some((name, share)) = parsed.filter(|(name, share)| plain(name) && *share > 0.0 && *share <= 1.0)
+        else {
+            return Err(Error::usage(format!(
+                "--split takes NAME=SHARE, such as train=0.9, found \"{pair}\""
+            )));
         };
         if splits.iter().any(|s| s.name == name) {
             return Err(Error::usage(format!("--split names \"{name}\" twice")));
@@ -64,7 +67,8 @@ pub fn splits(pairs: &[String], mlx: bool) -> Result<Vec<Split>> {
 
 /// Reads `2/4`, the second of four parts, as (1, 4).
 pub fn shard(text: &str) -> Result<(u64, u64)> {
-    let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse::<u64>().ok()?, n.parse::<u64>().ok()?)));
+    let parsed =
+        text.split_once('/').and_then(|(i, n)| Some((i.parse::<u64>().ok()?, n.parse::<u64>().ok()?)));
     match parsed {
         Some((part, parts)) if (1..=parts).contains(&part) => Ok((part - 1, parts)),
         _ => Err(Error::usage(format!("--shard takes I/N with I from 1 to N, found \"{text}\""))),

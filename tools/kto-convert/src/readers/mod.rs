@@ -16,7 +16,6 @@ use kto_formats::{
     jsonl::LineChunks,
     table::Table,
 };
-use part::Part;
 use std::{
     fs::File,
     io::{self, BufRead, Seek, SeekFrom},
@@ -24,7 +23,7 @@ use std::{
 };
 
 pub use files::expand;
-pub use part::parts;
+pub use part::{Part, parts};
 
 /// Reads the inputs of a plan one behind the other.
 pub struct Inputs<'a> {
@@ -37,7 +36,6 @@ pub struct Inputs<'a> {
 
 struct Open {
     source: Box<dyn Source>,
-    name: String,
     table: bool,
 }
 
@@ -72,11 +70,6 @@ impl<'a> Inputs<'a> {
             self.number += 1;
         }
     }
-
-    /// The name of the input that is being read.
-    pub fn name(&self) -> Option<&str> {
-        self.open.as_ref().map(|open| open.name.as_str())
-    }
 }
 
 /// Opens an input in the form that the plan, its name or its first bytes tell.
@@ -91,7 +84,7 @@ fn open_part(part: &Part, plan: &Plan) -> Result<Open> {
         Some(_) => sniff::Form::Lines,
         None => sniff::form(path, &mut input, plan.format)?,
     };
-    let (name, bytes, read) = (input.name.clone(), input.reader, plan.read);
+    let (bytes, read) = (input.reader, plan.read);
     let source: Box<dyn Source> = match format {
         sniff::Form::Texts => trees::grouped(JsonTexts::new(input.name, bytes, read), plan)?,
         sniff::Form::Lines => {
@@ -100,12 +93,12 @@ fn open_part(part: &Part, plan: &Plan) -> Result<Open> {
         }
         sniff::Form::Table(usual) => Box::new(Table::new(input.name, bytes, plan.dialect(usual), read)),
         sniff::Form::Parquet => {
-            let file = seekable(path, bytes, &name)?;
+            let file = seekable(path, bytes, &input.name)?;
             trees::grouped(ParquetFile::open(input.name, file)?, plan)?
         }
         sniff::Form::Arrow { file } => trees::grouped(ArrowStream::open(input.name, bytes, file)?, plan)?,
     };
-    Ok(Open { source, name, table: matches!(format, sniff::Form::Table(_)) })
+    Ok(Open { source, table: matches!(format, sniff::Form::Table(_)) })
 }
 
 /// Parquet is read from its end: a stream, or a compressed file, goes to a temporary file first.
@@ -114,7 +107,8 @@ fn seekable(path: &Path, mut bytes: Box<dyn BufRead + Send>, name: &str) -> Resu
     if plain {
         return input::open_file(path);
     }
-    let failed = |e: io::Error| Error::new(Kind::Io, format!("temporary file for {name}: {}", escape(&e.to_string())));
+    let failed =
+        |e: io::Error| Error::new(Kind::Io, format!("temporary file for {name}: {}", escape(&e.to_string())));
     let mut file = tempfile::tempfile().map_err(failed)?;
     let mut buffer = vec![0; 1 << 20];
     loop {

@@ -20,7 +20,11 @@ pub fn grouped(mut source: impl Source + 'static, plan: &Plan) -> Result<Box<dyn
         _ => false,
     };
     let source = Again { first, source };
-    Ok(if flat { Box::new(Trees { source, rows: VecDeque::new(), end: None, done: false }) } else { Box::new(source) })
+    Ok(if flat {
+        Box::new(Trees { source, rows: VecDeque::new(), end: None, done: false })
+    } else {
+        Box::new(source)
+    })
 }
 
 fn is_message(row: &Value) -> bool {

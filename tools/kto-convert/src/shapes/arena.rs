@@ -36,7 +36,9 @@ pub fn conversations(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Proble
         },
         Some(Value::Null) | None => return Err(Reason::NoRating.says("field \"winner\" is null")),
         Some(other) => {
-            return Err(Reason::Label.says(format!("field \"winner\" must be text, found {}", describe(&other))));
+            return Err(
+                Reason::Label.says(format!("field \"winner\" must be text, found {}", describe(&other)))
+            );
         }
     };
     for field in ["conversation_a", "conversation_b"] {
@@ -75,7 +77,8 @@ fn texts(row: &mut Fields, field: &str) -> Vec<Value> {
 
 fn rounds(prompts: &[Value], responses: &[Value], field: &str) -> Result<Vec<Value>, Problem> {
     if prompts.is_empty() || prompts.len() != responses.len() {
-        let what = format!("field {}: {} answers to {} prompts", quoted(field), responses.len(), prompts.len());
+        let what =
+            format!("field {}: {} answers to {} prompts", quoted(field), responses.len(), prompts.len());
         return Err(Reason::Content.says(what));
     }
     let mut turns = Vec::new();

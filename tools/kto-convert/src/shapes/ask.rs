@@ -20,7 +20,7 @@ pub const REJECTED: [&str; 3] = ["rejected", "rejected_response", "dispreferred"
 
 /// The first of the columns that a row has.
 pub fn first(row: &Fields, columns: &[&'static str]) -> Option<&'static str> {
-    columns.iter().copied().find(|c| row.get(*c).is_some_and(|v| !v.is_null()))
+    columns.iter().copied().find(|c| super::table::has(row, c))
 }
 
 /// Takes the question: system, history, instruction and input as turns, the last one of the user.

@@ -70,9 +70,23 @@ pub fn parse_cell(row: &mut Fields, field: &str) -> Result<(), Problem> {
         && text.trim_start().starts_with(['[', '{'])
     {
         let parsed = json::parse(text.as_bytes());
-        let fault =
-            |f: json::Fault| Error::data(format!("column {} is not JSON: {}", quoted(field), f.what));
+        let fault = |f: json::Fault| Error::data(format!("column {} is not JSON: {}", quoted(field), f.what));
         *cell = parsed.map_err(|f| Reason::Content.error(fault(f)))?.value;
+    }
+    Ok(())
+}
+
+/// Message lists that a table of text holds as JSON become lists; other text that begins so stays text.
+pub fn parse_cells(row: &mut Fields) -> Result<(), Problem> {
+    let is_messages = |cell: &str| {
+        let has = |key: &str| cell.contains(key);
+        let named = (has("\"role\"") && has("\"content\"")) || (has("\"from\"") && has("\"value\""));
+        cell.trim_start().starts_with(['[', '{']) && named
+    };
+    for field in ["prompt", "completion", "chosen", "rejected", "messages", "conversations"] {
+        if row.get(field).and_then(Value::as_str).is_some_and(is_messages) {
+            parse_cell(row, field)?;
+        }
     }
     Ok(())
 }

@@ -24,20 +24,23 @@ pub fn parse(prompt: &str, completion: &str) -> (Content, Content) {
 }
 
 fn turns(text: &str) -> Vec<Value> {
+    // One search for what all markers begin with, not one for each marker.
+    let markers = text.match_indices("\n\n").filter_map(|(at, _)| {
+        let found = MARKERS.iter().find(|(marker, _)| text[at..].starts_with(marker));
+        found.map(|(marker, role)| (at, at + marker.len(), *role))
+    });
     let mut turns = Vec::new();
-    let mut rest = text;
-    while let Some((role, at)) = begin(rest) {
-        let body = &rest[at..];
-        let end = MARKERS.iter().filter_map(|(marker, _)| body.find(marker)).min().unwrap_or(body.len());
-        let said = &body[..end];
-        turns.push(turn(role, said.strip_prefix(' ').unwrap_or(said).to_owned()));
-        rest = &body[end..];
+    let mut open: Option<(usize, &str)> = None;
+    for (at, behind, role) in markers {
+        turns.extend(open.map(|(from, role)| said(role, &text[from..at])));
+        open = Some((behind, role));
     }
+    turns.extend(open.map(|(from, role)| said(role, &text[from..])));
     turns
 }
 
-fn begin(text: &str) -> Option<(&'static str, usize)> {
-    MARKERS.iter().find(|(marker, _)| text.starts_with(marker)).map(|(marker, role)| (*role, marker.len()))
+fn said(role: &str, text: &str) -> Value {
+    turn(role, text.strip_prefix(' ').unwrap_or(text).to_owned())
 }
 
 fn merge(turns: &mut Vec<Value>) {
@@ -59,8 +62,12 @@ mod tests {
     #[test]
     fn turns_keep_their_blanks() {
         let (prompt, said) = parse("\n\nHuman: a \n\nAssistant:b\n\nHuman:  c\n\nAssistant:", " d\n");
-        let expected = vec![turn("user", "a ".into()), turn("assistant", "b".into()), turn("user", " c".into())];
-        assert_eq!((prompt, said), (Content::Chat(expected), Content::Chat(vec![turn("assistant", "d\n".into())])));
+        let expected =
+            vec![turn("user", "a ".into()), turn("assistant", "b".into()), turn("user", " c".into())];
+        assert_eq!(
+            (prompt, said),
+            (Content::Chat(expected), Content::Chat(vec![turn("assistant", "d\n".into())]))
+        );
     }
 
     #[test]

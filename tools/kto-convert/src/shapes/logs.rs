@@ -18,7 +18,8 @@ pub fn langfuse(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
     let scores = match row.shift_remove("scores") {
         Some(Value::Array(scores)) => scores,
         other => {
-            let what = format!("field \"scores\" must be a list, found {}", describe(&other.unwrap_or_default()));
+            let what =
+                format!("field \"scores\" must be a list, found {}", describe(&other.unwrap_or_default()));
             return Err(Reason::Content.says(what));
         }
     };
@@ -86,13 +87,24 @@ fn unit(
         said = answer;
     }
     split_chat::ends_with_assistant(&said)?;
-    let side = Side { prompt: Content::Chat(checked(input, prompt)?), completion: Content::Chat(said), label };
+    let side =
+        Side { prompt: Content::Chat(checked(input, prompt)?), completion: Content::Chat(said), label };
     Ok(Unit::one(shape, side))
 }
 
 /// Names of the part of an input or output that holds what was said.
 const PARTS: [&str; 12] = [
-    "messages", "input", "question", "query", "prompt", "text", "output", "answer", "response", "content", "result",
+    "messages",
+    "input",
+    "question",
+    "query",
+    "prompt",
+    "text",
+    "output",
+    "answer",
+    "response",
+    "content",
+    "result",
     "completion",
 ];
 
@@ -113,7 +125,8 @@ fn inner(field: &str, value: Value, role: &str) -> Result<Vec<Value>, Problem> {
         Some(part) => turns_of(field, part, role),
         None => {
             let found: Vec<String> = fields.keys().take(8).map(|k| quoted(k)).collect();
-            let what = format!("field {}: no part that holds text (found {})", quoted(field), found.join(", "));
+            let what =
+                format!("field {}: no part that holds text (found {})", quoted(field), found.join(", "));
             Err(Reason::NoPrompt.says(what))
         }
     }

@@ -23,6 +23,7 @@ mod tools;
 mod unpaired;
 mod votes;
 
+pub use content::parse_cells;
 pub use table::{Shape, find, named, names};
 pub use votes::number;
 

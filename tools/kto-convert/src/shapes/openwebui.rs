@@ -25,7 +25,8 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
     let meta = row.get("meta").and_then(|m| m.get("message_id")).and_then(Value::as_str);
     let id = meta.ok_or_else(|| Reason::MissingField.says("field \"meta\": no \"message_id\""))?;
     let messages = row["snapshot"].pointer("/chat/chat/history/messages").and_then(Value::as_object);
-    let messages = messages.ok_or_else(|| Reason::NoConversation.says("the chat was not kept with the rating"))?;
+    let messages =
+        messages.ok_or_else(|| Reason::NoConversation.says("the chat was not kept with the rating"))?;
     let mut turns = Vec::new();
     let mut next = Some(id);
     while let Some(id) = next {
@@ -33,10 +34,13 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
             let what = format!("field \"snapshot\": no message {}, or a ring of parents", quoted(id));
             return Err(Reason::Content.says(what));
         };
-        if message.get("files").and_then(Value::as_array).is_some_and(|files| {
-            files.iter().any(|f| f.get("type").and_then(Value::as_str) == Some("image"))
-        }) {
-            return Err(Reason::Multimodal.says("field \"snapshot\": a message with an image: only text can be trained on"));
+        if message
+            .get("files")
+            .and_then(Value::as_array)
+            .is_some_and(|files| files.iter().any(|f| f.get("type").and_then(Value::as_str) == Some("image")))
+        {
+            return Err(Reason::Multimodal
+                .says("field \"snapshot\": a message with an image: only text can be trained on"));
         }
         let text = |key: &str| message.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         turns.push(turn(&text("role"), text("content")));

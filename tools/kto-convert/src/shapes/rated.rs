@@ -111,7 +111,13 @@ fn unit(
     };
     let margin = rated[best].1 - rated[worst].1;
     let weak = rules.min_margin.is_some_and(|least| margin < least);
-    let reason = if margin == 0.0 { Reason::Tie } else if weak { Reason::Margin } else { Reason::Middle };
+    let reason = if margin == 0.0 {
+        Reason::Tie
+    } else if weak {
+        Reason::Margin
+    } else {
+        Reason::Middle
+    };
     let pair = reason == Reason::Middle;
     left_out.extend((0..rated.len()).filter(|i| !pair || (*i != best && *i != worst)).map(|_| reason));
     if pair {

@@ -1,6 +1,9 @@
 //! The dispatch table, and how a row finds its line in it.
 
-use super::{Fields, Rules, Unit, advice, arena, ask, implicit, logs, messages, oasst, openwebui, paired, rated, unpaired, votes};
+use super::{
+    Fields, Rules, Unit, advice, arena, ask, implicit, logs, messages, oasst, openwebui, paired, rated,
+    unpaired, votes,
+};
 use crate::problem::{Problem, Reason};
 use kto_cli::Error;
 use kto_formats::{json::quoted, record::columns};
@@ -106,8 +109,12 @@ fn any(_: &Fields) -> bool {
     true
 }
 
-fn has(row: &Fields, field: &str) -> bool {
-    row.get(field).is_some_and(|v| !v.is_null())
+/// Whether a row has a value there. A short row is looked through: comparing lengths is faster than hashing the name.
+pub(super) fn has(row: &Fields, field: &str) -> bool {
+    match row.len() {
+        0..=16 => row.iter().any(|(name, value)| name == field && !value.is_null()),
+        _ => row.get(field).is_some_and(|v| !v.is_null()),
+    }
 }
 
 fn is_question(row: &Fields) -> bool {
@@ -117,7 +124,7 @@ fn is_question(row: &Fields) -> bool {
 /// A question of another name than TRL's `prompt`, or with a system text beside it.
 fn is_question_only(row: &Fields) -> bool {
     let question = ask::first(row, &ask::QUESTIONS);
-    let beside = ["system", "system_prompt", "query"].iter().any(|f| row.get(*f).is_some_and(Value::is_string));
+    let beside = ["system", "system_prompt", "query"].iter().any(|f| has(row, f) && row[*f].is_string());
     question.is_some_and(|q| q != "prompt" || (beside && row["prompt"].is_string()))
 }
 
@@ -175,13 +182,19 @@ impl Shape {
 }
 
 /// Finds the shape of a row: the one that `--from` names, or the first whose fields are all there, or the likeliest.
-pub fn find(row: &Fields, rules: &Rules<'_>, from: Option<&'static Shape>) -> Result<&'static Shape, Problem> {
+pub fn find(
+    row: &Fields,
+    rules: &Rules<'_>,
+    from: Option<&'static Shape>,
+) -> Result<&'static Shape, Problem> {
     if let Some(shape) = from {
         return Ok(shape);
     }
     let complete = SHAPES.iter().find(|shape| shape.is_complete(row, rules));
-    let likely = || SIGNS.iter().find(|(field, _)| row.contains_key(*field)).and_then(|(_, name)| named(name));
-    complete.or_else(likely).ok_or_else(|| {
+    let likely =
+        || SIGNS.iter().find(|(field, _)| row.contains_key(*field)).and_then(|(_, name)| named(name));
+    let answer = || is_answer(row).then(|| named("question-answer")).flatten();
+    complete.or_else(likely).or_else(answer).ok_or_else(|| {
         let error = Error::data(format!("no known shape{}", columns(row)));
         let usual = || "--map prompt=COLUMN,completion=COLUMN,label=COLUMN names the columns".into();
         Reason::UnknownShape.error(error.with_hint(advice::hint(row).unwrap_or_else(usual)))

@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 
 /// Reads `{"name": …, "arguments": …}`, or a list of such, as the `tool_calls` of a message.
 pub fn calls(text: &str) -> Result<Vec<Value>, String> {
-    let parsed = json::parse(text.as_bytes()).map_err(|f| format!("a function call is not JSON: {}", f.what))?;
+    let parsed =
+        json::parse(text.as_bytes()).map_err(|f| format!("a function call is not JSON: {}", f.what))?;
     let calls = match parsed.value {
         Value::Array(calls) => calls,
         call => vec![call],
@@ -35,8 +36,7 @@ mod tests {
 
     #[test]
     fn calls_come_as_objects_lists_and_text() {
-        let expected =
-            vec![json!({"type": "function", "function": {"name": "f", "arguments": {"x": 1}}})];
+        let expected = vec![json!({"type": "function", "function": {"name": "f", "arguments": {"x": 1}}})];
         for text in [
             r#"{"name": "f", "arguments": {"x": 1}}"#,
             r#"[{"name": "f", "arguments": {"x": 1}}]"#,

@@ -1,19 +1,10 @@
 //! TRL's unpaired form: prompt, completion, label. Also kto-mix, whose completion repeats the prompt.
 
-use super::{Fields, Rules, Side, Unit, content::{content, parse_cell}, join};
+use super::{Fields, Rules, Side, Unit, content::content, join};
 use crate::problem::{Problem, Reason};
 use kto_formats::record::Content;
 
 pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
-    if rules.table {
-        // A cell may hold a message list as JSON text; other text that begins so stays text.
-        for field in ["prompt", "completion"] {
-            let list = row.get(field).and_then(|v| v.as_str()).is_some_and(is_messages);
-            if list {
-                parse_cell(row, field)?;
-            }
-        }
-    }
     let prompt = content(row, "prompt")?;
     let completion = content(row, "completion")?;
     let label = rules.labels.take(row, rules.table)?;
@@ -22,10 +13,6 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
     let mut unit = Unit::one(shape, Side { prompt: joined.prompt, completion: joined.completion, label });
     unit.mixed = joined.mixed;
     Ok(unit)
-}
-
-fn is_messages(cell: &str) -> bool {
-    cell.trim_start().starts_with("[{") && cell.contains("\"role\"") && cell.contains("\"content\"")
 }
 
 /// Picks the shape's name by what the prompt is.

@@ -20,9 +20,11 @@ pub fn number(value: &Value) -> Option<f64> {
 
 /// Refuses a scored pair whose scores are equal or too near. The scores stay in the row.
 pub fn margin(row: &Fields, rules: &Rules<'_>) -> Result<(), Problem> {
-    for (good, bad) in
-        [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating")]
-    {
+    for (good, bad) in [
+        ("score_chosen", "score_rejected"),
+        ("chosen_score", "rejected_score"),
+        ("chosen_rating", "rejected_rating"),
+    ] {
         let (Some(good), Some(bad)) = (row.get(good).and_then(number), row.get(bad).and_then(number)) else {
             continue;
         };
