@@ -11,6 +11,7 @@ pub mod companions;
 mod frames;
 pub mod json;
 mod json_fault;
+pub mod json_out;
 pub mod json_texts;
 pub mod jsonl;
 pub mod mlx;

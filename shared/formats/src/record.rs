@@ -7,6 +7,7 @@
 use crate::{
     chat,
     json::{describe, quoted},
+    json_out,
 };
 use kto_cli::{Context, Error, Result, escape};
 use serde_json::{Map, Value};
@@ -49,8 +50,8 @@ impl Content {
 
     fn write_json(&self, out: &mut Vec<u8>) {
         match self {
-            Self::Text(text) => write_value(text, out),
-            Self::Chat(messages) => write_value(messages, out),
+            Self::Text(text) => json_out::text(text, out),
+            Self::Chat(messages) => json_out::list(messages, out),
         }
     }
 }
@@ -123,14 +124,14 @@ impl Record {
         for (key, value) in [("tools", &self.tools), ("chat_template_kwargs", &self.chat_template_kwargs)] {
             if let Some(value) = value {
                 write_key(key, out);
-                write_value(value, out);
+                json_out::value(value, out);
             }
         }
         for (key, value) in &self.extra {
             write_key(key, out);
             match exact.iter().find(|(name, _)| name == key) {
                 Some((_, text)) => out.extend_from_slice(text.as_bytes()),
-                None => write_value(value, out),
+                None => json_out::value(value, out),
             }
         }
         out.extend_from_slice(b"}\n");
@@ -204,37 +205,8 @@ fn optional(row: &mut Map<String, Value>, field: &str) -> Option<Value> {
 
 fn write_key(key: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(b", ");
-    write_value(key, out);
+    json_out::text(key, out);
     out.extend_from_slice(b": ");
-}
-
-/// Appends a JSON value with the spacing of `json.dumps`.
-pub fn write_value<T: serde::Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
-    let mut json = serde_json::Serializer::with_formatter(&mut *out, Spaced);
-    value.serialize(&mut json).expect("JSON values serialize into memory");
-}
-
-/// The spacing of Python's `json.dumps`, which the peers' files have: `, ` and `: `.
-struct Spaced;
-
-impl serde_json::ser::Formatter for Spaced {
-    fn begin_array_value<W: std::io::Write + ?Sized>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-    fn begin_object_key<W: std::io::Write + ?Sized>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-    fn begin_object_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
-    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,10 @@
 //! The forms of `--to`: how a record is written.
 
 use crate::{args::Form, problem::Reason};
-use kto_formats::record::{Content, Record};
+use kto_formats::{
+    json_out,
+    record::{Content, Record},
+};
 use serde_json::{Map, Value, json};
 use twox_hash::XxHash3_64;
 
@@ -66,7 +69,7 @@ pub fn prompt_hash(prompt: &Content) -> u64 {
         Content::Text(text) => XxHash3_64::oneshot(text.as_bytes()),
         Content::Chat(turns) => {
             let mut text = Vec::new();
-            kto_formats::record::write_value(turns, &mut text);
+            json_out::list(turns, &mut text);
             XxHash3_64::oneshot(&text)
         }
     }
@@ -100,6 +103,6 @@ fn extras(record: &Record, exact: &[(String, String)], row: &mut Map<String, Val
 }
 
 fn line(row: &Map<String, Value>, out: &mut Vec<u8>) {
-    kto_formats::record::write_value(row, out);
+    json_out::object(row, out);
     out.push(b'\n');
 }

@@ -172,8 +172,8 @@ fn refuse_media(row: &Fields) -> Result<(), Problem> {
         Value::String(s) => s.is_empty(),
         _ => false,
     };
-    match MEDIA.iter().find(|m| row.get(**m).is_some_and(|v| !empty(v))) {
-        Some(media) => {
+    match row.iter().find(|(name, value)| MEDIA.contains(&name.as_str()) && !empty(value)) {
+        Some((media, _)) => {
             Err(Reason::Multimodal.says(format!("field {}: only text can be trained on", quoted(media))))
         }
         None => Ok(()),
@@ -182,6 +182,9 @@ fn refuse_media(row: &Fields) -> Result<(), Problem> {
 
 /// Removes what must not stand beside the record's own fields; returns whether any held something.
 fn drop_columns(row: &mut Fields) -> bool {
+    if row.is_empty() {
+        return false;
+    }
     for column in SHAPE_COLUMNS {
         if row.get(column).is_some_and(Value::is_null) {
             row.shift_remove(column);
@@ -192,6 +195,9 @@ fn drop_columns(row: &mut Fields) -> bool {
 
 /// Takes a column for the chat template. A table has an empty cell where there is none, and JSON text in the others.
 fn carried(row: &mut Fields, column: &str, table: bool) -> Result<Option<Value>, Problem> {
+    if row.is_empty() {
+        return Ok(None);
+    }
     match row.shift_remove(column) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) if table && text.trim().is_empty() => Ok(None),

@@ -4,6 +4,7 @@ use super::{
     Fields, Rules, Unit,
     ask::question,
     content::{turn, turns},
+    table::has,
 };
 use crate::problem::{Problem, Reason};
 use kto_formats::json::{describe, quoted};
@@ -25,6 +26,9 @@ pub fn margin(row: &Fields, rules: &Rules<'_>) -> Result<(), Problem> {
         ("chosen_score", "rejected_score"),
         ("chosen_rating", "rejected_rating"),
     ] {
+        if !has(row, good) {
+            continue;
+        }
         let (Some(good), Some(bad)) = (row.get(good).and_then(number), row.get(bad).and_then(number)) else {
             continue;
         };
