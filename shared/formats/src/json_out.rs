@@ -69,7 +69,9 @@ fn plain(bytes: &[u8]) -> usize {
     let zero = |word: u64| word.wrapping_sub(ONES) & !word & HIGH;
     let mut at = 0;
     for eight in bytes.chunks_exact(8) {
-        let word = u64::from_le_bytes([eight[0], eight[1], eight[2], eight[3], eight[4], eight[5], eight[6], eight[7]]);
+        let word = u64::from_le_bytes([
+            eight[0], eight[1], eight[2], eight[3], eight[4], eight[5], eight[6], eight[7],
+        ]);
         let control = word.wrapping_sub(ONES * 0x20) & !word & HIGH;
         let found = control | zero(word ^ (ONES * 0x22)) | zero(word ^ (ONES * 0x5c));
         if found != 0 {
@@ -141,7 +143,8 @@ mod tests {
 
     #[test]
     fn the_spacing_is_pythons() {
-        let value = json!({"a": [1, 2.5, -3.5, null, true, false], "b": {}, "c": [], "d": {"e": "f", "g": 1.0}});
+        let value =
+            json!({"a": [1, 2.5, -3.5, null, true, false], "b": {}, "c": [], "d": {"e": "f", "g": 1.0}});
         let expected =
             r#"{"a": [1, 2.5, -3.5, null, true, false], "b": {}, "c": [], "d": {"e": "f", "g": 1.0}}"#;
         assert_eq!(written(&value), expected);

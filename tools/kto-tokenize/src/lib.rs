@@ -22,10 +22,7 @@ pub use plan::Plan;
 
 use kto_cli::{Context, output::Output};
 use kto_cli::{Error, Exit, Record, Result, Ui, output};
-use kto_formats::{
-    template::ChatTemplate,
-    tokens::TokenMeta,
-};
+use kto_formats::{template::ChatTemplate, tokens::TokenMeta};
 use kto_hub::Need;
 use report::Report;
 use std::{

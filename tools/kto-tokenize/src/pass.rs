@@ -125,11 +125,7 @@ impl Pass<'_> {
             let place = format!("{}:{line}", escape(name));
             self.report.rows += 1;
             match ids {
-<<<<<<< HEAD
-                Ok(turns) => turns.into_iter().for_each(|ids| self.push(&place, ids)),
-=======
-                Ok(ids) => self.push(&place, ids)?,
->>>>>>> 8455afd (kto-convert: whole-data operations, faults 1 to 50, containers; kto-tokenize: bounded memory; docs and benchmarks' scripts)
+                Ok(turns) => turns.into_iter().try_for_each(|ids| self.push(&place, ids))?,
                 Err(error) if self.plan.skip_errors && error.kind() == kto_cli::Kind::Data => {
                     self.report.skip(error.to_string());
                 }
@@ -187,18 +183,14 @@ impl Pass<'_> {
     }
 }
 
-<<<<<<< HEAD
-/// Returns the rows of a record. Errors carry `name:line`.
-pub fn encode(encoder: &Encoder, name: &str, row: Row) -> Result<Vec<Ids>> {
-=======
 /// The error of the temporary file that holds batches.
 fn spooling(error: &std::io::Error) -> Error {
     output::error(Path::new("temporary file"), error)
         .with_hint("TMPDIR=DIR names a directory with more space")
 }
 
-fn encode(encoder: &Encoder, name: &str, row: Row) -> Result<Ids> {
->>>>>>> 8455afd (kto-convert: whole-data operations, faults 1 to 50, containers; kto-tokenize: bounded memory; docs and benchmarks' scripts)
+/// Returns the rows of a record. Errors carry `name:line`.
+pub fn encode(encoder: &Encoder, name: &str, row: Row) -> Result<Vec<Ids>> {
     let line = row.line;
     let value = row.value?;
     Record::from_value(value)
