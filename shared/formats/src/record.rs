@@ -11,6 +11,7 @@ use crate::{
 };
 use kto_cli::{Context, Error, Result, escape};
 use serde_json::{Map, Value};
+use std::ops::Range;
 
 /// One side of a record.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,15 +109,24 @@ impl Record {
     /// Appends the record as one line of JSON, keys in the order prompt, completion, label, tools,
     /// chat_template_kwargs, then the extra columns.
     pub fn write_json(&self, out: &mut Vec<u8>) {
-        self.write_json_exact(&[], out);
+        self.write_json_exact(&[], None, out);
     }
 
-    /// Like [`Record::write_json`], but the extra columns named in `exact` (name, JSON text) are written as that text.
-    /// Returns the length in `out` up to the label: the part that holds prompt and completion, by which duplicates are
-    /// told.
-    pub fn write_json_exact(&self, exact: &[(String, String)], out: &mut Vec<u8>) -> usize {
+    /// Like [`Record::write_json`], but the extra columns named in `exact` (name, JSON text) are written as that text, and the
+    /// prompt is copied from `prompt`, a range of `out`, when it is known to be the one that was written there.
+    pub fn write_json_exact(
+        &self,
+        exact: &[(String, String)],
+        prompt: Option<Range<usize>>,
+        out: &mut Vec<u8>,
+    ) -> Written {
         out.extend_from_slice(b"{\"prompt\": ");
-        self.prompt.write_json(out);
+        let start = out.len();
+        match prompt {
+            Some(range) => out.extend_from_within(range),
+            None => self.prompt.write_json(out),
+        }
+        let prompt = start..out.len();
         out.extend_from_slice(b", \"completion\": ");
         self.completion.write_json(out);
         let said = out.len();
@@ -135,8 +145,16 @@ impl Record {
             }
         }
         out.extend_from_slice(b"}\n");
-        said
+        Written { prompt, said }
     }
+}
+
+/// Where in a buffer the parts of a written record are.
+pub struct Written {
+    /// The prompt's JSON.
+    pub prompt: Range<usize>,
+    /// The end of what holds prompt and completion, by which duplicates are told.
+    pub said: usize,
 }
 
 /// Takes a label: exactly `true` or `false`, because 0, "no" and "false" mean different things to different tools.

@@ -3,22 +3,23 @@
 use crate::{args::Form, problem::Reason};
 use kto_formats::{
     json_out,
-    record::{Content, Record},
+    record::{Content, Record, Written},
 };
 use serde_json::{Map, Value, json};
+use std::ops::Range;
 use twox_hash::XxHash3_64;
 
-/// Appends the line of a record. Returns the length of the part that says whether two records are the same, or why the
-/// form has no place for the record.
+/// Appends the line of a record. `prompt` is where the same prompt was written, when it is known to be the same. Returns where
+/// its parts are, or why the form has no place for the record.
 pub fn write(
     form: Form,
     record: &Record,
     exact: &[(String, String)],
+    prompt: Option<Range<usize>>,
     out: &mut Vec<u8>,
-) -> Result<usize, Reason> {
-    let start = out.len();
+) -> Result<Written, Reason> {
     if form == Form::Kto {
-        return Ok(record.write_json_exact(exact, out) - start);
+        return Ok(record.write_json_exact(exact, prompt, out));
     }
     if !record.label {
         return Err(Reason::Form);
@@ -45,7 +46,7 @@ pub fn write(
         extras(record, exact, &mut row);
     }
     line(&row, out);
-    Ok(out.len() - start)
+    Ok(Written { prompt: 0..0, said: out.len() })
 }
 
 /// Appends the line of a pair.

@@ -20,6 +20,7 @@ use kto_formats::{
     rows::Row,
 };
 use serde_json::{Value, json};
+use std::ops::Range;
 use twox_hash::XxHash3_128;
 
 /// Bad rows that are named one by one when the run goes on.
@@ -206,10 +207,14 @@ impl Pass<'_> {
         if plan.to == Form::Paired {
             self.write_pairs(row, exact, place, skip_tie);
         } else {
-            let (paired, tie) = (row.paired, row.tie);
+            let (paired, tie, shared) = (row.paired, row.tie, row.paired && !row.differ);
+            let mut prompt = None;
             for (i, mut record) in row.records.into_iter().enumerate() {
+                let second = paired && i % 2 == 1;
+                // The second side of a pair begins as the first one does.
+                let known = prompt.take().filter(|_| second && shared);
                 if self.keep(&mut record, place, skip_tie) {
-                    self.write_record(&record, exact, place, paired && i % 2 == 1, tie);
+                    prompt = self.write_record(&record, exact, place, Side { second, tie, prompt: known });
                 }
             }
         }
@@ -253,29 +258,32 @@ impl Pass<'_> {
         true
     }
 
+    /// Writes a record; returns where its prompt is.
     fn write_record(
         &mut self,
         record: &Record,
         exact: &[(String, String)],
         place: Place<'_>,
-        second: bool,
-        tie: bool,
-    ) {
+        side: Side,
+    ) -> Option<Range<usize>> {
         let start = self.done.bytes.len();
-        let said = match forms::write(self.worker.plan.to, record, exact, &mut self.done.bytes) {
-            Ok(said) => said,
+        let form = self.worker.plan.to;
+        let written = match forms::write(form, record, exact, side.prompt, &mut self.done.bytes) {
+            Ok(written) => written,
             Err(reason) => {
                 self.done.report.skipped_records.entry(reason).or_default().note(place);
-                return;
+                return None;
             }
         };
         let report = &mut self.done.report;
         *(if record.label { &mut report.desirable } else { &mut report.undesirable }) += 1;
+        let prompt_at = (form == Form::Kto).then_some(written.prompt);
         if !self.worker.metas {
-            return;
+            return prompt_at;
         }
-        let text = &self.done.bytes[start..];
-        let hash = if tie { 0 } else { XxHash3_128::oneshot(&text[..said]).max(1) };
+        let (second, tie) = (side.second, side.tie);
+        let text = &self.done.bytes[start..written.said];
+        let hash = if tie { 0 } else { XxHash3_128::oneshot(text).max(1) };
         let plan = self.worker.plan;
         let near = (plan.rows.dedup == crate::args::Dedup::Near && !tie).then(|| near::signature(record));
         let prompt = if plan.needs_all() { forms::prompt_hash(&record.prompt) } else { 0 };
@@ -291,6 +299,7 @@ impl Pass<'_> {
             place,
             near,
         });
+        prompt_at
     }
 
     /// Writes pairs of a row's desirable and undesirable records to one prompt.
@@ -341,6 +350,16 @@ impl Pass<'_> {
             self.done.shapes.push((shape, line));
         }
     }
+}
+
+/// What a record is among those of its row.
+struct Side {
+    /// The rejected one of a pair.
+    second: bool,
+    /// One of two equals.
+    tie: bool,
+    /// Where the same prompt was written.
+    prompt: Option<Range<usize>>,
 }
 
 /// Where a row is.

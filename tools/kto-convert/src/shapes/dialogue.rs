@@ -9,18 +9,29 @@ use serde_json::Value;
 
 const MARKERS: [(&str, &str); 2] = [("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant")];
 
-/// Parses the prompt (which ends with a marker of the assistant) and the completion behind it.
-pub fn parse(prompt: &str, completion: &str) -> (Content, Content) {
-    let asked = prompt.strip_suffix(MARKERS[1].0).unwrap_or(prompt);
-    let mut asked = turns(asked);
-    let mut said = turns(&format!("{}{completion}", MARKERS[1].0));
-    // What the assistant said just before belongs to its answer.
-    while asked.last().is_some_and(|turn| turn["role"] == "assistant") {
-        said.splice(0..0, asked.pop());
-    }
+/// A prompt, parsed.
+#[derive(Clone)]
+pub struct Prompt {
+    turns: Vec<Value>,
+    /// What the assistant said just before, which belongs to its answer.
+    begun: Vec<Value>,
+}
+
+/// Parses the prompt, which ends with a marker of the assistant.
+pub fn prompt(text: &str) -> Prompt {
+    let mut asked = turns(text.strip_suffix(MARKERS[1].0).unwrap_or(text));
+    let begun = asked.iter().rposition(|turn| turn["role"] != "assistant").map_or(0, |last| last + 1);
+    let begun = asked.split_off(begun);
     merge(&mut asked);
+    Prompt { turns: asked, begun }
+}
+
+/// Parses the completion behind a prompt.
+pub fn side(prompt: Prompt, completion: &str) -> (Content, Content) {
+    let mut said = prompt.begun;
+    said.extend(turns(&format!("{}{completion}", MARKERS[1].0)));
     merge(&mut said);
-    (Content::Chat(asked), Content::Chat(said))
+    (Content::Chat(prompt.turns), Content::Chat(said))
 }
 
 fn turns(text: &str) -> Vec<Value> {
@@ -58,6 +69,10 @@ fn merge(turns: &mut Vec<Value>) {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    fn parse(asked: &str, completion: &str) -> (Content, Content) {
+        side(prompt(asked), completion)
+    }
 
     #[test]
     fn turns_keep_their_blanks() {
