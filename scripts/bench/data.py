@@ -12,6 +12,7 @@ memory    peak resident set of kto-convert on a generated stream of 10 GB throug
 """
 import argparse
 import datetime
+import itertools
 import json
 import os
 import random
@@ -29,8 +30,14 @@ HERE = Path(__file__).resolve().parent
 JQ = '. as $r | ({text: $r.chosen, label: true, id: $r.id}), ({text: $r.rejected, label: false, id: $r.id})'
 
 
+MADE = random.Random(0)
+WORDS = sorted({"".join(MADE.choices("etaoinshrdlucmfw", k=MADE.randint(1, 9))) for _ in range(8000)}, key=lambda word: (len(word), word))
+# As in language, the n-th word is n times as rare as the first, and short words are frequent.
+WEIGHTS = list(itertools.accumulate(1 / (i + 1) for i in range(len(WORDS))))
+
+
 def words(rng, n):
-    return " ".join("".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(1, 9))) for _ in range(n))
+    return " ".join(rng.choices(WORDS, cum_weights=WEIGHTS, k=n))
 
 
 def pairs(rng, count):
@@ -116,8 +123,8 @@ def tokenize(args, folder):
     model = machine.ROOT / "testdata" / "demo" / "model"
     data, records = folder / "pairs2.jsonl", folder / "records.jsonl"
     with open(data, "w") as f:
-        f.writelines(pairs(random.Random(2), args.pairs // 4))
-    subprocess.run([BIN / "kto-convert", "-q", data, "-o", records, "--manifest", "none", "--force"], check=True)
+        f.writelines(pairs(random.Random(2), args.pairs // 8))
+    subprocess.run([BIN / "kto-convert", "-q", data, "-o", records, "--manifest", "none"], check=True)
     size = records.stat().st_size
     ours = [str(BIN / "kto-tokenize"), "-q", "--model", str(model), "--max-length", "4096", "--allow-special", str(records)]
     cores = os.cpu_count()

@@ -273,7 +273,11 @@ mod tests {
         let mut lines = LineChunks::new("f".into(), reader, ReadOptions { max_line, lossy: false });
         let mut rows = Vec::new();
         while let Some(chunk) = lines.next_chunk().unwrap() {
-            chunk.rows(|row, _| Ok(rows.push((row.line, row.value)))).unwrap();
+            let each = |row: Row, _: &[u8]| {
+                rows.push((row.line, row.value));
+                Ok(())
+            };
+            chunk.rows(each).unwrap();
         }
         rows
     }

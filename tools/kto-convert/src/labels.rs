@@ -164,8 +164,8 @@ impl Labels {
     /// Reads a value that is 1 or 0 by its type, as Langfuse's BOOLEAN.
     pub fn bit(&self, column: &str, value: &Value) -> Result<bool, Problem> {
         match crate::shapes::number(value) {
-            Some(x) if x == 1.0 => Ok(true),
-            Some(x) if x == 0.0 => Ok(false),
+            Some(1.0) => Ok(true),
+            Some(0.0) => Ok(false),
             _ => self.read(column, value, false),
         }
     }

@@ -83,8 +83,8 @@ pub fn answer(row: &mut Fields, column: &str, asked: &mut Vec<Value>) -> Result<
         // The whole dialogue once more: what it adds is the answer.
         let at = within(split_chat::last_run(&said), column)?;
         let answer = said.split_off(at);
-        let same = said.iter().filter(|m| chat::role(m) == "user").last()
-            == asked.iter().filter(|m| chat::role(m) == "user").last();
+        let same =
+            said.iter().rfind(|m| chat::role(m) == "user") == asked.iter().rfind(|m| chat::role(m) == "user");
         if !same {
             let what = format!("field {}: a dialogue that is not about the question", quoted(column));
             return Err(Reason::Content.says(what));

@@ -57,8 +57,8 @@ pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
 /// 1 or -1, also as text.
 fn thumb(rating: &Value) -> Result<bool, Problem> {
     match super::votes::number(rating) {
-        Some(x) if x == 1.0 => Ok(true),
-        Some(x) if x == -1.0 => Ok(false),
+        Some(1.0) => Ok(true),
+        Some(-1.0) => Ok(false),
         _ => {
             let what = format!("field \"data\": \"rating\" must be 1 or -1, found {}", describe(rating));
             Err(Reason::Label.says(what))

@@ -46,8 +46,8 @@ pub fn margin(row: &Fields, rules: &Rules<'_>) -> Result<(), Problem> {
 pub fn shp(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
     let label = row.shift_remove("labels").unwrap_or_default();
     let first = match number(&label) {
-        Some(x) if x == 1.0 => true,
-        Some(x) if x == 0.0 => false,
+        Some(1.0) => true,
+        Some(0.0) => false,
         _ => {
             let what = format!("field \"labels\" must be 1 or 0, found {}", describe(&label));
             return Err(Reason::Label.says(what));
