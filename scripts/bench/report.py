@@ -162,11 +162,15 @@ def data(results):
             continue
         result = results[case]
         base = result["sides"][ours]["median_seconds"]
-        rows = [[name, spread(side), f"{side['mb_per_second']:.1f}", f"{side['median_seconds'] / base:.1f}", mib(side["peak"])]
+        def cpu(side):
+            seconds = [run["cpu_seconds"] for run in side["runs"] if "cpu_seconds" in run]
+            return f"{statistics.median(seconds):.2f}" if seconds else "–"
+
+        rows = [[name, spread(side), cpu(side), f"{side['mb_per_second']:.1f}", f"{side['median_seconds'] / base:.1f}", mib(side["peak"])]
                 for name, side in result["sides"].items()]
         about_ = f"{what}: {result['rows']:,} rows, {result['size'] / 1e6:.0f} MB; {result['machine']['cores']} cores, load before the run {result['machine']['load_1min']:.1f}; {result['date']}, revision {result['revision']}."
         moved = f" TRL moved text of a completion into the prompt in {result['records_moved_by_trl']:,} records." if case == "data-convert" else ""
-        parts.append(f"{about_}{moved}\n\n" + table(["", "s", "MB/s", "times ours", "peak"], rows))
+        parts.append(f"{about_}{moved}\n\n" + table(["", "s", "CPU seconds", "MB/s", "times ours", "peak"], rows))
     if "data-memory" in results:
         result = results["data-memory"]
         rows = [[name, f"{run['bytes'] / 1e9:.1f} GB", mib(run["peak"]), f"{run['bytes'] / 1e6 / run['seconds']:.0f}"] for name, run in result["runs"].items()]

@@ -7,7 +7,6 @@ use kto_cli::{
 };
 use std::{
     ffi::OsStr,
-    fs::File,
     io::{self, BufRead, Cursor, Read},
     mem,
     path::Path,
@@ -65,7 +64,7 @@ pub fn is_plain_parquet(path: &Path) -> bool {
     let mut head = [0; 4];
     path != Path::new("-")
         && path.metadata().is_ok_and(|m| m.is_file())
-        && File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok()
+        && input::open_file(path).is_ok_and(|mut file| file.read_exact(&mut head).is_ok())
         && &head == b"PAR1"
 }
 
