@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
+.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory bench-data doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,10 @@ bench-memory: build ## predicted against measured peak memory of kto-train: ten 
 
 bench-kernels: ## every kernel against its measured floor: a minute
 	$(CARGO) bench -p kto-kernels --bench kernels
+
+bench-data: build ## kto-convert beside jq and TRL, kto-tokenize beside datasets.map, memory on 10 GB: 15 minutes, an idle machine (PYTHON=)
+	$(PYTHON) scripts/bench/data.py
+	$(PYTHON) scripts/bench/report.py
 
 doc: ## API documentation into target/doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps

@@ -153,6 +153,31 @@ def kernels(results):
     return table(["kernel", "shape", "ms", *(f"{t}: rate, share of the floor" for t in threads)], rows)
 
 
+def data(results):
+    """kto-convert and kto-tokenize beside their peers, and memory on a long stream."""
+    parts = []
+    for case, ours, what in [("data-convert", "kto-convert", "pairs of dialogues to records"),
+                             ("data-tokenize", "kto-tokenize", "records to token ids")]:
+        if case not in results:
+            continue
+        result = results[case]
+        base = result["sides"][ours]["median_seconds"]
+        def cpu(side):
+            seconds = [run["cpu_seconds"] for run in side["runs"] if "cpu_seconds" in run]
+            return f"{statistics.median(seconds):.2f}" if seconds else "–"
+
+        rows = [[name, spread(side), cpu(side), f"{side['mb_per_second']:.1f}", f"{side['median_seconds'] / base:.1f}", mib(side["peak"])]
+                for name, side in result["sides"].items()]
+        about_ = f"{what}: {result['rows']:,} rows, {result['size'] / 1e6:.0f} MB; {result['machine']['cores']} cores, load before the run {result['machine']['load_1min']:.1f}; {result['date']}, revision {result['revision']}."
+        moved = f" TRL moved text of a completion into the prompt in {result['records_moved_by_trl']:,} records." if case == "data-convert" else ""
+        parts.append(f"{about_}{moved}\n\n" + table(["", "s", "CPU seconds", "MB/s", "times ours", "peak"], rows))
+    if "data-memory" in results:
+        result = results["data-memory"]
+        rows = [[name, f"{run['bytes'] / 1e9:.1f} GB", mib(run["peak"]), f"{run['bytes'] / 1e6 / run['seconds']:.0f}"] for name, run in result["runs"].items()]
+        parts.append("kto-convert on a generated stream through a pipe:\n\n" + table(["", "stream", "peak resident set", "MB/s"], rows))
+    return "\n".join(parts)
+
+
 SECTIONS = [
     ("Ours and the peer, interleaved", AIMS, lambda r: about(r) + "\n" + speed(r)),
     ("A whole epoch", {"paired-default": 0, "paired-precomputed": 0}, epoch),
@@ -161,6 +186,7 @@ SECTIONS = [
     ("Large models", {"nf4-7b": 0, "nf4-14b": 0}, large),
     ("Memory: predicted and measured", {"memory": 0}, memory),
     ("Kernels against their floors", {"kernels": 0}, kernels),
+    ("Data tools", {"data-convert": 0, "data-tokenize": 0, "data-memory": 0}, data),
 ]
 
 

@@ -1,4 +1,4 @@
-//! Inputs: named files or standard input, plain or gzip by their first bytes.
+//! Inputs: named files or standard input, plain, gzip or Zstandard by their first bytes.
 //!
 //! Every byte that a tool reads comes through here, so that messages carry the name and sizes are bounded.
 
@@ -17,17 +17,37 @@ const BUFFER: usize = 256 << 10;
 pub struct Input {
     /// `<stdin>` or the path as given, safe for a terminal.
     pub name: String,
-    /// The decoded bytes. Errors of a cut or corrupt gzip stream have kind `InvalidData`; [`error`] maps them.
+    /// The decoded bytes. Errors of a cut or corrupt compressed stream have kind `InvalidData`; [`error`] maps them.
     pub reader: Box<dyn BufRead + Send>,
 }
 
-/// Opens `path`; `-` is standard input. Gzip is recognised by its first bytes and decoded; other archives and UTF-16
-/// are refused (65). Missing files, directories and unreadable files are 66.
+/// Opens `path`; `-` is standard input. Gzip and Zstandard are recognised by their first bytes and decoded; other archives
+/// and UTF-16 are refused (65). Missing files, directories and unreadable files are 66.
 pub fn open(path: &Path) -> Result<Input> {
     if path == Path::new("-") {
+        if is_closed() {
+            return Err(Error::new(Kind::NoInput, "standard input is closed").with_hint("name a FILE"));
+        }
+        if rustix::fs::fstat(io::stdin()).is_ok_and(|s| (s.st_mode & 0o170_000) == 0o040_000) {
+            return Err(Error::new(Kind::NoInput, "<stdin>: is a directory").with_hint("name it as FILE"));
+        }
         return decode("<stdin>".into(), io::stdin());
     }
     decode(escape(&path.display().to_string()), open_file(path)?)
+}
+
+/// Whether the process was started without a standard input. Rust's start-up puts /dev/null in its place, for reading and
+/// writing; nobody else opens it so.
+fn is_closed() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let null = std::fs::metadata("/dev/null").map(|m| m.rdev()).ok();
+    let stdin = rustix::fs::fstat(io::stdin())
+        .ok()
+        .filter(|s| (s.st_mode & 0o170_000) == 0o020_000)
+        .map(|s| s.st_rdev);
+    let flags = rustix::fs::fcntl_getfl(io::stdin()).ok();
+    let read_write = flags.is_some_and(|f| f.contains(rustix::fs::OFlags::RDWR));
+    read_write && stdin.is_some() && stdin == null
 }
 
 /// Opens a file as it is, for mapping into memory. Directories and whatever cannot be opened are 66.
@@ -90,23 +110,34 @@ fn decode(name: String, mut raw: impl Read + Send + 'static) -> Result<Input> {
     if let Some((what, hint)) = refused(&head) {
         return Err(Error::data(format!("{name}: {what}")).with_hint(hint));
     }
-    let gzip = head.starts_with(&[0x1f, 0x8b]);
+    let (gzip, zstd) = (head.starts_with(&[0x1f, 0x8b]), head.starts_with(b"\x28\xb5\x2f\xfd"));
     let whole = Cursor::new(head).chain(raw);
+    if !gzip && !zstd {
+        return Ok(Input { name, reader: Box::new(BufReader::with_capacity(BUFFER, whole)) });
+    }
+    let counted = Counted { inner: BufReader::with_capacity(BUFFER, whole), read: 0 };
     let reader: Box<dyn BufRead + Send> = if gzip {
-        let counted = Counted { inner: BufReader::with_capacity(BUFFER, whole), read: 0 };
-        Box::new(BufReader::with_capacity(BUFFER, Gunzip { decoder: MultiGzDecoder::new(counted) }))
+        let (decoder, form) = (MultiGzDecoder::new(counted), "gzip");
+        Box::new(BufReader::with_capacity(BUFFER, Decoded { decoder, form, read: |d| d.get_ref().read }))
     } else {
-        Box::new(BufReader::with_capacity(BUFFER, whole))
+        let (decoder, form) = (unzstd(counted).map_err(|e| error(&name, &e))?, "Zstandard");
+        Box::new(BufReader::with_capacity(BUFFER, Decoded { decoder, form, read: |d| d.get_ref().read }))
     };
     Ok(Input { name, reader })
 }
 
+/// Decodes all frames of a Zstandard stream, whose window is bounded: a hostile one could ask for 2 GiB.
+fn unzstd<R: BufRead>(inner: R) -> io::Result<zstd::stream::read::Decoder<'static, R>> {
+    let mut decoder = zstd::stream::read::Decoder::with_buffer(inner)?;
+    decoder.window_log_max(27)?;
+    Ok(decoder)
+}
+
 /// Forms we recognise only to say what to do about them.
 fn refused(head: &[u8]) -> Option<(&'static str, &'static str)> {
-    const FORMS: [(&[u8], &str, &str); 7] = [
+    const FORMS: [(&[u8], &str, &str); 6] = [
         (b"PK\x03\x04", "this is a zip archive, which is not read", "unzip -p FILE"),
         (b"\xfd7zXZ\0", "this is xz data, which is not read", "xz -dc FILE"),
-        (b"\x28\xb5\x2f\xfd", "this is Zstandard data, which is not read", "zstd -dc FILE"),
         (b"BZh", "this is bzip2 data, which is not read", "bzip2 -dc FILE"),
         (b"7z\xbc\xaf\x27\x1c", "this is a 7z archive, which is not read", "7z x -so FILE"),
         (b"\xff\xfe", "this looks like UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8 FILE"),
@@ -129,23 +160,38 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
-/// Says in our words what is wrong with a gzip stream.
-struct Gunzip<R> {
-    decoder: MultiGzDecoder<Counted<R>>,
+impl<R: BufRead> BufRead for Counted<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.inner.fill_buf()
+    }
+    fn consume(&mut self, n: usize) {
+        self.read += n as u64;
+        self.inner.consume(n);
+    }
 }
 
-impl<R: Read> Read for Gunzip<R> {
+/// Says in our words what is wrong with a compressed stream.
+struct Decoded<D> {
+    decoder: D,
+    form: &'static str,
+    /// Compressed bytes that the decoder has read.
+    read: fn(&D) -> u64,
+}
+
+impl<D: Read> Read for Decoded<D> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.decoder.read(buffer).map_err(|e| {
-            let at = self.decoder.get_ref().read;
+            let (at, form) = ((self.read)(&self.decoder), self.form);
+            let wrong = |what| io::Error::new(io::ErrorKind::InvalidData, what);
             match e.kind() {
-                io::ErrorKind::UnexpectedEof => {
-                    io::Error::new(io::ErrorKind::InvalidData, format!("gzip stream ends early at byte {at}"))
+                io::ErrorKind::UnexpectedEof => wrong(format!("{form} stream ends early at byte {at}")),
+                io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => {
+                    wrong(format!("corrupt {form} stream before byte {at} ({e})"))
                 }
-                io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    format!("corrupt gzip stream before byte {at} ({e})"),
-                ),
+                // Errors of zstd have no kind of their own; those of the system have a number.
+                io::ErrorKind::Other if e.raw_os_error().is_none() => {
+                    wrong(format!("corrupt {form} stream before byte {at} ({e})"))
+                }
                 _ => e,
             }
         })
@@ -197,9 +243,27 @@ mod tests {
     }
 
     #[test]
+    fn zstandard_is_read_and_cut_anywhere_or_damaged_is_bad_data() {
+        let text = "some text that is long enough to have a body ".repeat(9);
+        let whole = zstd::encode_all(text.as_bytes(), 3).unwrap();
+        assert_eq!(read_bytes(whole.clone()).unwrap(), text.as_bytes());
+        let frames = [whole.clone(), zstd::encode_all(&b"more"[..], 1).unwrap()].concat();
+        assert_eq!(read_bytes(frames).unwrap(), [text.as_bytes(), b"more"].concat());
+        for cut in 4..whole.len() {
+            let error = read_bytes(whole[..cut].to_vec()).unwrap_err();
+            assert_eq!(error.kind(), Kind::Data);
+            assert!(error.to_string().contains("Zstandard stream ends early at byte"), "{cut}: {error}");
+        }
+        let mut damaged = whole.clone();
+        damaged[6] ^= 0xff;
+        assert_eq!(read_bytes(damaged).unwrap_err().kind(), Kind::Data);
+        assert_eq!(read_bytes([whole, b"garbage".to_vec()].concat()).unwrap_err().kind(), Kind::Data);
+    }
+
+    #[test]
     fn other_forms_are_named_with_the_command_that_helps() {
         for (bytes, hint) in
-            [(&b"PK\x03\x04...."[..], "unzip"), (b"\x28\xb5\x2f\xfd....", "zstd"), (b"\xff\xfea\0", "iconv")]
+            [(&b"PK\x03\x04...."[..], "unzip"), (b"BZh....", "bzip2"), (b"\xff\xfea\0", "iconv")]
         {
             let error = read_bytes(bytes.to_vec()).unwrap_err();
             assert_eq!(error.kind(), Kind::Data);

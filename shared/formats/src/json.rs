@@ -9,7 +9,7 @@ pub use crate::json_fault::{Fault, NUL, UNEXPECTED_END};
 use crate::json_fault::{fault, utf8_fault};
 use kto_cli::escape;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value, value::RawValue};
+use serde_json::{Map, Number, Value, map::Entry, value::RawValue};
 use std::{cell::Cell, fmt};
 
 /// A parsed JSON text.
@@ -169,11 +169,15 @@ impl<'de> Visitor<'de> for Strict<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut object = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
-            if object.contains_key(&key) {
-                return Err(A::Error::custom(format_args!("key {} appears twice", quoted(&key))));
+            match object.entry(key) {
+                Entry::Vacant(place) => {
+                    place.insert(entries.next_value_seed(self)?);
+                }
+                Entry::Occupied(old) => {
+                    let key = quoted(old.key());
+                    return Err(A::Error::custom(format_args!("key {key} appears twice")));
+                }
             }
-            let value = entries.next_value_seed(self)?;
-            object.insert(key, value);
         }
         Ok(Value::Object(object))
     }

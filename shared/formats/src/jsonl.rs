@@ -4,10 +4,16 @@
 //! lines are passed over, a byte-order mark is accepted on the first line. A line longer than the cap stops the read
 //! before it is in memory. A bad line does not end the stream: the next call goes on behind it.
 
-use crate::rows::{Place, ReadOptions, Row, parse_row, too_long};
+use crate::{
+    chunks::{self, Chunk, Source},
+    rows::{Place, ReadOptions, Row, parse_row, too_long},
+};
 use kto_cli::{Error, Result, input};
 use serde_json::Value;
-use std::io::{BufRead, Read};
+use std::{
+    io::{BufRead, Read},
+    sync::Arc,
+};
 
 /// A stream of JSON values, one a line.
 pub struct JsonLines<R = Box<dyn BufRead + Send>> {
@@ -55,19 +61,13 @@ impl<R: BufRead> JsonLines<R> {
                 return Ok(None);
             }
             self.line += 1;
-            if let Some(what) = binary(&self.buffer).filter(|_| self.line == 1) {
-                return Err(Error::data(format!("{}: this is {what}, not JSON Lines", self.name)));
-            }
+            let place = Place { line: self.line, column: 1, offset: start };
+            let row = line_row(&self.name, place, &self.buffer, self.options)?;
             if self.buffer.len() as u64 > self.options.max_line {
                 self.skip_line()?;
-                let error = too_long(&self.name, self.line, "line", self.options.max_line);
-                return Ok(Some(Row::bad(self.line, error)));
             }
-            let bom = if self.line == 1 && self.buffer.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
-            let text = self.buffer[bom..].trim_ascii_end();
-            if !text.trim_ascii_start().is_empty() {
-                let place = Place { line: self.line, column: 1, offset: start + bom as u64 };
-                return Ok(Some(parse_row(&self.name, place, text, self.options)));
+            if row.is_some() {
+                return Ok(row);
             }
         }
     }
@@ -88,6 +88,125 @@ impl<R: BufRead> JsonLines<R> {
     fn skip_line(&mut self) -> Result<()> {
         while self.buffer.last() != Some(&b'\n') && self.read_line()? {}
         Ok(())
+    }
+}
+
+/// Returns the row of a line (with or without its end); `None` for a blank one. A line of more bytes than the cap is a bad row,
+/// also when only its beginning is given. `Err`: this is no text at all.
+pub(crate) fn line_row(name: &str, place: Place, line: &[u8], options: ReadOptions) -> Result<Option<Row>> {
+    let first = place.line == 1;
+    if let Some(what) = binary(line).filter(|_| first) {
+        return Err(Error::data(format!("{name}: this is {what}, not JSON Lines")));
+    }
+    if line.len() as u64 > options.max_line {
+        return Ok(Some(Row::bad(place.line, too_long(name, place.line, "line", options.max_line))));
+    }
+    let bom = if first && line.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
+    let text = line[bom..].trim_ascii_end();
+    if text.trim_ascii_start().is_empty() {
+        return Ok(None);
+    }
+    let place = Place { offset: place.offset + bom as u64, ..place };
+    Ok(Some(parse_row(name, place, text, options)))
+}
+
+/// JSON Lines in pieces of whole lines.
+pub struct LineChunks<R> {
+    name: Arc<str>,
+    reader: R,
+    options: ReadOptions,
+    /// Where `held` begins.
+    place: Place,
+    /// Bytes behind the last piece.
+    held: Vec<u8>,
+}
+
+/// A reader that has given less than this at once has no more at the moment: what is there goes on.
+const TRICKLE: usize = 16 << 10;
+
+impl<R: BufRead> LineChunks<R> {
+    /// Reads any byte stream; `name` stands for it in messages.
+    pub fn new(name: String, reader: R, options: ReadOptions) -> Self {
+        let place = Place { line: 1, column: 1, offset: 0 };
+        Self { name: name.into(), reader, options, place, held: Vec::new() }
+    }
+
+    /// Counts lines from one that has `lines` others before it.
+    pub fn behind(mut self, lines: u64) -> Self {
+        self.place.line += lines;
+        self
+    }
+
+    /// Appends what the reader has; returns how much that was, 0 at the end of the input.
+    fn more(&mut self) -> Result<usize> {
+        let bytes = self.reader.fill_buf().map_err(|e| {
+            let at = self.place.line + memchr::memchr_iter(b'\n', &self.held).count() as u64;
+            input::error(&format!("{}:{at}", self.name), &e)
+        })?;
+        let taken = bytes.len();
+        self.held.extend_from_slice(bytes);
+        self.reader.consume(taken);
+        Ok(taken)
+    }
+
+    /// Returns the held bytes up to `end` as a piece.
+    fn cut(&mut self, end: usize) -> Chunk {
+        // The rest of a line goes into a buffer that will take the next piece.
+        let mut rest = Vec::with_capacity(chunks::SIZE + chunks::SIZE / 2);
+        rest.extend_from_slice(&self.held[end..]);
+        let mut text = std::mem::replace(&mut self.held, rest);
+        text.truncate(end);
+        let place = self.place;
+        self.place.line += memchr::memchr_iter(b'\n', &text).count() as u64;
+        self.place.offset += end as u64;
+        Chunk::lines(&self.name, self.options, text, place)
+    }
+
+    /// Returns the bad row of a line whose beginning is held, and passes over the rest of it.
+    fn long_line(&mut self) -> Result<Chunk> {
+        let place = self.place;
+        let row = line_row(&self.name, place, &self.held, self.options)?;
+        loop {
+            self.place.offset += self.held.len() as u64;
+            self.held.clear();
+            self.held.shrink_to(chunks::SIZE);
+            let read = self.more()?;
+            if let Some(end) = memchr::memchr(b'\n', &self.held) {
+                self.held.drain(..=end);
+                self.place.offset += end as u64 + 1;
+                self.place.line += 1;
+            } else if read > 0 {
+                continue;
+            }
+            return Ok(Chunk::parsed(
+                &self.name,
+                Vec::new(),
+                row.into_iter().map(|row| (row, 0..0)).collect(),
+            ));
+        }
+    }
+}
+
+impl<R: BufRead + Send> Source for LineChunks<R> {
+    fn next_chunk(&mut self) -> Result<Option<Chunk>> {
+        loop {
+            // A read that fails behind whole lines fails again in the next call.
+            let read = self.more()?;
+            if read == 0 {
+                return Ok((!self.held.is_empty()).then(|| self.cut(self.held.len())));
+            }
+            if self.held.len() >= chunks::SIZE || read < TRICKLE {
+                // A line that is still growing is not searched again from its beginning.
+                let from = if self.held.len() < 2 * chunks::SIZE { 0 } else { self.held.len() - read };
+                match memchr::memrchr(b'\n', &self.held[from..]) {
+                    Some(last) => return Ok(Some(self.cut(from + last + 1))),
+                    None if self.held.len() as u64 > self.options.max_line => {
+                        return self.long_line().map(Some);
+                    }
+                    None => {}
+                }
+            }
+        }
     }
 }
 
@@ -146,6 +265,45 @@ mod tests {
         assert_eq!(row.value.unwrap_err().to_string(), "f:1: line longer than 100 bytes");
         assert!(lines.buffer.capacity() < 1000);
         assert_eq!(lines.next().unwrap(), Some((2, json!({"a": 1}))));
+    }
+
+    /// Reads in chunks from a reader of `size` bytes a time.
+    fn chunked(text: &[u8], size: usize, max_line: u64) -> Vec<(u64, Result<Value>)> {
+        let reader = std::io::BufReader::with_capacity(size, text);
+        let mut lines = LineChunks::new("f".into(), reader, ReadOptions { max_line, lossy: false });
+        let mut rows = Vec::new();
+        while let Some(chunk) = lines.next_chunk().unwrap() {
+            let each = |row: Row, _: &[u8]| {
+                rows.push((row.line, row.value));
+                Ok(())
+            };
+            chunk.rows(each).unwrap();
+        }
+        rows
+    }
+
+    #[test]
+    fn chunks_give_the_rows_of_the_whole() {
+        let long = "x".repeat(90);
+        let text = format!(
+            "\u{feff}{{\"a\":1}}\r\n\n  \n{{\"b\":\"{long}\"}}\n{{\"a\":\n[3]\n{{\"c\":\"{long}\"}}\n7"
+        );
+        let whole: Vec<String> = {
+            let options = ReadOptions { max_line: 64, lossy: false };
+            let mut lines = JsonLines::from_reader("f".into(), text.as_bytes()).with_options(options);
+            let mut rows = Vec::new();
+            while let Some(row) = lines.next_row().unwrap() {
+                rows.push(format!("{} {:?}", row.line, row.value.map_err(|e| e.to_string())));
+            }
+            rows
+        };
+        assert_eq!(whole.len(), 6);
+        for size in 1..200 {
+            let rows = chunked(text.as_bytes(), size, 64);
+            let rows: Vec<_> =
+                rows.into_iter().map(|(n, v)| format!("{n} {:?}", v.map_err(|e| e.to_string()))).collect();
+            assert_eq!(rows, whole, "{size}");
+        }
     }
 
     #[test]

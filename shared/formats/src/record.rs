@@ -7,9 +7,11 @@
 use crate::{
     chat,
     json::{describe, quoted},
+    json_out,
 };
 use kto_cli::{Context, Error, Result, escape};
 use serde_json::{Map, Value};
+use std::ops::Range;
 
 /// One side of a record.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,8 +51,8 @@ impl Content {
 
     fn write_json(&self, out: &mut Vec<u8>) {
         match self {
-            Self::Text(text) => write_value(text, out),
-            Self::Chat(messages) => write_value(messages, out),
+            Self::Text(text) => json_out::text(text, out),
+            Self::Chat(messages) => json_out::list(messages, out),
         }
     }
 }
@@ -107,15 +109,24 @@ impl Record {
     /// Appends the record as one line of JSON, keys in the order prompt, completion, label, tools,
     /// chat_template_kwargs, then the extra columns.
     pub fn write_json(&self, out: &mut Vec<u8>) {
-        self.write_json_exact(&[], out);
+        self.write_json_exact(&[], None, out);
     }
 
-    /// Like [`Record::write_json`], but the extra columns named in `exact` (name, JSON text) are written as that text.
-    /// Returns the length in `out` up to the label: the part that holds prompt and completion, by which duplicates are
-    /// told.
-    pub fn write_json_exact(&self, exact: &[(String, String)], out: &mut Vec<u8>) -> usize {
+    /// Like [`Record::write_json`], but the extra columns named in `exact` (name, JSON text) are written as that text, and the
+    /// prompt is copied from `prompt`, a range of `out`, when it is known to be the one that was written there.
+    pub fn write_json_exact(
+        &self,
+        exact: &[(String, String)],
+        prompt: Option<Range<usize>>,
+        out: &mut Vec<u8>,
+    ) -> Written {
         out.extend_from_slice(b"{\"prompt\": ");
-        self.prompt.write_json(out);
+        let start = out.len();
+        match prompt {
+            Some(range) => out.extend_from_within(range),
+            None => self.prompt.write_json(out),
+        }
+        let prompt = start..out.len();
         out.extend_from_slice(b", \"completion\": ");
         self.completion.write_json(out);
         let said = out.len();
@@ -123,19 +134,27 @@ impl Record {
         for (key, value) in [("tools", &self.tools), ("chat_template_kwargs", &self.chat_template_kwargs)] {
             if let Some(value) = value {
                 write_key(key, out);
-                write_value(value, out);
+                json_out::value(value, out);
             }
         }
         for (key, value) in &self.extra {
             write_key(key, out);
             match exact.iter().find(|(name, _)| name == key) {
                 Some((_, text)) => out.extend_from_slice(text.as_bytes()),
-                None => write_value(value, out),
+                None => json_out::value(value, out),
             }
         }
         out.extend_from_slice(b"}\n");
-        said
+        Written { prompt, said }
     }
+}
+
+/// Where in a buffer the parts of a written record are.
+pub struct Written {
+    /// The prompt's JSON.
+    pub prompt: Range<usize>,
+    /// The end of what holds prompt and completion, by which duplicates are told.
+    pub said: usize,
 }
 
 /// Takes a label: exactly `true` or `false`, because 0, "no" and "false" mean different things to different tools.
@@ -204,36 +223,8 @@ fn optional(row: &mut Map<String, Value>, field: &str) -> Option<Value> {
 
 fn write_key(key: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(b", ");
-    write_value(key, out);
+    json_out::text(key, out);
     out.extend_from_slice(b": ");
-}
-
-fn write_value<T: serde::Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
-    let mut json = serde_json::Serializer::with_formatter(&mut *out, Spaced);
-    value.serialize(&mut json).expect("JSON values serialize into memory");
-}
-
-/// The spacing of Python's `json.dumps`, which the peers' files have: `, ` and `: `.
-struct Spaced;
-
-impl serde_json::ser::Formatter for Spaced {
-    fn begin_array_value<W: std::io::Write + ?Sized>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-    fn begin_object_key<W: std::io::Write + ?Sized>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-    fn begin_object_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
-    }
 }
 
 #[cfg(test)]

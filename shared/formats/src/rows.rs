@@ -61,18 +61,25 @@ pub struct Row {
     pub exact: Vec<(String, String)>,
     /// Characters replaced by U+FFFD ([`ReadOptions::lossy`]).
     pub replaced: u64,
+    /// Rows of the input that it stands for: 1, or more when they were put together.
+    pub rows: u64,
 }
 
 impl Row {
     /// A row that cannot be read.
     pub(crate) fn bad(line: u64, error: Error) -> Self {
-        Self { line, value: Err(error), exact: Vec::new(), replaced: 0 }
+        Self { line, value: Err(error), ..Self::none() }
+    }
+
+    /// A row without anything, to be filled.
+    pub fn none() -> Self {
+        Self { line: 0, value: Ok(Value::Null), exact: Vec::new(), replaced: 0, rows: 1 }
     }
 }
 
 /// Parses the JSON text of one row that begins at `place`.
 pub(crate) fn parse_row(name: &str, place: Place, text: &[u8], options: ReadOptions) -> Row {
-    let mut row = Row { line: place.line, value: Ok(Value::Null), exact: Vec::new(), replaced: 0 };
+    let mut row = Row { line: place.line, ..Row::none() };
     let mut repaired = Vec::new();
     let mut parsed = json::parse(text);
     if parsed.is_err() && options.lossy {

@@ -5,12 +5,16 @@
 //! on. Both end the reading here, since behind a wrong quote nobody can say where a row begins. Ragged rows are bad rows.
 
 use crate::{
+    chunks::{self, Chunk, Source},
     json::{self, quoted},
     rows::{Place, ReadOptions, Row, located, too_long},
 };
 use kto_cli::{Error, Result, input};
 use serde_json::{Map, Value};
-use std::io::{BufRead, Read};
+use std::{
+    io::{BufRead, Read},
+    sync::Arc,
+};
 
 /// The dialect of a table.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +27,7 @@ pub struct Dialect {
 
 /// A stream of the rows of one table.
 pub struct Table<R> {
-    name: String,
+    name: Arc<str>,
     reader: R,
     dialect: Dialect,
     options: ReadOptions,
@@ -34,6 +38,8 @@ pub struct Table<R> {
     lines: u64,
     /// Byte offset behind the last line read.
     offset: u64,
+    /// What is wrong behind the rows of the last piece.
+    broken: Option<Error>,
 }
 
 /// The cells of one row: ranges of unescaped bytes.
@@ -42,7 +48,8 @@ type Cells = Vec<Vec<u8>>;
 impl<R: BufRead> Table<R> {
     /// Reads a table from a byte stream; `name` stands for it in messages.
     pub fn new(name: String, reader: R, dialect: Dialect, options: ReadOptions) -> Self {
-        Self { name, reader, dialect, options, header: None, text: Vec::new(), lines: 0, offset: 0 }
+        let (name, text) = (name.into(), Vec::new());
+        Self { name, reader, dialect, options, header: None, text, lines: 0, offset: 0, broken: None }
     }
 
     /// Returns the next row as an object of texts, good or bad. `Err` means that the table itself is broken.
@@ -53,7 +60,7 @@ impl<R: BufRead> Table<R> {
         let Some((place, cells)) = self.record()? else { return Ok(None) };
         let mut replaced = 0;
         let value = self.row(place, cells, &mut replaced);
-        Ok(Some(Row { line: place.line, value, exact: Vec::new(), replaced }))
+        Ok(Some(Row { line: place.line, value, replaced, ..Row::none() }))
     }
 
     fn row(&self, place: Place, cells: Cells, replaced: &mut u64) -> Result<Value> {
@@ -226,6 +233,31 @@ impl<R: BufRead> Table<R> {
         self.offset += read as u64;
         self.lines += u64::from(read > 0);
         Ok(read > 0)
+    }
+}
+
+impl<R: BufRead + Send> Source for Table<R> {
+    fn next_chunk(&mut self) -> Result<Option<Chunk>> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
+        let (mut text, mut rows) = (Vec::new(), Vec::new());
+        while text.len() < chunks::SIZE {
+            match self.next_row() {
+                Ok(Some(row)) => {
+                    let start = text.len();
+                    text.extend_from_slice(self.text.trim_ascii_end());
+                    rows.push((row, start..text.len()));
+                }
+                Ok(None) => break,
+                Err(error) if rows.is_empty() => return Err(error),
+                Err(error) => {
+                    self.broken = Some(error);
+                    break;
+                }
+            }
+        }
+        Ok((!rows.is_empty()).then(|| Chunk::parsed(&self.name, text, rows)))
     }
 }
 

@@ -1,22 +1,64 @@
 //! Labels: where a row keeps it and which values count.
+//!
+//! A column called `label` or `kto_tag` must hold true or false: 0, "no" and "false" mean different things to different
+//! tools. A thumb or a vote says what it means, so its words count too. A rating needs thresholds.
 
-use crate::problem::{Problem, Reason};
+use crate::{
+    problem::{Problem, Reason},
+    thresholds::Thresholds,
+};
 use kto_cli::{Error, Result};
 use kto_formats::{
-    json::quoted,
+    json::{describe, quoted},
     record::{columns, label},
 };
 use serde_json::{Map, Value};
 
+pub use crate::thresholds::Rated;
+
 /// Columns that hold a label, in the order in which they are asked.
 pub const COLUMNS: [&str; 2] = ["label", "kto_tag"];
+/// Columns that hold a thumb or a vote.
+const THUMBS: [&str; 7] = ["feedback", "thumb", "thumbs", "vote", "reaction", "user_feedback", "preference"];
+/// Columns that hold a rating.
+const RATINGS: [&str; 5] = ["rating", "score", "overall_score", "stars", "user_score"];
+/// Words of a thumb that is up, and of one that is down.
+const UP: [&str; 12] = [
+    "up",
+    "thumbs_up",
+    "thumbsup",
+    "thumbs up",
+    "thumb_up",
+    "👍",
+    "like",
+    "liked",
+    "upvote",
+    "positive",
+    "good",
+    "desirable",
+];
+const DOWN: [&str; 12] = [
+    "down",
+    "thumbs_down",
+    "thumbsdown",
+    "thumbs down",
+    "thumb_down",
+    "👎",
+    "dislike",
+    "disliked",
+    "downvote",
+    "negative",
+    "bad",
+    "undesirable",
+];
 
-/// The rules of `--label-field`, `--label-map` and `--label`.
+/// The rules of `--label-field`, `--label-map`, `--label`, `--desirable` and `--undesirable`.
 #[derive(Clone, Debug, Default)]
 pub struct Labels {
     field: Option<String>,
     map: Vec<(String, bool)>,
     default: Option<bool>,
+    thresholds: Option<Thresholds>,
 }
 
 impl Labels {
@@ -36,7 +78,18 @@ impl Labels {
             }
             map.push((value.to_owned(), bool));
         }
-        Ok(Self { field, map, default })
+        Ok(Self { field, map, default, thresholds: None })
+    }
+
+    /// Adds the thresholds of ratings.
+    pub fn with_thresholds(mut self, thresholds: Option<Thresholds>) -> Self {
+        self.thresholds = thresholds;
+        self
+    }
+
+    /// The thresholds of ratings, when there are any.
+    pub fn thresholds(&self) -> Option<&Thresholds> {
+        self.thresholds.as_ref()
     }
 
     /// True when `row` has a label or is given one.
@@ -46,9 +99,16 @@ impl Labels {
 
     /// The column that holds the label of `row`, if there is one.
     pub fn column<'a>(&'a self, row: &Map<String, Value>) -> Option<&'a str> {
+        let found = |columns: &[&'static str]| {
+            columns.iter().copied().find(|c| row.get(*c).is_some_and(|v| !v.is_null()))
+        };
         match &self.field {
             Some(field) => row.contains_key(field).then_some(field),
-            None => COLUMNS.into_iter().find(|c| row.get(*c).is_some_and(|v| !v.is_null())),
+            None if self.default.is_some() => found(&COLUMNS),
+            None => found(&COLUMNS).or_else(|| found(&THUMBS)).or_else(|| {
+                // A rating without a value is one as well: nobody rated.
+                RATINGS.into_iter().find(|c| row.contains_key(*c))
+            }),
         }
     }
 
@@ -72,17 +132,87 @@ impl Labels {
             (None, None) => wanted,
         };
         let value = row.shift_remove(column).unwrap_or_default();
-        let text = match &value {
+        self.read(column, &value, table)
+    }
+
+    /// Reads the value of a label's column.
+    pub fn read(&self, column: &str, value: &Value, table: bool) -> Result<bool, Problem> {
+        let text = match value {
             Value::String(text) => text.clone(),
             other => other.to_string(),
         };
         if let Some((_, bool)) = self.map.iter().find(|(v, _)| *v == text) {
             return Ok(*bool);
         }
+        if let Some(thresholds) = &self.thresholds
+            && !value.is_boolean()
+        {
+            return thresholds.label(column, value);
+        }
         if table && let Ok(bool) = text.trim().to_ascii_lowercase().parse() {
             return Ok(bool);
         }
-        label(column, &value).map_err(Reason::Label.because())
+        if THUMBS.contains(&column) {
+            return thumb(column, value);
+        }
+        if RATINGS.contains(&column) && !value.is_boolean() {
+            return rating(column, value);
+        }
+        label(column, value).map_err(Reason::Label.because())
+    }
+
+    /// Reads a value that is 1 or 0 by its type, as Langfuse's BOOLEAN.
+    pub fn bit(&self, column: &str, value: &Value) -> Result<bool, Problem> {
+        match crate::shapes::number(value) {
+            Some(1.0) => Ok(true),
+            Some(0.0) => Ok(false),
+            _ => self.read(column, value, false),
+        }
+    }
+}
+
+/// A thumb: a word, a bool, 1 or -1, or an object with one of these inside.
+fn thumb(column: &str, value: &Value) -> Result<bool, Problem> {
+    let inner = ["thumb", "thumbs", "rating", "value", "label", "score", "type"];
+    match value {
+        Value::Bool(up) => Ok(*up),
+        Value::Number(n) if n.as_f64() == Some(1.0) => Ok(true),
+        Value::Number(n) if n.as_f64() == Some(-1.0) => Ok(false),
+        Value::Object(fields) => match inner.iter().find_map(|key| fields.get(*key)) {
+            Some(value) if !value.is_object() => thumb(column, value),
+            _ => Err(unknown(column, value)),
+        },
+        Value::String(word) => {
+            let word = word.trim().to_lowercase();
+            match (UP.contains(&word.as_str()), DOWN.contains(&word.as_str())) {
+                (true, _) => Ok(true),
+                (_, true) => Ok(false),
+                _ => Err(unknown(column, value)),
+            }
+        }
+        _ => Err(unknown(column, value)),
+    }
+}
+
+fn unknown(column: &str, value: &Value) -> Problem {
+    let what = format!("field {}: neither up nor down: {}", quoted(column), describe(value));
+    Reason::Label
+        .error(Error::data(what).with_hint("--label-map VALUE=true,VALUE=false says what values mean"))
+}
+
+/// A rating without thresholds: words may say enough, numbers do not.
+fn rating(column: &str, value: &Value) -> Result<bool, Problem> {
+    match value {
+        Value::Null => Err(Reason::NoRating.says(format!("field {} is null", quoted(column)))),
+        Value::String(text) if text.trim().is_empty() => {
+            Err(Reason::NoRating.says(format!("field {} is empty", quoted(column))))
+        }
+        Value::String(text) if text.trim().parse::<f64>().is_err() => thumb(column, value),
+        _ => {
+            let what = format!("field {} is a rating, found {}", quoted(column), describe(value));
+            let hint = "--desirable '>=4' --undesirable '<=2' says which ratings are which";
+            Err(Reason::Label.error(Error::data(what).with_hint(hint)))
+        }
     }
 }
 

@@ -25,8 +25,40 @@ pub enum Reason {
     PromptsDiffer,
     /// A completion of blanks.
     EmptyCompletion,
-    /// Equal sides.
+    /// Equal sides, or a vote or scores that prefer neither.
     Tie,
+    /// A comparison in which both answers were called bad.
+    BothBad,
+    /// A rating that neither --desirable nor --undesirable takes.
+    Middle,
+    /// A completion that nobody rated.
+    NoRating,
+    /// A preference that is not strong enough.
+    Margin,
+    /// A conversation that was not kept with its rating.
+    NoConversation,
+    /// A deleted message, or one without a rank.
+    NoRank,
+    /// Shorter than a filter allows.
+    TooShort,
+    /// Longer than a filter allows.
+    TooLong,
+    /// Text that a filter looks for, or looks for in vain.
+    Pattern,
+    /// A role that a filter leaves out.
+    Role,
+    /// Personal data that was found.
+    Pii,
+    /// Seen before.
+    Duplicate,
+    /// Nearly the same as a completion seen before.
+    NearDuplicate,
+    /// Called good and bad.
+    Conflict,
+    /// Left out so that both labels are equally frequent.
+    Balance,
+    /// An output form that has no place for it.
+    Form,
 }
 
 impl Reason {
@@ -44,7 +76,32 @@ impl Reason {
             Reason::PromptsDiffer => "prompts differ",
             Reason::EmptyCompletion => "empty completion",
             Reason::Tie => "tie",
+            Reason::BothBad => "both answers bad",
+            Reason::Middle => "rating in the middle",
+            Reason::NoRating => "no rating",
+            Reason::Margin => "margin too small",
+            Reason::NoConversation => "no conversation",
+            Reason::NoRank => "no rank",
+            Reason::TooShort => "too short",
+            Reason::TooLong => "too long",
+            Reason::Pattern => "pattern",
+            Reason::Role => "role",
+            Reason::Pii => "personal data",
+            Reason::Duplicate => "duplicate",
+            Reason::NearDuplicate => "near duplicate",
+            Reason::Conflict => "conflict",
+            Reason::Balance => "balance",
+            Reason::Form => "not for this form",
         }
+    }
+
+    /// True when the row is as it should be and only has nothing to say: it is counted, and ends no run.
+    pub fn is_no_fault(self) -> bool {
+        use Reason as R;
+        matches!(
+            self,
+            R::Tie | R::BothBad | R::Middle | R::NoRating | R::Margin | R::NoConversation | R::NoRank
+        )
     }
 
     /// A problem with these words.

@@ -6,28 +6,34 @@ use crate::{
     args::Policy,
     plan::Plan,
     problem::{Problem, Reason},
-    shapes::{self, Fields, Rules, Side},
+    shapes::{self, Fields, Rules, Shape, Side},
 };
 use kto_cli::{Error, escape};
 use kto_formats::{
     json::{self, quoted},
-    record::{Record, columns},
+    record::{Content, Record, columns},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Columns of other media.
 const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
 /// Columns that the output uses for itself.
 const OURS: [&str; 3] = ["prompt", "completion", "label"];
 /// Columns of shapes; null in them means "not this shape" and is not carried.
-const SHAPE_COLUMNS: [&str; 3] = ["chosen", "rejected", "messages"];
+const SHAPE_COLUMNS: [&str; 4] = ["chosen", "rejected", "messages", "conversations"];
 
 /// A row, converted.
 pub struct Converted {
-    /// The shape's name.
+    /// The shape's name in the summary.
     pub shape: &'static str,
-    /// One record, or two: chosen, rejected.
+    /// The line of the dispatch table.
+    pub found: &'static Shape,
+    /// One record, or pairs of chosen and rejected, or rated ones.
     pub records: Vec<Record>,
+    /// The records come from a comparison.
+    pub paired: bool,
+    /// Why completions of the row are not among the records.
+    pub left_out: Vec<Reason>,
     /// The two sides are equal.
     pub tie: bool,
     /// The two sides have different prompts.
@@ -47,30 +53,95 @@ pub fn convert(value: Value, table: bool, plan: &Plan) -> Result<Converted, Prob
     };
     let covered = rename(&mut row, &plan.map)?;
     refuse_media(&row)?;
-    let rules = Rules {
-        labels: &plan.labels,
-        table,
-        keep_differing: plan.rows.prompts_differ == Policy::Keep,
-        split_after: plan.split_after.as_deref(),
-    };
-    let unit = shapes::convert(&mut row, &rules)?;
+    if table {
+        shapes::parse_cells(&mut row)?;
+    }
+    let rules = rules(plan, table);
+    let found = shapes::find(&row, &rules, plan.from)?;
+    let mut unit = found.convert(&mut row, &rules)?;
+    for side in &mut unit.sides {
+        if plan.chat {
+            make_chat(side);
+        }
+        if plan.trim {
+            trim(&mut side.prompt);
+            trim(&mut side.completion);
+        }
+    }
     let replaced = drop_columns(&mut row) || covered;
     let tools = carried(&mut row, "tools", table)?;
     let chat_template_kwargs = carried(&mut row, "chat_template_kwargs", table)?;
     if plan.rows.drop_extra {
         row = Fields::new();
     }
-    let tie = matches!(unit.sides.as_slice(), [a, b] if a.prompt == b.prompt && a.completion == b.completion);
-    let record = |side: Side| Record {
+    let tie = unit.paired
+        && matches!(unit.sides.as_slice(), [a, b] if a.prompt == b.prompt && a.completion == b.completion);
+    let (last, mut extra) = (unit.sides.len(), Some(row));
+    let record = |(i, side): (usize, Side)| Record {
         prompt: side.prompt,
         completion: side.completion,
         label: side.label,
         tools: tools.clone(),
         chat_template_kwargs: chat_template_kwargs.clone(),
-        extra: row.clone(),
+        extra: if i + 1 == last { extra.take() } else { extra.clone() }.unwrap_or_default(),
     };
-    let records = unit.sides.into_iter().map(record).collect();
-    Ok(Converted { shape: unit.shape, records, tie, differ: unit.differ, mixed: unit.mixed, replaced })
+    let records = unit.sides.into_iter().enumerate().map(record).collect();
+    Ok(Converted {
+        shape: unit.shape,
+        found,
+        records,
+        paired: unit.paired,
+        left_out: unit.left_out,
+        tie,
+        differ: unit.differ,
+        mixed: unit.mixed,
+        replaced,
+    })
+}
+
+/// What the plan says about shapes, for rows of a table or of another input.
+pub fn rules(plan: &Plan, table: bool) -> Rules<'_> {
+    let shapes = &plan.shapes;
+    Rules {
+        labels: &plan.labels,
+        table,
+        keep_differing: plan.rows.prompts_differ == Policy::Keep,
+        split_after: shapes.split_after.as_deref(),
+        dialogue_as_text: shapes.dialogue_as_text,
+        both_bad: shapes.both_bad,
+        min_margin: shapes.min_margin,
+        min_ratio: shapes.min_ratio,
+        score: shapes.score.as_deref(),
+    }
+}
+
+/// Makes a text of the user and a text of the assistant messages.
+fn make_chat(side: &mut Side) {
+    for (content, role) in [(&mut side.prompt, "user"), (&mut side.completion, "assistant")] {
+        if let Content::Text(text) = content {
+            let text = std::mem::take(text);
+            *content = Content::Chat(vec![json!({"role": role, "content": text})]);
+        }
+    }
+}
+
+fn trim(content: &mut Content) {
+    let cut = |text: &mut String| {
+        let kept = text.trim();
+        if kept.len() < text.len() {
+            *text = kept.to_owned();
+        }
+    };
+    match content {
+        Content::Text(text) => cut(text),
+        Content::Chat(turns) => {
+            for turn in turns {
+                if let Some(Value::String(text)) = turn.get_mut("content") {
+                    cut(text);
+                }
+            }
+        }
+    }
 }
 
 /// Gives columns the names of the fields they are mapped to; returns whether another column of such a name gave way.
@@ -101,8 +172,8 @@ fn refuse_media(row: &Fields) -> Result<(), Problem> {
         Value::String(s) => s.is_empty(),
         _ => false,
     };
-    match MEDIA.iter().find(|m| row.get(**m).is_some_and(|v| !empty(v))) {
-        Some(media) => {
+    match row.iter().find(|(name, value)| MEDIA.contains(&name.as_str()) && !empty(value)) {
+        Some((media, _)) => {
             Err(Reason::Multimodal.says(format!("field {}: only text can be trained on", quoted(media))))
         }
         None => Ok(()),
@@ -111,6 +182,9 @@ fn refuse_media(row: &Fields) -> Result<(), Problem> {
 
 /// Removes what must not stand beside the record's own fields; returns whether any held something.
 fn drop_columns(row: &mut Fields) -> bool {
+    if row.is_empty() {
+        return false;
+    }
     for column in SHAPE_COLUMNS {
         if row.get(column).is_some_and(Value::is_null) {
             row.shift_remove(column);
@@ -121,6 +195,9 @@ fn drop_columns(row: &mut Fields) -> bool {
 
 /// Takes a column for the chat template. A table has an empty cell where there is none, and JSON text in the others.
 fn carried(row: &mut Fields, column: &str, table: bool) -> Result<Option<Value>, Problem> {
+    if row.is_empty() {
+        return Ok(None);
+    }
     match row.shift_remove(column) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) if table && text.trim().is_empty() => Ok(None),

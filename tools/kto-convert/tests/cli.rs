@@ -4,14 +4,20 @@
 
 #[path = "cli/cases.rs"]
 mod cases;
+#[path = "cli/containers.rs"]
+mod containers;
 #[path = "cli/examples.rs"]
 mod examples;
+#[path = "cli/faults.rs"]
+mod faults;
 #[path = "cli/orders.rs"]
 mod orders;
 #[path = "cli/splits.rs"]
 mod splits;
 #[path = "cli/streams.rs"]
 mod streams;
+#[path = "cli/whole.rs"]
+mod whole;
 
 use std::{
     io::Write,

@@ -2,8 +2,8 @@
 //!
 //! Arguments become a [`Plan`], the plan drives one pass over the inputs: reader → template → tokenizer → token set.
 //! Invariants: every row read is written, counted as dropped or skipped, or ends the run; rows keep their order at any
-//! number of threads; the file depends on the rows, the model's tokenizer and template, and the flags only. All rows
-//! are in memory until the end, because the file begins with their counts. Deliberately absent: other shapes than
+//! number of threads; the file depends on the rows, the model's tokenizer and template, and the flags only. Memory is
+//! bounded: the file begins with counts that are known at the end, so its batches wait in a temporary file. Deliberately absent: other shapes than
 //! records (kto-convert makes them), cutting to the maximum length (kto-train does it after joining KL pairs).
 
 #![forbid(unsafe_code)]
@@ -22,7 +22,7 @@ pub use plan::Plan;
 
 use kto_cli::{Context, output::Output};
 use kto_cli::{Error, Exit, Record, Result, Ui, output};
-use kto_formats::{template::ChatTemplate, tokens::TokenSet};
+use kto_formats::{template::ChatTemplate, tokens::TokenMeta};
 use kto_hub::Need;
 use report::Report;
 use std::{
@@ -50,12 +50,13 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let mut output = Output::create(plan.output.as_deref())?.if_changed(if_changed);
     let (target, report_path) = (plan.output.clone(), plan.report.clone());
     let (set, report) = watched(plan, ui, pass::run)?;
+    let meta = set.meta.clone();
     let name = target.unwrap_or_else(|| PathBuf::from("standard output"));
     set.write(&mut output).map_err(|e| output::error(&name, &e))?;
     output.finish()?;
     report.print(ui);
     if let Some(path) = &report_path {
-        write_report(path, &report, &set, if_changed)?;
+        write_report(path, &report, &meta, if_changed)?;
     }
     record.finish()?;
     Ok(Exit::Ok)
@@ -113,9 +114,9 @@ fn watched<T: Send + 'static>(
     }
 }
 
-fn write_report(path: &Path, report: &Report, set: &TokenSet, if_changed: bool) -> Result<()> {
+fn write_report(path: &Path, report: &Report, meta: &TokenMeta, if_changed: bool) -> Result<()> {
     let text =
-        serde_json::to_string_pretty(&report.json(&set.meta)).map_err(|e| Error::internal(e.to_string()))?;
+        serde_json::to_string_pretty(&report.json(meta)).map_err(|e| Error::internal(e.to_string()))?;
     let mut out = Output::create(Some(path)).at("--report")?.if_changed(if_changed);
     out.write(format!("{text}\n").as_bytes()).at("--report")?;
     out.finish().at("--report")

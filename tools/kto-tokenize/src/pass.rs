@@ -6,16 +6,17 @@ use crate::{
     report::Report,
     watch::Watch,
 };
-use kto_cli::{Context, Error, Result, escape, input};
+use kto_cli::{Context, Error, Result, escape, input, output};
 use kto_formats::{
     jsonl::JsonLines,
     record::Record,
     rows::Row,
     template::ChatTemplate,
     tokenizer::TextTokenizer,
-    tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
+    tokens::{TokenMeta, TokenRow, TokenSpool, prompt_hash},
 };
 use rayon::prelude::*;
+use std::path::Path;
 
 /// Rows that are in memory as JSON at a time.
 const BATCH: usize = 1024;
@@ -23,7 +24,7 @@ const BATCH: usize = 1024;
 const STACK: usize = 256 << 20;
 
 /// Reads and tokenizes everything. Errors carry `name:line`.
-pub fn run(plan: &Plan, watch: &Watch) -> Result<(TokenSet, Report)> {
+pub fn run(plan: &Plan, watch: &Watch) -> Result<(TokenSpool, Report)> {
     let encoder = watch.over(None, 0, || encoder(plan))?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads).stack_size(STACK);
     let pool = pool.thread_name(|i| format!("tokenize-{i}")).build();
@@ -34,7 +35,14 @@ pub fn run(plan: &Plan, watch: &Watch) -> Result<(TokenSet, Report)> {
         max_length: plan.max_length,
         ..TokenMeta::default()
     };
-    let mut pass = Pass { plan, watch, pool, encoder, set: TokenSet::new(meta), report: Report::default() };
+    let mut pass = Pass {
+        plan,
+        watch,
+        pool,
+        encoder,
+        set: TokenSpool::new(meta).map_err(|e| spooling(&e))?,
+        report: Report::default(),
+    };
     for path in &plan.inputs {
         pass.input(input::open(path)?)?;
     }
@@ -77,7 +85,7 @@ struct Pass<'a> {
     watch: &'a Watch,
     pool: rayon::ThreadPool,
     encoder: Encoder,
-    set: TokenSet,
+    set: TokenSpool,
     report: Report,
 }
 
@@ -117,7 +125,7 @@ impl Pass<'_> {
             let place = format!("{}:{line}", escape(name));
             self.report.rows += 1;
             match ids {
-                Ok(turns) => turns.into_iter().for_each(|ids| self.push(&place, ids)),
+                Ok(turns) => turns.into_iter().try_for_each(|ids| self.push(&place, ids))?,
                 Err(error) if self.plan.skip_errors && error.kind() == kto_cli::Kind::Data => {
                     self.report.skip(error.to_string());
                 }
@@ -139,28 +147,29 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn push(&mut self, place: &str, mut ids: Ids) {
+    fn push(&mut self, place: &str, mut ids: Ids) -> Result<()> {
         let limit = self.plan.max_length as usize;
         self.report.turns += 1;
         self.report.note(place, &ids);
         if ids.prompt.len() >= limit {
             self.report.dropped.note(place);
-            return;
+            return Ok(());
         }
         if ids.prompt.len() + ids.completion.len() > limit {
             self.report.truncated.note(place);
         }
         self.report.measure(&ids);
         ids.completion.truncate(limit);
-        self.set.push(TokenRow {
+        let row = TokenRow {
             prompt_ids: &ids.prompt,
             completion_ids: &ids.completion,
             label: ids.label,
             prompt_hash: prompt_hash(&ids.prompt),
-        });
+        };
+        self.set.push(row).map_err(|e| spooling(&e))
     }
 
-    fn finish(mut self) -> Result<(TokenSet, Report)> {
+    fn finish(mut self) -> Result<(TokenSpool, Report)> {
         self.set.meta.dropped = self.report.dropped.count;
         self.set.meta.truncated = self.report.truncated.count;
         if self.set.is_empty() && !self.plan.allow_empty {
@@ -172,6 +181,12 @@ impl Pass<'_> {
         }
         Ok((self.set, self.report))
     }
+}
+
+/// The error of the temporary file that holds batches.
+fn spooling(error: &std::io::Error) -> Error {
+    output::error(Path::new("temporary file"), error)
+        .with_hint("TMPDIR=DIR names a directory with more space")
 }
 
 /// Returns the rows of a record. Errors carry `name:line`.

@@ -7,6 +7,7 @@ use crate::encoder::Ids;
 use kto_cli::Ui;
 use kto_formats::tokens::TokenMeta;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// Places kept per count.
 const PLACES: usize = 5;
@@ -167,28 +168,34 @@ impl Report {
     }
 }
 
-/// Lengths in tokens.
+/// Lengths in tokens: how many rows have each. There are far fewer lengths than rows.
 #[derive(Clone, Debug, Default)]
 struct Lengths {
-    lengths: Vec<usize>,
+    rows: BTreeMap<usize, u64>,
 }
 
 impl Lengths {
     fn add(&mut self, length: usize) {
-        self.lengths.push(length);
+        *self.rows.entry(length).or_default() += 1;
     }
 
     /// Returns p50, p90, p99 (nearest rank) and the maximum.
     fn percentiles(&self) -> [usize; 4] {
-        let mut sorted = self.lengths.clone();
-        sorted.sort_unstable();
-        let rank = |percent: usize| (sorted.len() * percent).div_ceil(100).saturating_sub(1);
-        [50, 90, 99, 100].map(|percent| sorted.get(rank(percent)).copied().unwrap_or(0))
+        let count: u64 = self.rows.values().sum();
+        [50, 90, 99, 100].map(|percent| {
+            let mut left = (count * percent).div_ceil(100);
+            let reached = self.rows.iter().find(|(_, rows)| {
+                left = left.saturating_sub(**rows);
+                left == 0
+            });
+            reached.map_or(0, |(length, _)| *length)
+        })
     }
 
     fn json(&self) -> Value {
         let [p50, p90, p99, max] = self.percentiles();
-        json!({"sum": self.lengths.iter().sum::<usize>(), "p50": p50, "p90": p90, "p99": p99, "max": max})
+        let sum: u64 = self.rows.iter().map(|(length, rows)| *length as u64 * rows).sum();
+        json!({"sum": sum, "p50": p50, "p90": p90, "p99": p99, "max": max})
     }
 }
 
@@ -199,8 +206,15 @@ mod tests {
     #[test]
     fn percentiles_are_nearest_ranks() {
         assert_eq!(Lengths::default().percentiles(), [0; 4]);
-        assert_eq!(Lengths { lengths: vec![7] }.percentiles(), [7; 4]);
-        let all = Lengths { lengths: (1..=200).rev().collect() };
-        assert_eq!(all.percentiles(), [100, 180, 198, 200]);
+        let of = |lengths: &[usize]| {
+            let mut all = Lengths::default();
+            lengths.iter().for_each(|length| all.add(*length));
+            all
+        };
+        assert_eq!(of(&[7]).percentiles(), [7; 4]);
+        let all: Vec<usize> = (1..=200).rev().collect();
+        assert_eq!(of(&all).percentiles(), [100, 180, 198, 200]);
+        assert_eq!(of(&[3, 3, 3, 9]).percentiles(), [3, 9, 9, 9]);
+        assert_eq!(of(&[3, 3, 3, 9]).json()["sum"], 18);
     }
 }

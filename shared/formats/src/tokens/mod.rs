@@ -20,9 +20,12 @@
 //! rows of 500 tokens is 2 GB, and a cut mapped file would end in SIGBUS instead of a message).
 
 mod read;
+mod spool;
 #[cfg(test)]
 mod tests;
 mod write;
+
+pub use spool::TokenSpool;
 
 use kto_cli::{Error, Result};
 use sha2::{Digest, Sha256};
@@ -128,17 +131,18 @@ impl TokenSet {
     /// ids (all u32 little-endian) and one byte for the label.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
-        let mut bytes = Vec::new();
-        for row in self.rows() {
-            bytes.clear();
-            for ids in [row.prompt_ids, row.completion_ids] {
-                bytes.extend_from_slice(&(ids.len() as u32).to_le_bytes());
-                bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
-            }
-            bytes.push(u8::from(row.label));
-            hash.update(&bytes);
-        }
-        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+        self.rows().for_each(|row| note(&mut hash, row));
+        hex(hash)
+    }
+
+    /// Removes the rows and keeps the buffers.
+    fn clear(&mut self) {
+        self.prompt_offsets.truncate(1);
+        self.prompts.clear();
+        self.completion_offsets.truncate(1);
+        self.completions.clear();
+        self.labels.clear();
+        self.hashes.clear();
     }
 
     /// Checks one row against the rules of the format. `row` counts from 0, messages count from 1.
@@ -171,6 +175,21 @@ impl TokenSet {
         }
         Ok(())
     }
+}
+
+/// Adds a row to the fingerprint.
+fn note(hash: &mut Sha256, row: TokenRow<'_>) {
+    let mut bytes = Vec::with_capacity(4 * (row.prompt_ids.len() + row.completion_ids.len()) + 9);
+    for ids in [row.prompt_ids, row.completion_ids] {
+        bytes.extend_from_slice(&(ids.len() as u32).to_le_bytes());
+        bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+    }
+    bytes.push(u8::from(row.label));
+    hash.update(&bytes);
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Returns the hash that says whether two prompts are the same: the first 8 bytes, little-endian, of the SHA-256 of

@@ -53,6 +53,25 @@ fn comes_back_as_written() {
 }
 
 #[test]
+fn a_spool_writes_the_same_bytes() {
+    for rows in [0, 1, 4095, 4096, 4097, 9000_u32] {
+        let mut set = TokenSet::new(meta());
+        // The counts are known at the end only.
+        let mut spool = TokenSpool::new(TokenMeta::default()).unwrap();
+        for i in 0..rows {
+            let (prompt, completion) = ([i % 100, 1], vec![i % 7; i as usize % 5 + 1]);
+            push(&mut set, &prompt, &completion, i % 3 == 0);
+            spool.push(set.row(i as usize)).unwrap();
+        }
+        spool.meta = meta();
+        assert_eq!(spool.is_empty(), rows == 0);
+        let mut out = Vec::new();
+        spool.write(&mut out).unwrap();
+        assert!(out == bytes(&set), "{rows} rows");
+    }
+}
+
+#[test]
 fn many_rows_make_several_batches() {
     let mut set = TokenSet::new(meta());
     for i in 0..10_000u32 {

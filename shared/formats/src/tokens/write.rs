@@ -1,6 +1,6 @@
 //! The writing half: a schema with metadata, batches of a few thousand rows, the end-of-stream marker.
 
-use super::{FORMAT_VERSION, TokenSet};
+use super::{FORMAT_VERSION, TokenMeta, TokenRow, TokenSet};
 use arrow_array::{ArrayRef, BooleanArray, ListArray, RecordBatch, UInt32Array, UInt64Array};
 use arrow_buffer::{OffsetBuffer, ScalarBuffer};
 use arrow_ipc::writer::StreamWriter;
@@ -20,7 +20,7 @@ impl TokenSet {
     /// Writes the whole stream. The bytes depend on the rows and the metadata only.
     /// Errors: those of `out`; the caller knows its name.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        let schema = Arc::new(self.schema());
+        let schema = Arc::new(schema(&self.meta, self.len(), self.fingerprint()));
         let mut writer = StreamWriter::try_new(&mut *out, &schema).map_err(io_error)?;
         let mut start = 0;
         while start < self.len() {
@@ -31,30 +31,6 @@ impl TokenSet {
         writer.finish().map_err(io_error)?;
         drop(writer);
         out.flush()
-    }
-
-    fn schema(&self) -> Schema {
-        let fields: Vec<Field> = vec![
-            Field::new("prompt_ids", list_type(), false),
-            Field::new("completion_ids", list_type(), false),
-            Field::new("label", DataType::Boolean, false),
-            Field::new("prompt_hash", DataType::UInt64, false),
-        ];
-        let meta = &self.meta;
-        Schema::new_with_metadata(
-            fields,
-            [
-                ("kto.format_version", FORMAT_VERSION.to_string()),
-                ("kto.tokenizer", meta.tokenizer.clone()),
-                ("kto.template", meta.template.clone()),
-                ("kto.vocab_size", meta.vocab_size.to_string()),
-                ("kto.max_length", meta.max_length.to_string()),
-                ("kto.truncated", meta.truncated.to_string()),
-                ("kto.dropped", meta.dropped.to_string()),
-                ("kto.rows", self.len().to_string()),
-                ("kto.fingerprint", self.fingerprint()),
-            ],
-        )
     }
 
     fn next_batch(&self, start: usize) -> Range<usize> {
@@ -69,7 +45,7 @@ impl TokenSet {
         start..end
     }
 
-    fn batch(&self, rows: Range<usize>, schema: &Arc<Schema>) -> io::Result<RecordBatch> {
+    pub(super) fn batch(&self, rows: Range<usize>, schema: &Arc<Schema>) -> io::Result<RecordBatch> {
         let labels: BooleanArray = self.labels[rows.clone()].to_vec().into();
         let hashes = UInt64Array::from_iter_values(self.hashes[rows.clone()].iter().copied());
         let columns: Vec<ArrayRef> = vec![
@@ -80,6 +56,37 @@ impl TokenSet {
         ];
         RecordBatch::try_new(schema.clone(), columns).map_err(io_error)
     }
+}
+
+/// The schema of a file with these rows.
+pub(super) fn schema(meta: &TokenMeta, rows: usize, fingerprint: String) -> Schema {
+    let fields: Vec<Field> = vec![
+        Field::new("prompt_ids", list_type(), false),
+        Field::new("completion_ids", list_type(), false),
+        Field::new("label", DataType::Boolean, false),
+        Field::new("prompt_hash", DataType::UInt64, false),
+    ];
+    Schema::new_with_metadata(
+        fields,
+        [
+            ("kto.format_version", FORMAT_VERSION.to_string()),
+            ("kto.tokenizer", meta.tokenizer.clone()),
+            ("kto.template", meta.template.clone()),
+            ("kto.vocab_size", meta.vocab_size.to_string()),
+            ("kto.max_length", meta.max_length.to_string()),
+            ("kto.truncated", meta.truncated.to_string()),
+            ("kto.dropped", meta.dropped.to_string()),
+            ("kto.rows", rows.to_string()),
+            ("kto.fingerprint", fingerprint),
+        ],
+    )
+}
+
+/// Returns whether a batch must end before this row, as [`TokenSet::next_batch`] ends it.
+pub(super) fn is_full(batch: &TokenSet, row: TokenRow<'_>) -> bool {
+    let tokens = batch.prompts.len() + row.prompt_ids.len() > BATCH_TOKENS
+        || batch.completions.len() + row.completion_ids.len() > BATCH_TOKENS;
+    batch.len() == BATCH_ROWS || (!batch.is_empty() && tokens)
 }
 
 /// The type of the two id columns: neither rows nor ids are null.
@@ -103,7 +110,7 @@ fn list(offsets: &[usize], values: &[u32]) -> io::Result<ListArray> {
 }
 
 /// Gives back the operating system's error, so that a closed pipe stays recognisable.
-fn io_error(error: ArrowError) -> io::Error {
+pub(super) fn io_error(error: ArrowError) -> io::Error {
     match error {
         ArrowError::IoError(_, inner) => inner,
         other => io::Error::other(other.to_string()),

@@ -2,7 +2,6 @@
 
 use super::Fields;
 use kto_cli::escape;
-use serde_json::Value;
 
 /// Words that name the two sides of a pair in column names.
 const SIDES: [(&str, &str); 6] = [
@@ -19,7 +18,7 @@ const PROMPTS: [&str; 4] = ["question", "instruction", "query", "input"];
 
 /// A hint made for the columns of this row, if they look like something.
 pub fn hint(row: &Fields) -> Option<String> {
-    row.iter().find_map(|(column, value)| share_gpt(column, value)).or_else(|| pair(row))
+    share_gpt(row).or_else(|| pair(row))
 }
 
 /// The `--map` for two columns whose names differ in the words for good and bad only.
@@ -37,19 +36,12 @@ fn pair(row: &Fields) -> Option<String> {
     Some(format!("--map {prompt}chosen={},rejected={} names the columns", escape(good), escape(&bad)))
 }
 
-/// What to do about a column of ShareGPT turns, which have `from` and `value`.
-pub fn share_gpt(column: &str, value: &Value) -> Option<String> {
-    let first = value.as_array()?.first()?;
+/// ShareGPT turns in a column of another name.
+fn share_gpt(row: &Fields) -> Option<String> {
+    let (column, _) = row.iter().find(|(_, value)| {
+        let first = value.as_array().and_then(|list| list.first());
+        first.is_some_and(|turn| turn.get("from").is_some() && turn.get("value").is_some())
+    })?;
     let plain = column.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-    if !plain || first.get("from").is_none() || first.get("value").is_none() {
-        return None;
-    }
-    Some(format!(
-        "{column} has ShareGPT turns (from, value), which are not read yet; first jq -c '.{column} |= map({{role: \
-         ({{human: \"user\", gpt: \"assistant\"}}[.from] // .from), content: .value}})' FILE{}",
-        match column {
-            "messages" | "chosen" | "rejected" | "prompt" | "completion" => String::new(),
-            _ => format!(", then --map messages={column}"),
-        }
-    ))
+    (plain && column != "conversations").then(|| format!("--map messages={column} names the column"))
 }

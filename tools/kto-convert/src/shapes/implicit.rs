@@ -1,6 +1,6 @@
 //! TRL's implicit prompts: chosen and rejected, each with the prompt in front. Texts (HH-RLHF and others) or messages.
 
-use super::{Fields, Rules, Unit, content, split_chat, split_text};
+use super::{Fields, Rules, Unit, content::content, dialogue, split_chat, split_text};
 use crate::problem::{Problem, Reason};
 use kto_formats::record::Content;
 
@@ -31,8 +31,20 @@ fn texts(chosen: &str, rejected: &str, rules: &Rules<'_>) -> Result<Unit, Proble
     if split.differ && !rules.keep_differing {
         return Err(split_chat::differ());
     }
-    let side = |text: &str, at: usize| (Content::Text(text[..at].into()), Content::Text(text[at..].into()));
-    let mut unit = Unit::pair(shape, side(chosen, split.chosen), side(rejected, split.rejected));
+    let (asked, other) = (&chosen[..split.chosen], &rejected[..split.rejected]);
+    let (good, bad) = (&chosen[split.chosen..], &rejected[split.rejected..]);
+    let text = |prompt: &str, said: &str| (Content::Text(prompt.into()), Content::Text(said.into()));
+    let (chosen, rejected) = match (shape.ends_with("(HH-RLHF)") && !rules.dialogue_as_text, split.differ) {
+        (false, _) => (text(asked, good), text(other, bad)),
+        (true, true) => {
+            (dialogue::side(dialogue::prompt(asked), good), dialogue::side(dialogue::prompt(other), bad))
+        }
+        (true, false) => {
+            let prompt = dialogue::prompt(asked);
+            (dialogue::side(prompt.clone(), good), dialogue::side(prompt, bad))
+        }
+    };
+    let mut unit = Unit::pair(shape, chosen, rejected);
     unit.differ = split.differ;
     Ok(unit)
 }

@@ -51,7 +51,7 @@ pub fn is_whole(prompt: &Content, turns: &[Value]) -> bool {
 }
 
 /// Refuses a completion with turns that the model does not say: training on them would teach it the user's part.
-fn replies_only(turns: &[Value]) -> Result<(), Problem> {
+pub fn replies_only(turns: &[Value]) -> Result<(), Problem> {
     if let Some(i) = turns.iter().position(|m| !is_reply(m)) {
         let role = quoted(chat::role(&turns[i]));
         let what = format!(

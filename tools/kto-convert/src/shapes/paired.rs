@@ -1,10 +1,15 @@
 //! TRL's explicit pairs: prompt, chosen, rejected. Also UltraFeedback's, whose sides repeat the prompt.
 
-use super::{Fields, Rules, Unit, content, implicit, join, split_chat, unpaired::name};
+use super::{Fields, Rules, Unit, content::content, implicit, join, split_chat, unpaired::name, votes};
 use crate::problem::Problem;
 use kto_formats::record::Content;
 
 pub fn convert(row: &mut Fields, rules: &Rules<'_>) -> Result<Unit, Problem> {
+    votes::margin(row, rules)?;
+    // UltraFeedback's table says the chosen dialogue twice.
+    if row.get("messages").is_some_and(|messages| Some(messages) == row.get("chosen")) {
+        row.shift_remove("messages");
+    }
     let prompt = content(row, "prompt")?;
     let chosen = content(row, "chosen")?;
     let rejected = content(row, "rejected")?;

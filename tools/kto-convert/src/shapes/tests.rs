@@ -7,8 +7,22 @@ use serde_json::json;
 fn try_convert(row: Value, keep_differing: bool) -> Result<(Unit, Fields), Problem> {
     let Value::Object(mut row) = row else { panic!("an object") };
     let labels = Labels::default();
-    let rules = Rules { labels: &labels, table: false, keep_differing, split_after: None };
-    convert(&mut row, &rules).map(|unit| (unit, row))
+    let rules = rules(&labels, keep_differing);
+    find(&row, &rules, None)?.convert(&mut row, &rules).map(|unit| (unit, row))
+}
+
+fn rules(labels: &Labels, keep_differing: bool) -> Rules<'_> {
+    Rules {
+        labels,
+        table: false,
+        keep_differing,
+        split_after: None,
+        dialogue_as_text: false,
+        both_bad: false,
+        min_margin: None,
+        min_ratio: None,
+        score: None,
+    }
 }
 
 /// (shape, [(prompt, completion, label)])

@@ -1,6 +1,6 @@
 //! TRL's unpaired form: prompt, completion, label. Also kto-mix, whose completion repeats the prompt.
 
-use super::{Fields, Rules, Side, Unit, content, join};
+use super::{Fields, Rules, Side, Unit, content::content, join};
 use crate::problem::{Problem, Reason};
 use kto_formats::record::Content;
 

@@ -42,7 +42,8 @@ fn convert(pairs: &[(String, String)]) -> Vec<Option<[(String, String); 2]>> {
     let rows = pairs.iter().enumerate();
     let input: String =
         rows.map(|(i, (c, r))| format!("{}\n", json!({"id": i, "chosen": c, "rejected": r}))).collect();
-    let output = run(&["-q", "--on-error", "skip", "--empty", "keep"], input.as_bytes());
+    let output =
+        run(&["-q", "--on-error", "skip", "--empty", "keep", "--dialogues", "text"], input.as_bytes());
     let mut out = vec![None; pairs.len()];
     let lines: Vec<Value> = text(&output.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     for pair in lines.chunks(2) {
