@@ -1,7 +1,7 @@
 //! The 4-bit forms of bitsandbytes: NF4 and FP4 codes in blocks with one f32 scale each. Bit exact.
 //!
 //! Blocks run over the flat row-major tensor and cross rows. One rule for all sizes: code = number of pivots below
-//! `x · (1/absmax)` (a value on a pivot takes the lower code; FP4 does so with magnitudes), a block of zeros has absmax 0 and the code
+//! `x · (1/absmax)` (a value on a pivot takes the lower value's code), a block of zeros has absmax 0 and the code
 //! of zero. The CPU and CUDA code of bitsandbytes 0.50 differ from each other in blocks of zeros and of subnormals; this rule decodes
 //! like both, and like neither where they lose a zero.
 //! Source: bitsandbytes 0.50.2 (golden vectors in testdata/bnb), arXiv 2305.14314.
@@ -21,36 +21,41 @@ pub enum Kind {
     Fp4,
 }
 
-/// Magnitudes of FP4 as bitsandbytes has them, in ascending order, with the code of each.
-const FP4: [(f32, u8); 8] = [
-    (0.0, 0),
-    (0.0625 / 12.0, 1),
-    (2.0 / 12.0, 6),
-    (3.0 / 12.0, 7),
-    (4.0 / 12.0, 4),
-    (6.0 / 12.0, 5),
-    (8.0 / 12.0, 2),
-    (1.0, 3),
-];
+/// The values of FP4 by code: sign, two bits of exponent and one of fraction, in the order of bitsandbytes, over 12.
+const FP4: [f32; 16] = {
+    let twelfths = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0];
+    let mut values = [0.0; 16];
+    let mut code = 1;
+    while code < 8 {
+        values[code] = twelfths[code] / 12.0;
+        values[code + 8] = -values[code];
+        code += 1;
+    }
+    // bitsandbytes stores the second zero without its sign.
+    values
+};
 
-/// Where one magnitude of FP4 ends and the next begins, as bitsandbytes writes them.
-const FP4_PIVOTS: [f32; 7] =
-    [0.002_604_17, 0.085_937_5, 0.208_333_33, 0.291_666_67, 0.416_666_7, 0.583_333, 0.833_333_3];
+/// The codes of FP4 in ascending order of their values. Of the two zeros bitsandbytes gives small positive values the one with the
+/// sign bit, on the CPU; its CUDA code does the opposite. Both decode to zero.
+const FP4_ORDER: [u8; 16] = [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3];
+
+/// Half-way points of neighbouring values, rounded to f32.
+const FP4_PIVOTS: [f32; 15] = {
+    let mut pivots = [0.0; 15];
+    let mut i = 0;
+    while i < 15 {
+        pivots[i] = (FP4[FP4_ORDER[i] as usize] + FP4[FP4_ORDER[i + 1] as usize]) / 2.0;
+        i += 1;
+    }
+    pivots
+};
 
 impl Kind {
     /// Returns the values by code.
     pub fn values(self) -> [f32; 16] {
         match self {
             Self::Nf4 => nf4::CODE,
-            Self::Fp4 => {
-                let mut values = [0.0; 16];
-                for (magnitude, code) in FP4 {
-                    values[usize::from(code)] = magnitude;
-                    // bitsandbytes stores the second zero without its sign.
-                    values[usize::from(code) + 8] = if magnitude == 0.0 { 0.0 } else { -magnitude };
-                }
-                values
-            }
+            Self::Fp4 => FP4,
         }
     }
 
@@ -142,31 +147,18 @@ fn scaled(x: &[f32], absmax: f32) -> [f32; STEP] {
     scaled
 }
 
-/// For each value the code: of NF4 the number of pivots strictly below it.
+/// For each value the code: by the number of pivots strictly below it.
 #[inline(always)]
 fn codes(kind: Kind, scaled: &[f32; STEP]) -> [u8; STEP] {
     let mut counts = [0i32; STEP];
+    for pivot in if kind == Kind::Nf4 { nf4::PIVOTS } else { FP4_PIVOTS } {
+        for (count, &v) in counts.iter_mut().zip(scaled) {
+            *count += i32::from(v > pivot);
+        }
+    }
     match kind {
-        Kind::Nf4 => {
-            for pivot in nf4::PIVOTS {
-                for (count, &v) in counts.iter_mut().zip(scaled) {
-                    *count += i32::from(v > pivot);
-                }
-            }
-            counts.map(|c| c as u8)
-        }
-        Kind::Fp4 => {
-            for pivot in FP4_PIVOTS {
-                for (count, &v) in counts.iter_mut().zip(scaled) {
-                    *count += i32::from(v.abs() > pivot);
-                }
-            }
-            let mut codes = [0; STEP];
-            for ((code, count), v) in codes.iter_mut().zip(counts).zip(scaled) {
-                *code = FP4[count as usize].1 | u8::from(*v < 0.0) << 3;
-            }
-            codes
-        }
+        Kind::Nf4 => counts.map(|c| c as u8),
+        Kind::Fp4 => counts.map(|c| FP4_ORDER[c as usize]),
     }
 }
 

@@ -19,6 +19,7 @@ pub mod record;
 pub mod rows;
 mod safetensors_header;
 pub mod safetensors_out;
+pub mod safetensors_placed;
 pub mod shards;
 pub mod table;
 pub mod template;
