@@ -113,6 +113,14 @@ pub fn quantization(common: Setting, layers: &BTreeMap<String, Option<Setting>>)
     value
 }
 
+/// Returns whether a mixture of mlx-lm gives a module the higher number of bits: values and down projections of the first and last eighth of
+/// the blocks and of every third between, and the head. For modules outside the blocks `block` is 0.
+pub fn takes_more_bits(module: &str, block: usize, blocks: usize) -> bool {
+    let eighth = blocks / 8;
+    let chosen = block < eighth || block >= 7 * blocks / 8 || block >= eighth && (block - eighth) % 3 == 2;
+    module.contains("lm_head") || chosen && (module.contains("v_proj") || module.contains("down_proj"))
+}
+
 /// Returns bits and group size of a layer.
 fn settings(config: &Value, layer: &str) -> Result<(usize, usize)> {
     let all = ["quantization", "quantization_config"].iter().find_map(|key| config.get(key)?.as_object());

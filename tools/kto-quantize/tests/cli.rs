@@ -139,7 +139,7 @@ fn existing_outputs_dry_runs_and_outputs_inside_the_model() {
     let (model, out) = (golden("tiny_llama_bf16"), top.path().join("out"));
     let output = run(&[text(&model), "-o", text(&out), "--dry-run"]);
     assert!(output.status.success() && !out.exists());
-    assert!(String::from_utf8(output.stdout).unwrap().contains("quantize 14 linear layers, 86016 values"));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("change 14 of 21 weights, 86016 values\n"));
     fs::create_dir(&out).unwrap();
     fs::write(out.join("mine"), "x").unwrap();
     assert_eq!(run(&[text(&model), "-o", text(&out)]).status.code(), Some(73));
