@@ -33,7 +33,8 @@ const PARTS: [&str; 6] = [
 
 /// Returns the weight that a tensor is a part of, if it is a part of a quantized weight of bitsandbytes.
 pub fn part_of(store: &TensorStore, name: &str) -> Option<String> {
-    let stored = |weight: &str| FourBitKind::ALL.iter().any(|k| store.contains(&format!("{weight}{}", k.suffix())));
+    let stored =
+        |weight: &str| FourBitKind::ALL.iter().any(|k| store.contains(&format!("{weight}{}", k.suffix())));
     let four = PARTS.iter().find_map(|part| name.strip_suffix(part).filter(|weight| stored(weight)));
     let eight = || {
         let layer = [".SCB", ".weight_format"].iter().find_map(|part| name.strip_suffix(part))?;

@@ -6,6 +6,7 @@ mod adapter_config;
 pub mod bnb;
 pub mod chat;
 pub mod companions;
+pub mod gguf;
 pub mod json;
 pub mod json_array;
 mod json_fault;

@@ -103,7 +103,8 @@ mod tests {
     fn tensors_grow_side_by_side() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.safetensors");
-        let specs = vec![TensorSpec::new("codes", Dtype::U8, [4]), TensorSpec::new("scales", Dtype::F32, [2])];
+        let specs =
+            vec![TensorSpec::new("codes", Dtype::U8, [4]), TensorSpec::new("scales", Dtype::F32, [2])];
         let late = [TensorSpec::new("a.state", Dtype::U8, [100]), TensorSpec::new("b.state", Dtype::U8, [9])];
         let start = || PlacedWriter::new(&path, specs.clone(), &late, &pt_metadata()).unwrap();
         let mut writer = start();

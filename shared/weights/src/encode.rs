@@ -53,8 +53,7 @@ pub fn encode(
         signal::check()?;
         let end = (start + piece).min(length);
         let sizes = codec.planes(end - start);
-        let mut rest: [&mut [u8]; PLANES] =
-            planes.each_mut().map(|plane| &mut plane[..]);
+        let mut rest: [&mut [u8]; PLANES] = planes.each_mut().map(|plane| &mut plane[..]);
         let mut jobs = Vec::with_capacity(TASKS);
         for at in (start..end).step_by(task) {
             let here = task.min(end - at);

@@ -82,7 +82,9 @@ impl Form {
             _ if shape.len() != 2 => Some("not a matrix".into()),
             Self::FourBit { .. } | Self::Int8 => None,
             Self::Affine { group, .. } if columns.is_multiple_of(group) => None,
-            Self::Affine { group, .. } => Some(format!("{columns} columns are no multiple of the group of {group}")),
+            Self::Affine { group, .. } => {
+                Some(format!("{columns} columns are no multiple of the group of {group}"))
+            }
             Self::Ggml(form) if columns.is_multiple_of(form.block().0) => None,
             Self::Ggml(form) => {
                 Some(format!("{columns} columns are no multiple of the block of {}", form.block().0))

@@ -133,7 +133,11 @@ impl<'a> Layout<'a> {
         for (i, (name, range)) in self.files.iter().enumerate() {
             let path = directory.path().join(name);
             // Named only when it was whole.
-            if directory.resumed() && report.is_none() && path.exists() && TensorStore::open_file(&path).is_ok() {
+            if directory.resumed()
+                && report.is_none()
+                && path.exists()
+                && TensorStore::open_file(&path).is_ok()
+            {
                 kept += 1;
                 for item in &self.items[range.clone()] {
                     progress.skip(item.bytes()?);
@@ -196,7 +200,8 @@ impl<'a> Layout<'a> {
                 map.insert(view.name.into(), json!(file));
             }
         }
-        let parameters: u64 = self.items.iter().map(|i| i.shape.iter().map(|d| *d as u64).product::<u64>()).sum();
+        let parameters: u64 =
+            self.items.iter().map(|i| i.shape.iter().map(|d| *d as u64).product::<u64>()).sum();
         let index = json!({
             "metadata": {"total_parameters": parameters, "total_size": total},
             "weight_map": Value::Object(map),
@@ -227,7 +232,10 @@ fn put(
 ) -> Result<Errors> {
     let tensors = form.tensors(&item.name, &item.shape)?;
     let name_of = |plane: usize| {
-        tensors.iter().find(|(_, o)| matches!(o, Origin::Plane(p) if *p == plane)).map(|(spec, _)| spec.name.clone())
+        tensors
+            .iter()
+            .find(|(_, o)| matches!(o, Origin::Plane(p) if *p == plane))
+            .map(|(spec, _)| spec.name.clone())
     };
     let names = [0, 1, 2].map(name_of);
     let codec = form.codec(values.columns());

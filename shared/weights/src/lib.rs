@@ -10,7 +10,9 @@
 mod encode;
 mod errors;
 mod form;
+pub mod gguf;
 mod layout;
+pub mod roles;
 mod source;
 mod weight;
 

@@ -1,15 +1,15 @@
 //! Which form each matrix gets: from form, recipe, overrides, and what was asked of embedding and head.
 
-use crate::{
-    args::{self, Args, FormName, Treatment},
-    names::{Role, matches},
-};
+use crate::args::{self, Args, FormName, Treatment};
 use kto_cli::{Error, Result, escape};
 use kto_formats::{
     bnb::FourBitKind,
     mlx::{self, Setting},
 };
-use kto_weights::Form;
+use kto_weights::{
+    Form,
+    roles::{Role, matches},
+};
 use safetensors::Dtype;
 use std::cell::RefCell;
 
@@ -59,7 +59,9 @@ impl Choice {
             }
         }
         if bnb && args.embeddings == Some(Treatment::Quantize) {
-            return Err(Error::usage("--embeddings quantize: transformers reads no quantized embedding of bitsandbytes"));
+            return Err(Error::usage(
+                "--embeddings quantize: transformers reads no quantized embedding of bitsandbytes",
+            ));
         }
         let default = if bnb { Treatment::Keep } else { Treatment::Quantize };
         let recipe = args.recipe.map(args::Recipe::bits);
@@ -107,7 +109,9 @@ impl Choice {
             FormName::Nf4 => four(FourBitKind::Nf4),
             FormName::Fp4 => four(FourBitKind::Fp4),
             FormName::Int8 => Form::Int8,
-            FormName::Mlx | FormName::Gguf => Form::Affine { bits: setting.bits, group: setting.group, dtype },
+            FormName::Mlx | FormName::Gguf => {
+                Form::Affine { bits: setting.bits, group: setting.group, dtype }
+            }
         })
     }
 

@@ -2,7 +2,6 @@
 
 use crate::{
     args::FormName,
-    names::role,
     plan::{Job, Plan},
 };
 use kto_formats::{
@@ -11,7 +10,7 @@ use kto_formats::{
     model_dir::QUANTIZED_FROM,
     safetensors_out::pt_metadata,
 };
-use kto_weights::Form;
+use kto_weights::{Form, roles::role};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -74,7 +73,9 @@ impl Plan {
     fn mlx_layers(&self) -> BTreeMap<String, Option<Setting>> {
         let mut layers = BTreeMap::new();
         for (name, form) in &self.forms {
-            let Some(module) = name.strip_suffix(".weight").filter(|module| role(module).is_some()) else { continue };
+            let Some(module) = name.strip_suffix(".weight").filter(|module| role(module).is_some()) else {
+                continue;
+            };
             let setting = match form {
                 Some(Form::Affine { bits, group, .. }) => Some(Setting { bits: *bits, group: *group }),
                 _ => None,

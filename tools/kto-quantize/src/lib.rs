@@ -9,9 +9,11 @@
 mod args;
 mod choice;
 mod config;
+mod gguf;
 mod memory;
-mod names;
 mod plan;
+
+use args::FormName;
 
 pub use args::Args;
 pub use plan::Plan;
@@ -36,6 +38,10 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
 }
 
 fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
+    if args.form == FormName::Gguf && !args.dequantize {
+        choice::Choice::new(args, 0)?;
+        return gguf::run(args, ui);
+    }
     let plan = Plan::new(args, ui)?;
     if args.dry_run {
         let mut out = Output::create(None)?;
@@ -99,7 +105,12 @@ fn describe(plan: &Plan) -> Result<String> {
     let (before, after) = memory::sizes(plan);
     let path = |path: &std::path::Path| escape(&path.display().to_string());
     let mut text = format!("model {}\noutput {}\n", path(&plan.model.path), path(&plan.output));
-    text += &format!("change {} of {} weights, {} values\n", plan.changed.len(), plan.forms.len(), plan.values()?);
+    text += &format!(
+        "change {} of {} weights, {} values\n",
+        plan.changed.len(),
+        plan.forms.len(),
+        plan.values()?
+    );
     for (form, count) in plan.summary() {
         text += &format!("{count} weights {form}\n");
     }

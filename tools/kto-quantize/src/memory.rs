@@ -50,7 +50,8 @@ fn weights(of: &Plan, architecture: &Architecture) -> WeightSize {
         let Some(form) = form else { continue };
         let shape = shape_of(of, name);
         let bytes = form.bytes(&shape);
-        let block = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        let block =
+            name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
         match block.and_then(|b| blocks.get_mut(b)) {
             Some(block) => *block += bytes,
             None if name.starts_with("model.embed_tokens.") => {
@@ -90,7 +91,9 @@ impl Batches for Rows {
 pub fn sizes(of: &Plan) -> (u64, u64) {
     let before = of.model.tensors.views().map(|v| v.data.len() as u64).sum();
     let after = of.forms.iter().map(|(name, form)| match form {
-        Some(form) => form.bytes(&shape_of(of, name)) + if matches!(form, Form::FourBit { .. }) { CONSTANTS } else { 0 },
+        Some(form) => {
+            form.bytes(&shape_of(of, name)) + if matches!(form, Form::FourBit { .. }) { CONSTANTS } else { 0 }
+        }
         None => of.model.tensors.get(name).map_or(0, |v| v.data.len() as u64),
     });
     (before, after.sum())

@@ -1,17 +1,16 @@
 //! What to do with every tensor, decided and checked before anything is written.
 
-use crate::{
-    Args,
-    args::FormName,
-    choice::Choice,
-    names::{LINEARS, Role, role},
-};
+use crate::{Args, args::FormName, choice::Choice};
 use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{
     bnb,
     model_dir::{ModelDir, refuse_output},
 };
-use kto_weights::{Content, Form, Item, Values, Weight, weights};
+use kto_weights::{
+    Content, Form, Item, Values, Weight,
+    roles::{LINEARS, Role, role},
+    weights,
+};
 use safetensors::Dtype;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -50,15 +49,11 @@ impl Plan {
     /// Opens the model and decides. Errors: 65 for a model that is quantized already or whose tensors are not those of a dense decoder;
     /// 2 for flags that do not fit the form, and names that match nothing.
     pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
-        let model = ModelDir::open(&args.model)?;
-        model.notes.iter().for_each(|note| ui.warn(note));
-        refuse_output(&args.output, &model.path)?;
+        let model = open(args, ui)?;
         let job = if args.dequantize {
             Job::Dequantize(args.dtype.map(Dtype::from))
         } else {
-            refuse_quantized(&model)?;
-            let blocks = check_blocks(&model)?;
-            Job::Quantize(args.form, Choice::new(args, blocks)?)
+            Job::Quantize(args.form, Choice::new(args, check_blocks(&model)?)?)
         };
         let mut plan = Self {
             output: args.output.clone(),
@@ -114,7 +109,10 @@ impl Plan {
                 return Err(Error::usage("--skip leaves no layer to quantize"));
             }
         } else if self.changed.is_empty() {
-            return Err(Error::data(format!("{}: not quantized, and of that dtype already", place(&self.model))));
+            return Err(Error::data(format!(
+                "{}: not quantized, and of that dtype already",
+                place(&self.model)
+            )));
         }
         Ok(())
     }
@@ -158,6 +156,17 @@ impl Plan {
     }
 }
 
+/// Opens the source. Errors (65) also: it is quantized and shall be quantized.
+pub fn open(args: &Args, ui: &Ui) -> Result<ModelDir> {
+    let model = ModelDir::open(&args.model)?;
+    model.notes.iter().for_each(|note| ui.warn(note));
+    refuse_output(&args.output, &model.path)?;
+    if !args.dequantize {
+        refuse_quantized(&model)?;
+    }
+    Ok(model)
+}
+
 fn refuse_quantized(model: &ModelDir) -> Result<()> {
     let method = model.config.get("quantization_config").and_then(|q| q.get("quant_method"));
     let hint = "kto-quantize --dequantize first";
@@ -180,7 +189,8 @@ fn place(model: &ModelDir) -> String {
 fn check_blocks(model: &ModelDir) -> Result<usize> {
     let (mut blocks, mut linears) = (0, 0);
     for view in model.tensors.views() {
-        let Some((block, rest)) = view.name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')) else {
+        let Some((block, rest)) = view.name.strip_prefix("model.layers.").and_then(|r| r.split_once('.'))
+        else {
             continue;
         };
         let name = escape(view.name);
@@ -210,7 +220,9 @@ fn check_blocks(model: &ModelDir) -> Result<usize> {
         && stated.as_u64() != Some(blocks as u64)
     {
         let stated = escape(&stated.to_string());
-        return Err(Error::data(format!("{place}: config.json says {stated} layers, the weights hold {blocks}")));
+        return Err(Error::data(format!(
+            "{place}: config.json says {stated} layers, the weights hold {blocks}"
+        )));
     }
     if linears != blocks * LINEARS.len() {
         let missing = (0..blocks)

@@ -28,8 +28,11 @@ fn all_162_cases_are_equal_bit_for_bit() {
         let Some(case) = name.strip_prefix("sha256.affine.") else { continue };
         let parts: Vec<&str> = case.split('.').collect();
         let [input, kind, bits, group] = parts[..] else { panic!("{case}") };
-        let codec =
-            Affine { bits: bits[1..].parse().unwrap(), group: group[1..].parse().unwrap(), dtype: dtype(kind) };
+        let codec = Affine {
+            bits: bits[1..].parse().unwrap(),
+            group: group[1..].parse().unwrap(),
+            dtype: dtype(kind),
+        };
         let input = golden[&format!("in.{input}.{kind}")].to_dtype(DType::F32).unwrap();
         let values: Vec<f32> = input.flatten_all().unwrap().to_vec1().unwrap();
         let [mut packed, mut scales, mut biases] = codec.planes(values.len()).map(|n| vec![0; n]);

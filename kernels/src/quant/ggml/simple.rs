@@ -44,8 +44,9 @@ pub fn q5_0(x: &[f32], out: &mut [u8]) -> bool {
 }
 
 pub fn q5_1(x: &[f32], out: &mut [u8]) -> bool {
-    let (low, high) =
-        x.iter().fold((f32::MAX, f32::MIN), |(l, h), &v| (if v < l { v } else { l }, if v > h { v } else { h }));
+    let (low, high) = x
+        .iter()
+        .fold((f32::MAX, f32::MIN), |(l, h), &v| (if v < l { v } else { l }, if v > h { v } else { h }));
     let d = (high - low) / 31.0;
     let id = inverse(d);
     let (Some(stored), Some(minimum)) = (half(d), half(low)) else { return false };

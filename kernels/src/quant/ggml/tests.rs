@@ -40,7 +40,11 @@ fn zeros_stay_zeros_and_constants_are_near() {
         assert!(round_trip(form, &[0.0; 512]).iter().all(|v| *v == 0.0), "{form:?}");
         for constant in [0.75f32, -0.3, 1e-2] {
             let back = round_trip(form, &[constant; 256]);
-            assert!(back.iter().all(|v| (v - constant).abs() < 0.13 * constant.abs()), "{form:?}: {} for {constant}", back[0]);
+            assert!(
+                back.iter().all(|v| (v - constant).abs() < 0.13 * constant.abs()),
+                "{form:?}: {} for {constant}",
+                back[0]
+            );
         }
     }
 }

@@ -103,7 +103,8 @@ impl QuantState {
         let bad = |key: &str| {
             Error::data(format!("quant_state: bad \"{key}\": {}", escape(&object[key].to_string())))
         };
-        let kind = get("quant_type")?.as_str().and_then(|t| FourBitKind::ALL.into_iter().find(|k| k.name() == t));
+        let kind =
+            get("quant_type")?.as_str().and_then(|t| FourBitKind::ALL.into_iter().find(|k| k.name() == t));
         let kind = kind.ok_or_else(|| bad("quant_type"))?;
         let size = |key: &str| -> Result<usize> {
             let value = get(key)?.as_u64().filter(|v| (2..=1 << 20).contains(v) && v.is_power_of_two());

@@ -1,4 +1,4 @@
-//! The names by which the user means modules, and what a module is.
+//! What a module is in a decoder, and the names by which users mean modules.
 
 /// The linear layers of a decoder block that are quantized.
 pub const LINEARS: [&str; 7] = [
@@ -59,7 +59,9 @@ mod tests {
         assert_eq!(role("model.layers.3.mlp.up_proj"), Some(Role::Linear(3)));
         assert_eq!(role("lm_head"), Some(Role::Head));
         assert_eq!(role("model.embed_tokens"), Some(Role::Embedding));
-        for other in ["model.layers.3.mlp.router", "model.layers.x.mlp.up_proj", "model.norm", "model.layers.3"] {
+        for other in
+            ["model.layers.3.mlp.router", "model.layers.x.mlp.up_proj", "model.norm", "model.layers.3"]
+        {
             assert_eq!(role(other), None, "{other}");
         }
     }
