@@ -11,6 +11,7 @@ pub mod json;
 pub mod json_array;
 mod json_fault;
 pub mod jsonl;
+pub mod lora;
 pub mod mlx;
 mod mmap;
 pub mod model_dir;
