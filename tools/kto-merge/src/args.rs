@@ -100,10 +100,6 @@ pub struct Args {
     /// Largest weight file: 5GB, 500MB, 2GiB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size, help_heading = "Output")]
     pub max_shard_size: u64,
-    /// After writing, compute a few sequences with base and adapter and with the result, and print the largest difference of
-    /// their log-probabilities
-    #[arg(long, conflicts_with_all = ["to", "extract"], help_heading = "Output")]
-    pub verify: bool,
     /// Check the inputs and print what would be done
     #[arg(long, visible_alias = "plan", help_heading = "Output")]
     pub dry_run: bool,

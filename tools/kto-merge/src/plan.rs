@@ -92,14 +92,19 @@ impl Plan {
     pub fn values<'a>(&'a self, args: &Args, name: &str) -> Result<Box<dyn Values + 'a>> {
         let base = &self.inputs.base;
         let name = base.tensors.require(name)?.name;
-        if let Some(saved) = self.inputs.saved(name) {
-            let columns = saved.shape.last().copied().unwrap_or(1);
-            return Ok(Box::new(Held { values: &saved.values, columns }));
-        }
-        let weight = Weight::find(base, name)?.ok_or_else(|| Error::internal("a weight without floats"))?;
-        Ok(match self.inputs.change(args, name, &weight) {
-            Some(change) => Box::new(Merged { base: Box::new(weight), change }),
-            None => Box::new(weight),
+        let base: Box<dyn Values + 'a> = match self.inputs.saved(name) {
+            Some(saved) => {
+                let columns = saved.shape.last().copied().unwrap_or(1);
+                Box::new(Held { values: &saved.values, columns })
+            }
+            None => {
+                let weight = Weight::find(base, name)?;
+                Box::new(weight.ok_or_else(|| Error::internal("a weight without floats"))?)
+            }
+        };
+        Ok(match self.inputs.change(args, name, &*base) {
+            Some(change) => Box::new(Merged { base, change }),
+            None => base,
         })
     }
 

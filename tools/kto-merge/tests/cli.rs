@@ -201,7 +201,7 @@ fn outputs_inside_an_input_are_usage_errors() {
     let out = top.path().join("out");
     let dry = run(&base, &adapter, &out, &["--dry-run"]);
     assert!(dry.status.success() && !out.exists());
-    assert!(String::from_utf8(dry.stdout).unwrap().contains("merge 14 modules, rank 8, scale 2"));
+    assert!(String::from_utf8(dry.stdout).unwrap().contains("merge 14 modules, rank 8, scale 2, weight 1"));
     merged(&base, &adapter, &out, &[]);
     // A run directory stands for its adapter.
     let in_run = top.path().join("run");
@@ -254,13 +254,18 @@ fn what_does_not_fit_is_named() {
     large.write(&top.path().join("large"), AdapterMeta::default()).unwrap();
     let (code, message) = refused(&base, &top.path().join("large"), &["--dtype", "f16"]);
     assert!(
-        code == 65 && message.contains("after rounding to F16") && message.contains("hint: --dtype"),
+        code == 65 && message.contains("too large for the form") && message.contains("hint: --dtype"),
         "{message}"
     );
     let config = top.path().join("layer/adapter_config.json");
-    let dora = fs::read_to_string(&config).unwrap().replace("\"use_dora\": false", "\"use_dora\": true");
-    fs::write(&config, dora).unwrap();
-    assert!(refused(&base, &top.path().join("layer"), &[]).1.contains("use_dora = true is not supported"));
+    let with = |from: &str, to: &str| {
+        let text = fs::read_to_string(&config).unwrap().replace(from, to);
+        fs::write(top.path().join("large/adapter_config.json"), text).unwrap();
+        refused(&base, &top.path().join("large"), &[]).1
+    };
+    assert!(with("\"use_dora\": false", "\"use_dora\": true").contains("no lora_magnitude_vector"));
+    assert!(with("\"use_qalora\": false", "\"use_qalora\": true").contains("use_qalora = true is not supported"));
+    assert!(with("\"rank_pattern\": {}", "\"rank_pattern\": {\"up_proj\": 4}").contains("expected [4, 64]"));
 }
 
 #[test]

@@ -80,7 +80,8 @@ fn tensors(store: &TensorStore, config: &AdapterConfig, ranks: &Pattern, alphas:
             None => {
                 let values = view.to_f32()?;
                 check_finite(view.name, 0, &values)?;
-                let name = rest.replace(".modules_to_save", "");
+                // Beside an adapted embedding PEFT saves the embedding itself.
+                let name = rest.replace(".modules_to_save", "").replace(".base_layer", "");
                 saved.insert(name, Saved { shape: view.shape.to_vec(), values });
             }
         }
