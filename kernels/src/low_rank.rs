@@ -30,7 +30,9 @@ mod tests {
     #[test]
     fn the_product_is_that_of_f64_on_odd_sizes() {
         for (columns, r) in [(1, 1), (7, 2), (1025, 3), (2048, 16)] {
-            let wave = |n: usize, seed: usize| -> Vec<f32> { (0..n).map(|i| ((i * 7 + seed) as f32).sin()).collect() };
+            let wave = |n: usize, seed: usize| -> Vec<f32> {
+                (0..n).map(|i| ((i * 7 + seed) as f32).sin()).collect()
+            };
             let (a, b, base) = (wave(r * columns, 1), wave(r, 2), wave(columns, 3));
             let mut row = base.clone();
             add_low_rank(&mut row, &b, &a, 0.25);

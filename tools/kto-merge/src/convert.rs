@@ -41,7 +41,8 @@ fn converted(args: &Args) -> Result<LoraSet> {
     }
     let factor = weight * args.scale;
     if factor != 1.0 && set.modules.values().any(|m| m.magnitude.is_some()) {
-        return Err(Error::usage("--scale: a DoRA adapter cannot be scaled as one").with_hint("--rank makes it plain"));
+        return Err(Error::usage("--scale: a DoRA adapter cannot be scaled as one")
+            .with_hint("--rank makes it plain"));
     }
     set.modules.values_mut().for_each(|m| m.scale *= factor);
     Ok(set)
@@ -99,9 +100,14 @@ fn mixed(args: &Args, rank: usize, ui: &Ui) -> Result<LoraSet> {
     for (name, parts) in by_module {
         let m = parts[0].module;
         let (rows, columns) = (m.out_features, m.in_features);
-        if let Some(other) = parts.iter().find(|p| (p.module.out_features, p.module.in_features) != (rows, columns)) {
+        if let Some(other) =
+            parts.iter().find(|p| (p.module.out_features, p.module.in_features) != (rows, columns))
+        {
             let shape = [other.module.out_features, other.module.in_features];
-            return Err(Error::data(format!("\"{}\" has shapes [{rows}, {columns}] and {shape:?}", escape(name))));
+            return Err(Error::data(format!(
+                "\"{}\" has shapes [{rows}, {columns}] and {shape:?}",
+                escape(name)
+            )));
         }
         // Without a base plain changes are taken of zeros, of which they do not depend.
         let zeros = if from_base { Vec::new() } else { vec![0.0; rows * columns] };
@@ -149,7 +155,8 @@ fn put(
         *least = (made.share, name.to_string());
     }
     let r = made.b.len() / out_features.max(1);
-    let module = LoraModule { a: made.a, b: made.b, r, in_features, out_features, scale: 1.0, magnitude: None };
+    let module =
+        LoraModule { a: made.a, b: made.b, r, in_features, out_features, scale: 1.0, magnitude: None };
     modules.insert(name.to_string(), module);
     Ok(())
 }
@@ -201,10 +208,15 @@ pub fn extract(args: &Args, tuned: &Path, ui: &Ui) -> Result<Exit> {
                 escape(name)
             )));
         };
-        let (Some(a), Some(b)) = (Weight::find(&base, name)?, Weight::find(&tuned, other.name)?) else { continue };
+        let (Some(a), Some(b)) = (Weight::find(&base, name)?, Weight::find(&tuned, other.name)?) else {
+            continue;
+        };
         if a.shape != b.shape {
             let name = escape(name);
-            return Err(Error::data(format!("\"{name}\" has shape {:?} in the base and {:?} in the other", a.shape, b.shape)));
+            return Err(Error::data(format!(
+                "\"{name}\" has shape {:?} in the base and {:?} in the other",
+                a.shape, b.shape
+            )));
         }
         kto_weights::check_finite_all(&a)?;
         kto_weights::check_finite_all(&b)?;
@@ -225,7 +237,11 @@ pub fn extract(args: &Args, tuned: &Path, ui: &Ui) -> Result<Exit> {
     }
     if !others.is_empty() {
         let shown: Vec<String> = others.iter().take(4).map(|n| escape(n)).collect();
-        ui.warn(format_args!("{} other tensors differ too and are not in the adapter: {}", others.len(), shown.join(", ")));
+        ui.warn(format_args!(
+            "{} other tensors differ too and are not in the adapter: {}",
+            others.len(),
+            shown.join(", ")
+        ));
     }
     tell(ui, &least, rank);
     let set = LoraSet {
@@ -257,7 +273,8 @@ fn write(args: &Args, set: &LoraSet, form: Ecosystem, ui: &Ui) -> Result<Exit> {
     record.output(Some(&args.output));
     args.adapters.iter().for_each(|path| record.directory(&adapter::directory(path)));
     record.check()?;
-    let directory = atomic::AtomicDir::create_if_changed(&args.output, args.force, args.common.make.if_changed)?;
+    let directory =
+        atomic::AtomicDir::create_if_changed(&args.output, args.force, args.common.make.if_changed)?;
     set.write(directory.path(), form)?;
     record.commit(directory, &args.output)?;
     ui.note(format_args!("{} modules of rank {}", set.modules.len(), set.rank()));

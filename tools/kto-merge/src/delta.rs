@@ -47,7 +47,8 @@ pub struct Change<'a> {
 impl Change<'_> {
     /// Adds the change to a row, which holds the base.
     pub fn add_to(&self, index: usize, row: &mut [f32], scratch: &mut Vec<f32>) {
-        let plain = self.mix.method == Method::Linear && self.parts.iter().all(|p| p.module.magnitude.is_none());
+        let plain =
+            self.mix.method == Method::Linear && self.parts.iter().all(|p| p.module.magnitude.is_none());
         if plain {
             for Part { module: m, weight, .. } in &self.parts {
                 let factor = (m.scale * weight * self.scale) as f32;

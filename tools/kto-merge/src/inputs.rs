@@ -78,7 +78,11 @@ impl Inputs {
             .modules
             .get(module)?
             .iter()
-            .map(|i| Part { module: &self.adapters[*i].modules[module], weight: self.weights[*i], adapter: *i })
+            .map(|i| Part {
+                module: &self.adapters[*i].modules[module],
+                weight: self.weights[*i],
+                adapter: *i,
+            })
             .collect();
         let mix = Mix::new(args.method, args.density, args.seed, module, &parts, base);
         Some(Change { parts, mix, scale: args.scale })
@@ -110,13 +114,16 @@ fn check(base: &ModelDir, adapter: &LoraSet) -> Result<()> {
     let shapes = adapter.modules.iter().map(|(module, m)| {
         (format!("{module}.weight"), module.as_str(), vec![m.out_features, m.in_features])
     });
-    let saved = adapter.saved.iter().map(|(name, s)| {
-        (name.clone(), name.strip_suffix(".weight").unwrap_or(name), s.shape.clone())
-    });
+    let saved = adapter
+        .saved
+        .iter()
+        .map(|(name, s)| (name.clone(), name.strip_suffix(".weight").unwrap_or(name), s.shape.clone()));
     for (name, module, expected) in shapes.chain(saved) {
         let shown = escape(module);
         if tied && module == "lm_head" {
-            return Err(Error::data(format!("\"{shown}\" is adapted, but the base ties it to the embedding")));
+            return Err(Error::data(format!(
+                "\"{shown}\" is adapted, but the base ties it to the embedding"
+            )));
         }
         let Some(view) = base.tensors.get(&name) else {
             return Err(Error::data(format!(

@@ -169,7 +169,8 @@ fn eigen(mut m: Vec<f64>, k: usize) -> (Vec<f64>, Vec<f64>) {
     let mut vectors = vec![0.0; k * k];
     (0..k).for_each(|i| vectors[i * k + i] = 1.0);
     for _ in 0..60 {
-        let off: f64 = (0..k).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| m[i * k + j] * m[i * k + j]).sum();
+        let off: f64 =
+            (0..k).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| m[i * k + j] * m[i * k + j]).sum();
         let diagonal: f64 = (0..k).map(|i| m[i * k + i] * m[i * k + i]).sum();
         if off <= 1e-30 * diagonal {
             break;
@@ -227,7 +228,9 @@ mod tests {
     fn product(b: &[f32], a: &[f32], rows: usize, columns: usize) -> Vec<f32> {
         let r = b.len() / rows;
         let element = |i: usize| -> f32 {
-            (0..r).map(|k| f64::from(b[i / columns * r + k]) * f64::from(a[k * columns + i % columns])).sum::<f64>() as f32
+            (0..r)
+                .map(|k| f64::from(b[i / columns * r + k]) * f64::from(a[k * columns + i % columns]))
+                .sum::<f64>() as f32
         };
         (0..rows * columns).map(element).collect()
     }

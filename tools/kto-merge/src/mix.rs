@@ -25,7 +25,14 @@ const ROWS: usize = 64;
 
 impl Mix {
     /// Prepares mixing for a weight. For TIES this computes the changes twice, to find the thresholds.
-    pub fn new(method: Method, density: f64, seed: u64, module: &str, parts: &[Part], base: &dyn Values) -> Self {
+    pub fn new(
+        method: Method,
+        density: f64,
+        seed: u64,
+        module: &str,
+        parts: &[Part],
+        base: &dyn Values,
+    ) -> Self {
         let name = module.bytes().fold(0, |key, byte| random::key(&[key, u64::from(byte)]));
         let keys = parts.iter().map(|p| random::key(&[seed, p.adapter as u64, name])).collect();
         let thresholds = match method {
@@ -136,13 +143,25 @@ mod tests {
 
     fn module(values: &[f32]) -> LoraModule {
         let n = values.len();
-        LoraModule { a: values.to_vec(), b: vec![1.0], r: 1, in_features: n, out_features: 1, scale: 1.0, magnitude: None }
+        LoraModule {
+            a: values.to_vec(),
+            b: vec![1.0],
+            r: 1,
+            in_features: n,
+            out_features: 1,
+            scale: 1.0,
+            magnitude: None,
+        }
     }
 
     fn mixed(method: Method, density: f64, changes: &[&[f32]], weights: &[f64]) -> Vec<f32> {
         let modules: Vec<_> = changes.iter().map(|c| module(c)).collect();
-        let parts: Vec<Part> =
-            modules.iter().zip(weights).enumerate().map(|(adapter, (module, w))| Part { module, weight: *w, adapter }).collect();
+        let parts: Vec<Part> = modules
+            .iter()
+            .zip(weights)
+            .enumerate()
+            .map(|(adapter, (module, w))| Part { module, weight: *w, adapter })
+            .collect();
         let zeros = vec![0.0; changes[0].len()];
         let base = Held { values: &zeros, columns: zeros.len() };
         let mix = Mix::new(method, density, 7, "m", &parts, &base);

@@ -53,7 +53,10 @@ pub fn identity(adapter: &LoraSet) -> String {
     };
     for (module, m) in &adapter.modules {
         floats(module, &[m.scale as f32]);
-        [Some(&m.a), Some(&m.b), m.magnitude.as_ref()].into_iter().flatten().for_each(|values| floats("", values));
+        [Some(&m.a), Some(&m.b), m.magnitude.as_ref()]
+            .into_iter()
+            .flatten()
+            .for_each(|values| floats("", values));
     }
     for (name, saved) in &adapter.saved {
         floats(name, &saved.values);

@@ -77,7 +77,10 @@ impl Plan {
             };
             let float = matches!(form, Form::Float(_));
             dequantized += usize::from(weight.quantized && float);
-            let same = weight.quantized && !float && !touched && (has_nf4 && is_nf4(form) || has_mlx && !is_nf4(form));
+            let same = weight.quantized
+                && !float
+                && !touched
+                && (has_nf4 && is_nf4(form) || has_mlx && !is_nf4(form));
             targets.insert(name.to_string(), if same { Target::Same } else { Target::Form(form) });
         }
         if !quantized && (bnb::is_quantized(&base.tensors) || states_quantization(&base.config)) {
@@ -169,10 +172,12 @@ impl Plan {
             let key = if map.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
             map.insert(key.into(), torch_name(dtype).into());
         }
-        let forms = || self.targets.iter().filter_map(|(name, t)| match t {
-            Target::Form(form) => Some((name, *form)),
-            Target::Same => None,
-        });
+        let forms = || {
+            self.targets.iter().filter_map(|(name, t)| match t {
+                Target::Form(form) => Some((name, *form)),
+                Target::Same => None,
+            })
+        };
         match self.form {
             Some(FormName::Nf4) => {
                 let compute = forms().find_map(|(_, form)| match form {
@@ -186,7 +191,9 @@ impl Plan {
             Some(FormName::Mlx) => {
                 let mut layers = BTreeMap::new();
                 for (name, form) in forms() {
-                    let Some(module) = name.strip_suffix(".weight").filter(|m| role(m).is_some()) else { continue };
+                    let Some(module) = name.strip_suffix(".weight").filter(|m| role(m).is_some()) else {
+                        continue;
+                    };
                     let setting = match form {
                         Form::Affine { bits, group, .. } => Some(Setting { bits, group }),
                         _ => None,
@@ -214,7 +221,8 @@ impl Plan {
     /// Returns a text that tells everything the result depends on, for a later run.
     pub fn identity(&self, args: &Args) -> String {
         let adapters: Vec<String> = self.inputs.adapters.iter().map(origin::identity).collect();
-        let targets: Vec<String> = self.targets.iter().map(|(name, target)| format!("{name} {target:?}")).collect();
+        let targets: Vec<String> =
+            self.targets.iter().map(|(name, target)| format!("{name} {target:?}")).collect();
         format!(
             "kto-merge {} into {}\n{adapters:?} {:?} {} {:?} {} {} {:?}\nfiles of {} bytes\n{}\n",
             env!("CARGO_PKG_VERSION"),
@@ -244,7 +252,12 @@ fn nf4(inputs: &Inputs, weight: &Weight, has_nf4: bool) -> Result<Form> {
     Ok(match Nf4Tensor::find(&inputs.base.tensors, weight.name)? {
         Some(stored) => {
             let state = &stored.state;
-            Form::FourBit { kind: state.kind, block: state.block, nested: state.nested.is_some(), dtype: state.dtype }
+            Form::FourBit {
+                kind: state.kind,
+                block: state.block,
+                nested: state.nested.is_some(),
+                dtype: state.dtype,
+            }
         }
         None if !has_nf4 && matches!(role(module), Some(Role::Linear(_))) => {
             Form::FourBit { kind: FourBitKind::Nf4, block: bnb::BLOCK, nested: true, dtype: weight.dtype }

@@ -103,7 +103,11 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
     for name in plan.targets.keys() {
         let weight = Weight::find(base, base.tensors.require(name)?.name)?;
         let weight = weight.ok_or_else(|| {
-            Error::data(format!("{}: tensor \"{}\" holds no floats", base.tensors.place_of(name), escape(name)))
+            Error::data(format!(
+                "{}: tensor \"{}\" holds no floats",
+                base.tensors.place_of(name),
+                escape(name)
+            ))
         })?;
         all.push((name.clone(), weight.shape, weight.dtype));
     }
@@ -124,7 +128,8 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
 fn describe(args: &Args, plan: &Plan) -> String {
     let path = |path: &std::path::Path| escape(&path.display().to_string());
     let mut text = format!("base {}\noutput {}\n", path(&plan.inputs.base.path), path(&args.output));
-    for ((adapter, weight), from) in plan.inputs.adapters.iter().zip(&plan.inputs.weights).zip(&args.adapters) {
+    for ((adapter, weight), from) in plan.inputs.adapters.iter().zip(&plan.inputs.weights).zip(&args.adapters)
+    {
         let scales: std::collections::BTreeSet<String> =
             adapter.modules.values().map(|m| m.scale.to_string()).collect();
         let scales: Vec<String> = scales.into_iter().collect();

@@ -77,7 +77,10 @@ fn modules(store: &TensorStore, scale: f64, dora: bool) -> Result<BTreeMap<Strin
             true => {
                 let (shape, m) = get("m")?;
                 if shape != [last] {
-                    return Err(Error::data(format!("\"{}\": m of shape {shape:?}, expected [{last}]", escape(module))));
+                    return Err(Error::data(format!(
+                        "\"{}\": m of shape {shape:?}, expected [{last}]",
+                        escape(module)
+                    )));
                 }
                 Some(m)
             }
@@ -95,15 +98,21 @@ fn modules(store: &TensorStore, scale: f64, dora: bool) -> Result<BTreeMap<Strin
 
 pub fn write(set: &LoraSet, dir: &Path) -> Result<()> {
     if let Some(name) = set.saved.keys().next() {
-        return Err(Error::data(format!("\"{}\" was trained whole, which mlx-lm's adapters cannot say", escape(name)))
-            .with_hint("merge it into the base instead"));
+        return Err(Error::data(format!(
+            "\"{}\" was trained whole, which mlx-lm's adapters cannot say",
+            escape(name)
+        ))
+        .with_hint("merge it into the base instead"));
     }
     let dora = set.modules.values().any(|m| m.magnitude.is_some());
     let (r, scale) = set.modules.values().next().map_or((1, 1.0), |m| (m.r, m.scale));
     let odd = set.modules.iter().find(|(_, m)| m.r != r || m.magnitude.is_some() != dora);
     if let Some((module, _)) = odd {
-        return Err(Error::data(format!("\"{}\": mlx-lm has one rank and kind for all modules", escape(module)))
-            .with_hint("--rank makes one rank of them"));
+        return Err(Error::data(format!(
+            "\"{}\": mlx-lm has one rank and kind for all modules",
+            escape(module)
+        ))
+        .with_hint("--rank makes one rank of them"));
     }
     let mut specs = Vec::new();
     let mut values: BTreeMap<String, Vec<f32>> = BTreeMap::new();

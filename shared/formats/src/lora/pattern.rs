@@ -20,7 +20,8 @@ impl Pattern {
         let mut entries = Vec::new();
         for (name, value) in map {
             let value = value.as_f64().filter(|v| v.is_finite() && *v > 0.0);
-            let value = value.ok_or_else(|| Error::data(format!("{key}: \"{}\" has no number", escape(name))))?;
+            let value =
+                value.ok_or_else(|| Error::data(format!("{key}: \"{}\" has no number", escape(name))))?;
             let plain = name.replace("\\.", ".");
             let rest = plain.strip_prefix('^').unwrap_or(&plain);
             if !rest.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) || rest.is_empty() {
@@ -57,11 +58,19 @@ mod tests {
 
     #[test]
     fn the_first_key_that_matches_counts() {
-        let pattern = read(json!({"layers.1.mlp.up_proj": 4, "up_proj": 8, "^model.x": 2, "a\\.b": 3})).unwrap();
+        let pattern =
+            read(json!({"layers.1.mlp.up_proj": 4, "up_proj": 8, "^model.x": 2, "a\\.b": 3})).unwrap();
         assert_eq!(pattern.of("model.layers.1.mlp.up_proj"), Some(4.0));
         assert_eq!(pattern.of("model.layers.11.mlp.up_proj"), Some(8.0));
         assert_eq!(pattern.of("model.layers.11.mlp.gup_proj"), None);
-        assert_eq!((pattern.of("model.x"), pattern.of("y.model.x"), pattern.of("q.a.b")), (Some(2.0), None, Some(3.0)));
-        assert!(read(json!({"layers.[01].x": 4})).is_err() && read(json!({"x": "4"})).is_err() && read(json!([])).is_err());
+        assert_eq!(
+            (pattern.of("model.x"), pattern.of("y.model.x"), pattern.of("q.a.b")),
+            (Some(2.0), None, Some(3.0))
+        );
+        assert!(
+            read(json!({"layers.[01].x": 4})).is_err()
+                && read(json!({"x": "4"})).is_err()
+                && read(json!([])).is_err()
+        );
     }
 }

@@ -22,7 +22,8 @@ use std::{
 };
 
 /// Features that this reader has and the one of training has not.
-const MORE: [&str; 6] = ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "trainable_token_indices"];
+const MORE: [&str; 6] =
+    ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "trainable_token_indices"];
 
 pub fn read(dir: &Path) -> Result<LoraSet> {
     let place = shown(&dir.join(adapter::CONFIG));
@@ -66,16 +67,28 @@ const PARTS: [&str; 6] = [
 
 type Tensors = (BTreeMap<String, LoraModule>, BTreeMap<String, Saved>);
 
-fn tensors(store: &TensorStore, config: &AdapterConfig, ranks: &Pattern, alphas: &Pattern, dora: bool) -> Result<Tensors> {
+fn tensors(
+    store: &TensorStore,
+    config: &AdapterConfig,
+    ranks: &Pattern,
+    alphas: &Pattern,
+    dora: bool,
+) -> Result<Tensors> {
     let (mut names, mut saved) = (BTreeSet::new(), BTreeMap::new());
     for view in store.views() {
         let Some(rest) = view.name.strip_prefix(PREFIX) else {
-            return Err(Error::data(format!("tensor \"{}\": its name does not begin with {PREFIX}", escape(view.name))));
+            return Err(Error::data(format!(
+                "tensor \"{}\": its name does not begin with {PREFIX}",
+                escape(view.name)
+            )));
         };
         match PARTS.iter().find_map(|part| rest.strip_suffix(part)) {
             Some(module) => drop(names.insert(module)),
             None if rest.contains("lora_") => {
-                return Err(Error::data(format!("tensor \"{}\" is not a part of a LoRA layer", escape(view.name))));
+                return Err(Error::data(format!(
+                    "tensor \"{}\" is not a part of a LoRA layer",
+                    escape(view.name)
+                )));
             }
             None => {
                 let values = view.to_f32()?;
@@ -103,8 +116,11 @@ fn read_module(
 ) -> Result<LoraModule> {
     let get = |part: &str| store.get(&format!("{PREFIX}{module}{part}"));
     let linear = get(".lora_A.weight").is_some() || get(".lora_B.weight").is_some();
-    let (a_name, b_name) =
-        if linear { (".lora_A.weight", ".lora_B.weight") } else { (".lora_embedding_A", ".lora_embedding_B") };
+    let (a_name, b_name) = if linear {
+        (".lora_A.weight", ".lora_B.weight")
+    } else {
+        (".lora_embedding_A", ".lora_embedding_B")
+    };
     let (a, b) = match (get(a_name), get(b_name)) {
         (Some(a), Some(b)) => (a, b),
         (Some(found), None) | (None, Some(found)) => {
@@ -148,11 +164,22 @@ fn read_module(
             return Err(Error::data(format!("tensor \"{}\": DoRA where there is none", escape(view.name))));
         }
         (None, true) => {
-            return Err(Error::data(format!("\"{}\": use_dora, but no lora_magnitude_vector", escape(module))));
+            return Err(Error::data(format!(
+                "\"{}\": use_dora, but no lora_magnitude_vector",
+                escape(module)
+            )));
         }
     };
     if linear {
-        return Ok(LoraModule { a: a_values, b: b_values, r, in_features: columns, out_features: rows, scale, magnitude });
+        return Ok(LoraModule {
+            a: a_values,
+            b: b_values,
+            r,
+            in_features: columns,
+            out_features: rows,
+            scale,
+            magnitude,
+        });
     }
     // An embedding's matrices are stored the other way round: A (R, vocabulary), B (hidden, R).
     let (a, b) = (transposed(&b_values, rows, r), transposed(&a_values, r, columns));
@@ -180,8 +207,16 @@ pub fn write(set: &LoraSet, dir: &Path) -> Result<()> {
     };
     for (module, m) in &set.modules {
         if is_embedding(module) {
-            put(format!("{module}.lora_embedding_A"), vec![m.r, m.out_features], transposed(&m.b, m.out_features, m.r));
-            put(format!("{module}.lora_embedding_B"), vec![m.in_features, m.r], transposed(&m.a, m.r, m.in_features));
+            put(
+                format!("{module}.lora_embedding_A"),
+                vec![m.r, m.out_features],
+                transposed(&m.b, m.out_features, m.r),
+            );
+            put(
+                format!("{module}.lora_embedding_B"),
+                vec![m.in_features, m.r],
+                transposed(&m.a, m.r, m.in_features),
+            );
             continue;
         }
         put(format!("{module}.lora_A.weight"), vec![m.r, m.in_features], m.a.clone());

@@ -38,7 +38,10 @@ fn both_forms_are_read_back() {
             let path = dir.path().join(format!("{ecosystem:?}{dora}"));
             made.write(&path, ecosystem).unwrap();
             let back = LoraSet::read(&path).unwrap();
-            assert_eq!((back.modules, back.base_fingerprint, back.dropout), (made.modules.clone(), made.base_fingerprint.clone(), 0.25));
+            assert_eq!(
+                (back.modules, back.base_fingerprint, back.dropout),
+                (made.modules.clone(), made.base_fingerprint.clone(), 0.25)
+            );
             assert_eq!((back.ecosystem, back.base_name.as_deref()), (ecosystem, Some("some/base")));
         }
     }
