@@ -85,14 +85,10 @@ peers: demo ## load what the demo made in PEFT, transformers and pyarrow; share 
 	$(PYTHON) scripts/oracle/peers.py demo-out
 	$(PYTHON) scripts/check-hub.py
 
-<<<<<<< HEAD
-bench: build ## our step and TRL's in turn, growth, kernels, memory; 45 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
-=======
 bench-rewrite: build ## kto-quantize and kto-merge beside bitsandbytes and PEFT on a 1B-shaped model (PYTHON= with all of them)
 	$(PYTHON) scripts/bench/rewrite.py
 
-bench: build ## our step and TRL's in turn, growth, kernels; 35 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
->>>>>>> ac463b7 (docs and tests of kto-quantize and kto-merge)
+bench: build ## our step and TRL's in turn, growth, kernels, memory; 45 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
 	$(PYTHON) scripts/bench/compare.py allocator paired-default paired-precomputed small-memory unshared
 	$(PYTHON) scripts/bench/growth.py
 	$(PYTHON) scripts/bench/kernels.py

@@ -44,8 +44,8 @@ Examples:
 #[command(name = "kto-merge", about = ABOUT, long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
 #[command(group(ArgGroup::new("what").required(true).args(["adapters", "extract"])))]
 pub struct Args {
-    /// Model directory that the adapter was trained on; only --to does without
-    #[arg(long, value_name = "DIR", required_unless_present = "to", help_heading = "Input")]
+    /// Model that the adapter was trained on: a directory, or org/name[@revision] on the hub; only --to does without
+    #[arg(long, value_name = "DIR|NAME", required_unless_present = "to", help_heading = "Input")]
     pub base: Option<PathBuf>,
     /// Adapter directory of PEFT or mlx-lm, or a run directory of kto-train with its adapter; may be repeated
     #[arg(long = "adapter", value_name = "DIR", help_heading = "Input")]

@@ -12,6 +12,7 @@ use kto_formats::{
     lora::{LoraModule, LoraSet, Saved},
     model_dir::{ModelDir, refuse_output},
 };
+use kto_hub::Need;
 use kto_weights::{Values, Weight};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,7 +36,7 @@ impl Inputs {
     /// for another base or a second merge.
     pub fn open(args: &Args, ui: &Ui) -> Result<Self> {
         let path = args.base.as_ref().ok_or_else(|| Error::usage("--base is needed"))?;
-        let base = ModelDir::open(path)?;
+        let base = ModelDir::open(&kto_hub::locate(path, &Need::Weights(|_| Ok(())), ui)?)?;
         refuse_output(&args.output, &base.path)?;
         let (mut adapters, weights) = adapters(args)?;
         base.notes.iter().for_each(|note| ui.warn(note));

@@ -26,8 +26,7 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     let threads = args.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.map_err(|e| Error::internal(format!("no threads: {e}")))?;
-    pool.install(|| match (&args.extract, args.to) {
+    pool.map_err(Error::threads)?.install(|| match (&args.extract, args.to) {
         (Some(tuned), _) => convert::extract(&args, tuned, ui),
         (None, Some(form)) => convert::adapter(&args, form, ui),
         (None, None) => whole::merge(&args, ui),

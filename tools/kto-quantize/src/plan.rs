@@ -6,6 +6,7 @@ use kto_formats::{
     bnb,
     model_dir::{ModelDir, refuse_output},
 };
+use kto_hub::Need;
 use kto_weights::{
     Content, Form, Item, Values, Weight,
     roles::{LINEARS, Role, role},
@@ -158,7 +159,7 @@ impl Plan {
 
 /// Opens the source. Errors (65) also: it is quantized and shall be quantized.
 pub fn open(args: &Args, ui: &Ui) -> Result<ModelDir> {
-    let model = ModelDir::open(&args.model)?;
+    let model = ModelDir::open(&kto_hub::locate(&args.model, &Need::Weights(|_| Ok(())), ui)?)?;
     model.notes.iter().for_each(|note| ui.warn(note));
     refuse_output(&args.output, &model.path)?;
     if !args.dequantize {
