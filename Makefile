@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory bench-data doc man completions install dist clean
+.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda check fmt fmt-check lint deny golden peers bench bench-large bench-rewrite bench-kernels bench-memory bench-data doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ golden: ## check the fixtures against TRL and transformers (PYTHON=, versions: t
 peers: demo ## load what the demo made in PEFT, transformers and pyarrow; share a cache with huggingface_hub (PYTHON=)
 	$(PYTHON) scripts/oracle/peers.py demo-out
 	$(PYTHON) scripts/check-hub.py
+
+bench-rewrite: build ## kto-quantize and kto-merge beside bitsandbytes and PEFT on a 1B-shaped model (PYTHON= with all of them)
+	$(PYTHON) scripts/bench/rewrite.py
 
 bench: build ## our step and TRL's in turn, growth, kernels, memory; 45 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
 	$(PYTHON) scripts/bench/compare.py allocator paired-default paired-precomputed small-memory unshared

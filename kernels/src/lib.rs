@@ -16,6 +16,7 @@ mod gated;
 mod gemm;
 pub mod gpu;
 mod logprob;
+mod low_rank;
 mod matmul;
 mod parallel;
 pub mod quant;
@@ -40,6 +41,7 @@ pub use elementwise::{
 };
 pub use gated::{geglu, geglu_backward, swiglu, swiglu_backward};
 pub use logprob::{LogprobStats, logprob_stats, logprob_unit_gradient};
+pub use low_rank::add_low_rank;
 pub use matmul::{Factor, Onto, Product, matmul, multiply};
 pub use parallel::with_team;
 pub use real::Real;

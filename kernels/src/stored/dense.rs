@@ -41,9 +41,24 @@ impl Dense {
         }
     }
 
+    /// Writes as many values as `out` holds, as f32.
+    pub(crate) fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        widen(self, bytes, 0, out);
+    }
+
+    /// Rounds a value into its bytes. Returns whether it is finite there.
+    pub(crate) fn store(self, v: f32, bytes: &mut [u8]) -> bool {
+        match self {
+            Self::F32 => bytes.copy_from_slice(&v.to_le_bytes()),
+            Self::F16 => bytes.copy_from_slice(&f16::from_f32(v).to_le_bytes()),
+            Self::Bf16 => bytes.copy_from_slice(&bf16::from_f32(v).to_le_bytes()),
+        }
+        self.round(v).is_finite()
+    }
+
     /// Rounds to this type, nearest and ties to even, and widens again.
     #[inline(always)]
-    pub(super) fn round(self, v: f32) -> f32 {
+    pub(crate) fn round(self, v: f32) -> f32 {
         match self {
             Self::F32 => v,
             Self::F16 => f16::from_f32(v).to_f32(),

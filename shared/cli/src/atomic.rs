@@ -6,6 +6,7 @@
 
 mod dir;
 mod equal;
+mod partial;
 
 pub use dir::AtomicDir;
 
@@ -73,6 +74,12 @@ impl AtomicFile {
     /// Appends `bytes`.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.writer.write_all(bytes).map_err(|e| Error::writing(&self.shown, &e))
+    }
+    /// Writes `bytes` at an offset from the beginning; what lies between may be written later. For files alone, not for pipes, and
+    /// not after [`AtomicFile::write`].
+    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        use std::os::unix::fs::FileExt;
+        self.writer.get_ref().write_all_at(bytes, offset).map_err(|e| Error::writing(&self.shown, &e))
     }
     /// Makes the file final: flush, fsync, rename, fsync of the directory.
     pub fn commit(mut self) -> Result<()> {

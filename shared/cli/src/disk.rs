@@ -16,6 +16,12 @@ pub fn require_free(target: &Path, bytes: u64) -> Result<()> {
     Err(Error::new(Kind::Io, format!("{place}: {need} MB are needed, the disk has {have} MB free")))
 }
 
+/// Returns the bytes of the files of a directory: what a run that goes on need not write any more.
+pub fn used(directory: &Path) -> u64 {
+    let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).filter(|m| m.is_file()).map(|m| m.len()).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

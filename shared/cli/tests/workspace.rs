@@ -78,8 +78,9 @@ fn crates_depend_only_downwards() {
             "kto-kernel-checks" => &["kto-kernels"],
             "kto-formats" => &["kto-cli"],
             "kto-hub" => &["kto-cli", "kto-formats"],
-            "kto-model" => &["kto-cli", "kto-formats", "kto-kernels"],
-            _ => &["kto-cli", "kto-formats", "kto-hub", "kto-model", "kto-kernels"],
+            "kto-weights" => &["kto-cli", "kto-formats", "kto-kernels"],
+            "kto-model" => &["kto-cli", "kto-formats", "kto-kernels", "kto-weights"],
+            _ => &["kto-cli", "kto-formats", "kto-hub", "kto-model", "kto-kernels", "kto-weights"],
         }
     };
     for from in &graph.members {

@@ -23,9 +23,9 @@ pub const CONFIG: &str = "adapter_config.json";
 /// File name of the matrices.
 pub const WEIGHTS: &str = "adapter_model.safetensors";
 /// Key of the base model's fingerprint in the safetensors metadata.
-const FINGERPRINT: &str = "kto.base_fingerprint";
+pub(crate) const FINGERPRINT: &str = "kto.base_fingerprint";
 /// What PEFT puts before module names.
-const PREFIX: &str = "base_model.model.";
+pub(crate) const PREFIX: &str = "base_model.model.";
 
 /// The two matrices of one adapted linear layer, in f32.
 #[derive(Clone, Debug, PartialEq)]

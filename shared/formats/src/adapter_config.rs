@@ -95,7 +95,7 @@ impl AdapterConfig {
     }
 }
 
-fn from_object(object: &Map<String, Value>) -> Result<AdapterConfig> {
+pub(crate) fn from_object(object: &Map<String, Value>) -> Result<AdapterConfig> {
     refuse_unsupported(object)?;
     let peft = PeftConfig::read(object)?;
     if peft.changes_base() {

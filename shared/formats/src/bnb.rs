@@ -1,16 +1,16 @@
-//! 4-bit weights in the form that transformers and bitsandbytes store them: NF4, with or without double quantization.
+//! 4-bit weights in the form that transformers and bitsandbytes store them: NF4 or FP4, with or without double quantization.
 //!
 //! Read by the loaders of kto-train and kto-eval and by kto-merge, written by kto-quantize. Whether a weight is 4-bit is
 //! decided per tensor by the presence of its quant_state, never by config.json: mixed checkpoints exist.
 //! For a weight `X` of shape (out, in) the file holds `X` (packed codes), `X.absmax`, `X.quant_map`,
 //! `X.quant_state.bitsandbytes__nf4` and, with double quantization, `X.nested_absmax`, `X.nested_quant_map`.
-//! 8-bit weights are read by [`Int8Tensor`]. Deliberately absent: the search for codes (see `kto-kernels`), FP4.
+//! 8-bit weights are [`Int8Tensor`]. Deliberately absent: the search for codes (see `kto-kernels`).
 
-mod int8;
+pub mod int8;
 mod quant_state;
 
 pub use int8::Int8Tensor;
-pub use quant_state::{BLOCK, NESTED_BLOCK, QuantState, torch_name};
+pub use quant_state::{BLOCK, FourBitKind, NESTED_BLOCK, QuantState, torch_name};
 
 use crate::{
     safetensors_out::TensorSpec,
@@ -21,11 +21,27 @@ use kto_cli::{Context, Error, Result, escape};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-/// What follows a weight's name in the name of its quant_state.
-const STATE: &str = ".quant_state.bitsandbytes__nf4";
-
 /// Suffixes of all tensors that belong to a 4-bit weight, beside the weight itself.
-pub const PARTS: [&str; 5] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE];
+const PARTS: [&str; 6] = [
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+];
+
+/// Returns the weight that a tensor is a part of, if it is a part of a quantized weight of bitsandbytes.
+pub fn part_of(store: &TensorStore, name: &str) -> Option<String> {
+    let stored =
+        |weight: &str| FourBitKind::ALL.iter().any(|k| store.contains(&format!("{weight}{}", k.suffix())));
+    let four = PARTS.iter().find_map(|part| name.strip_suffix(part).filter(|weight| stored(weight)));
+    let eight = || {
+        let layer = [".SCB", ".weight_format"].iter().find_map(|part| name.strip_suffix(part))?;
+        store.contains(&format!("{layer}.SCB")).then(|| format!("{layer}.weight"))
+    };
+    four.map(str::to_string).or_else(eight)
+}
 
 /// A 4-bit weight, still packed.
 pub struct Nf4Tensor<'a> {
@@ -62,10 +78,11 @@ impl<'a> Nf4Tensor<'a> {
     /// Returns the weight `name` if it is stored in 4 bits, `None` if it is not. Errors (65) name the part that is
     /// missing or does not fit.
     pub fn find(store: &'a TensorStore, name: &str) -> Result<Option<Self>> {
-        let Some(state) = store.get(&format!("{name}{STATE}")) else {
+        let state = FourBitKind::ALL.iter().find_map(|kind| store.get(&format!("{name}{}", kind.suffix())));
+        let Some(state) = state else {
             if store.contains(&format!("{name}.absmax")) {
                 return Err(Error::data(format!(
-                    "tensor \"{}\": quantized, but not as NF4 of bitsandbytes",
+                    "tensor \"{}\": quantized, but not as NF4 or FP4 of bitsandbytes",
                     escape(name)
                 )));
             }
@@ -196,44 +213,81 @@ pub fn is_quantized(store: &TensorStore) -> bool {
         .any(|n| n.contains(".quant_state.bitsandbytes__") || last.iter().any(|end| n.ends_with(end)))
 }
 
-/// Describes the tensors that `state` of the weight `name` becomes in a file, the weight itself last.
-/// The offset decides the length of the quant_state, so it must be known.
-pub fn specs(name: &str, state: &QuantState) -> Vec<TensorSpec> {
+/// What a part of a 4-bit weight holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Codes of the values.
+    Codes,
+    /// Scales, or with double quantization the codes of the scales.
+    Scales,
+    /// The 16 values.
+    Map,
+    /// Scales of the scales.
+    NestedScales,
+    /// The 256 values of the codes of scales.
+    NestedMap,
+    /// The JSON text; of at most [`QuantState::longest`] bytes, as the offset decides.
+    State,
+}
+
+/// Describes the tensors that the weight `name` becomes in a file, the weight itself last. Of the state the longest text is
+/// announced.
+pub fn specs(name: &str, state: &QuantState) -> Vec<(TensorSpec, Part)> {
     let blocks = state.values().div_ceil(state.block);
     let nested = state.nested.map(|(block, _)| blocks.div_ceil(block));
+    let scales = if nested.is_some() { Dtype::U8 } else { Dtype::F32 };
+    let part = |suffix: &str, dtype, shape: usize| TensorSpec::new(format!("{name}{suffix}"), dtype, [shape]);
     let mut specs = vec![
-        TensorSpec::new(
-            format!("{name}.absmax"),
-            if nested.is_some() { Dtype::U8 } else { Dtype::F32 },
-            [blocks],
-        ),
-        TensorSpec::new(format!("{name}.quant_map"), Dtype::F32, [16]),
-        TensorSpec::new(format!("{name}{STATE}"), Dtype::U8, [state.to_json().len()]),
+        (part(".absmax", scales, blocks), Part::Scales),
+        (part(".quant_map", Dtype::F32, 16), Part::Map),
+        (part(state.kind.suffix(), Dtype::U8, state.longest()), Part::State),
     ];
     if let Some(nested) = nested {
-        specs.push(TensorSpec::new(format!("{name}.nested_absmax"), Dtype::F32, [nested]));
-        specs.push(TensorSpec::new(format!("{name}.nested_quant_map"), Dtype::F32, [256]));
+        specs.push((part(".nested_absmax", Dtype::F32, nested), Part::NestedScales));
+        specs.push((part(".nested_quant_map", Dtype::F32, 256), Part::NestedMap));
     }
-    specs.push(TensorSpec::new(name, Dtype::U8, [state.values().div_ceil(2), 1]));
+    specs.push((TensorSpec::new(name, Dtype::U8, [state.values().div_ceil(2), 1]), Part::Codes));
     specs
 }
 
-/// Returns config.json's `quantization_config` as transformers writes it. `compute` is the dtype of the products;
-/// `skip` lists the modules left as they were, `None` for the default (the output head).
-pub fn quantization_config(compute: Dtype, double_quant: bool, skip: Option<&[String]>) -> Value {
+/// What config.json says of a model in 4 or 8 bits.
+#[derive(Clone, Copy, Debug)]
+pub enum Setting {
+    /// 4-bit layers; `compute` is the dtype of the products.
+    FourBit {
+        /// Which values.
+        kind: FourBitKind,
+        /// Whether the scales are in 8 bits.
+        double_quant: bool,
+        /// Dtype of the products.
+        compute: Dtype,
+    },
+    /// LLM.int8().
+    Int8,
+}
+
+/// Returns config.json's `quantization_config` as transformers writes it. `skip` lists the modules left as they were, `None` for the
+/// default (the output head).
+pub fn quantization_config(setting: Setting, skip: Option<&[String]>) -> Value {
+    let four = matches!(setting, Setting::FourBit { .. });
+    // The 4-bit entries of an 8-bit model are those of an untouched configuration.
+    let (kind, double_quant, compute) = match setting {
+        Setting::FourBit { kind, double_quant, compute } => (kind, double_quant, compute),
+        Setting::Int8 => (FourBitKind::Fp4, false, Dtype::F32),
+    };
     json!({
-        "_load_in_4bit": true,
-        "_load_in_8bit": false,
+        "_load_in_4bit": four,
+        "_load_in_8bit": !four,
         "bnb_4bit_compute_dtype": torch_name(compute),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": kind.name(),
         "bnb_4bit_use_double_quant": double_quant,
         "llm_int8_enable_fp32_cpu_offload": false,
         "llm_int8_has_fp16_weight": false,
         "llm_int8_skip_modules": skip,
         "llm_int8_threshold": 6.0,
-        "load_in_4bit": true,
-        "load_in_8bit": false,
+        "load_in_4bit": four,
+        "load_in_8bit": !four,
         "quant_method": "bitsandbytes",
     })
 }
@@ -309,7 +363,9 @@ mod tests {
     }
 
     fn write(path: &Path, state: &QuantState, parts: &[(&str, Vec<u8>)]) {
-        let mut specs = specs("w.weight", state);
+        let text = parts[3].1.len();
+        let mut specs: Vec<_> = specs("w.weight", state).into_iter().map(|(spec, _)| spec).collect();
+        specs.iter_mut().filter(|s| s.name.contains("quant_state")).for_each(|s| s.shape = vec![text]);
         standard_order(&mut specs);
         let mut writer = SafetensorsWriter::new(path, specs.clone(), &pt_metadata()).unwrap();
         for spec in specs {

@@ -51,7 +51,8 @@ pub fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
     let templates = from.join(TEMPLATES);
     if templates.is_dir() {
         let target = to.join(TEMPLATES);
-        std::fs::create_dir(&target).map_err(|e| Error::writing(&target, &e))?;
+        // It may be there: a run that goes on copies again.
+        atomic::create_dir_all(&target)?;
         let names = copy_named(&templates, &target, is_template)?;
         copied.extend(names.into_iter().map(|n| format!("{TEMPLATES}/{n}")));
     }

@@ -1,6 +1,6 @@
 //! Weights in the affine quantization of MLX: groups of a row share a scale and a bias.
 //!
-//! Read by the loaders of kto-train and kto-eval. For a layer `X` the file holds `X.weight` (codes packed into 32-bit words),
+//! Read by the loaders of every tool, written by kto-quantize and kto-merge. For a layer `X` the file holds `X.weight` (codes packed into 32-bit words),
 //! `X.scales` and `X.biases`; a layer's own bias stays `X.bias`. Whether a weight is quantized is decided by the presence of its
 //! scales; bits and group size come from config.json's `quantization`, which may override them for single layers.
 //! Formula: value = code · scale + bias, each step rounded to the dtype of the scales. Codes are a stream of `bits` each,
@@ -9,11 +9,13 @@
 
 use crate::{
     model_dir::ModelDir,
-    tensors::{TensorView, float_size},
+    safetensors_out::TensorSpec,
+    tensors::{TensorStore, TensorView, float_size},
 };
 use kto_cli::{Context, Error, Result, escape};
 use safetensors::Dtype;
-use serde_json::Value;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// A weight in affine quantization, still packed.
 pub struct AffineTensor<'a> {
@@ -72,6 +74,53 @@ impl<'a> AffineTensor<'a> {
     }
 }
 
+/// Returns the weight that a tensor is a part of, if it is a part of a quantized weight of MLX.
+pub fn part_of(store: &TensorStore, name: &str) -> Option<String> {
+    let layer = [".scales", ".biases"].iter().find_map(|part| name.strip_suffix(part))?;
+    (store.contains(&format!("{layer}.scales")) && store.contains(&format!("{layer}.weight")))
+        .then(|| format!("{layer}.weight"))
+}
+
+/// Describes the tensors that the weight `name` of shape (rows, columns) becomes: codes, scales, biases. `dtype` is that of the scales.
+pub fn specs(name: &str, shape: [usize; 2], bits: usize, group: usize, dtype: Dtype) -> [TensorSpec; 3] {
+    let layer = name.strip_suffix(".weight").unwrap_or(name);
+    let [rows, columns] = shape;
+    let lines = |part: &str| TensorSpec::new(format!("{layer}.{part}"), dtype, [rows, columns / group]);
+    [TensorSpec::new(name, Dtype::U32, [rows, columns * bits / 32]), lines("scales"), lines("biases")]
+}
+
+/// Bits and group size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Bits of a code.
+    pub bits: usize,
+    /// Values that share a scale.
+    pub group: usize,
+}
+
+impl Setting {
+    fn value(self) -> Value {
+        json!({"group_size": self.group, "bits": self.bits, "mode": "affine"})
+    }
+}
+
+/// Returns config.json's `quantization` as mlx-lm writes it: the setting of most layers, and by layer what differs (`None`: as it was).
+pub fn quantization(common: Setting, layers: &BTreeMap<String, Option<Setting>>) -> Value {
+    let mut value = common.value();
+    for (layer, setting) in layers.iter().filter(|(_, s)| **s != Some(common)) {
+        value[layer] = setting.map_or(Value::Bool(false), Setting::value);
+    }
+    value
+}
+
+/// Returns whether a mixture of mlx-lm gives a module the higher number of bits: values and down projections of the first and last eighth of
+/// the blocks and of every third between, and the head. For modules outside the blocks `block` is 0.
+pub fn takes_more_bits(module: &str, block: usize, blocks: usize) -> bool {
+    let eighth = blocks / 8;
+    let chosen = block < eighth || block >= 7 * blocks / 8 || block >= eighth && (block - eighth) % 3 == 2;
+    module.contains("lm_head") || chosen && (module.contains("v_proj") || module.contains("down_proj"))
+}
+
 /// Returns bits and group size of a layer.
 fn settings(config: &Value, layer: &str) -> Result<(usize, usize)> {
     let all = ["quantization", "quantization_config"].iter().find_map(|key| config.get(key)?.as_object());
@@ -102,7 +151,6 @@ fn settings(config: &Value, layer: &str) -> Result<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn a_layer_may_have_its_own_settings() {

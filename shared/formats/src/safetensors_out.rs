@@ -106,7 +106,7 @@ impl SafetensorsWriter {
 }
 
 /// The header's JSON text, padded with blanks to a multiple of 8 bytes.
-fn header(tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> String {
+pub(crate) fn header(tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> String {
     let mut object = serde_json::Map::new();
     if !metadata.is_empty() {
         object.insert("__metadata__".into(), json!(metadata));

@@ -12,7 +12,6 @@ use crate::{
     projection::Linear,
     residency::Pages,
     rotary::{Rotary, Scaling},
-    source::Source,
     weights::{self, EMBEDDING, FINAL_NORM, HEAD, Norms, bias_name, weight_name},
 };
 use candle_core::{DType, Tensor as HostTensor};
@@ -25,6 +24,7 @@ use kto_kernels::{
     RopeTable, Weight,
     device::{Device, FrozenWeight, Rotation, Tensor, scale_in_place},
 };
+use kto_weights::Source;
 use std::sync::{
     Arc,
     atomic::{AtomicBool, AtomicUsize, Ordering},

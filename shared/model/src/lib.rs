@@ -28,6 +28,5 @@ pub mod reference;
 mod residency;
 pub mod rotary;
 pub mod rows;
-mod source;
 pub mod sweep;
 pub mod weights;

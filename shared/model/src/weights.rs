@@ -3,12 +3,10 @@
 //! Called before anything of the promised sizes is allocated: a config.json that lies about a size must not cost memory or time.
 //! Invariant: headers only, no weight is read. Deliberately absent: finiteness, which is checked as weights are loaded.
 
-use crate::{
-    architecture::{Architecture, Module},
-    source::Source,
-};
+use crate::architecture::{Architecture, Module};
 use kto_cli::{Error, Result, escape};
 use kto_formats::model_dir::ModelDir;
+use kto_weights::Source;
 
 /// Name of the embedding (V, C).
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";

@@ -1,16 +1,16 @@
 //! Which base an adapter belongs to, and what has been merged already.
 
 use kto_cli::{Error, Result, escape, hash::Sha256Hex};
-use kto_formats::{adapter::Adapter, model_dir::ModelDir, safetensors_out::pt_metadata};
+use kto_formats::{lora::LoraSet, model_dir::ModelDir, safetensors_out::pt_metadata};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 /// Key of the list of merges in the safetensors metadata.
 const MERGED_FROM: &str = "kto.merged_from";
 
-/// Checks the adapter against the base and returns the metadata of the result: the merges so far and this one.
-/// Errors (78): the adapter was trained on another base, or is merged into this one already.
-pub fn metadata(base: &ModelDir, adapter: &Adapter, force: bool) -> Result<BTreeMap<String, String>> {
+/// Checks the adapters against the base and returns the metadata of the result: the merges so far and these.
+/// Errors (78): an adapter was trained on another base, or is merged into this one already.
+pub fn metadata(base: &ModelDir, adapters: &[LoraSet], force: bool) -> Result<BTreeMap<String, String>> {
     let print = base.fingerprint();
     let place = escape(&base.path.display().to_string());
     let merged = base.tensors.metadata().get(MERGED_FROM);
@@ -18,31 +18,48 @@ pub fn metadata(base: &ModelDir, adapter: &Adapter, force: bool) -> Result<BTree
         Some(Ok(Value::Array(list))) => list,
         _ => Vec::new(),
     };
-    let identity = identity(adapter);
-    if !force && merges.iter().any(|m| m.get("adapter") == Some(&json!(identity))) {
-        return Err(Error::config(format!("{place}: this adapter is merged into this base already"))
-            .with_hint("--force-base merges it again"));
+    for adapter in adapters {
+        let identity = identity(adapter);
+        if !force && merges.iter().any(|m| m.get("adapter") == Some(&json!(identity))) {
+            return Err(Error::config(format!("{place}: this adapter is merged into this base already"))
+                .with_hint("--force-base merges it again"));
+        }
+        check_base(base, adapter, force)?;
+        merges.push(json!({"base": print, "adapter": identity}));
     }
-    if !force && !adapter.fits(base) {
-        return Err(Error::config(format!("{place}: the adapter was trained on another base"))
-            .with_hint("--force-base merges it all the same"));
-    }
-    merges.push(json!({"base": print, "adapter": identity}));
     let mut metadata = pt_metadata();
     metadata.insert(MERGED_FROM.into(), Value::Array(merges).to_string());
     Ok(metadata)
 }
 
-/// The hash of everything that the merge depends on.
-fn identity(adapter: &Adapter) -> String {
+/// Fails (78) when the adapter was trained on another base.
+pub fn check_base(base: &ModelDir, adapter: &LoraSet, force: bool) -> Result<()> {
+    if force || adapter.fits(base) {
+        return Ok(());
+    }
+    let place = escape(&base.path.display().to_string());
+    Err(Error::config(format!("{place}: the adapter was trained on another base"))
+        .with_hint("--force-base merges it all the same"))
+}
+
+/// The hash of everything of an adapter that the merge depends on.
+pub fn identity(adapter: &LoraSet) -> String {
     let mut hash = Sha256Hex::new();
-    hash.update(&adapter.config.scale().to_le_bytes());
-    for (module, pair) in &adapter.tensors {
-        hash.update(&(module.len() as u64).to_le_bytes());
-        hash.update(module.as_bytes());
-        for value in pair.a.iter().chain(&pair.b) {
-            hash.update(&value.to_le_bytes());
-        }
+    let mut floats = |name: &str, values: &[f32]| {
+        hash.update(&(name.len() as u64).to_le_bytes());
+        hash.update(name.as_bytes());
+        hash.update(&(values.len() as u64).to_le_bytes());
+        values.iter().for_each(|value| hash.update(&value.to_le_bytes()));
+    };
+    for (module, m) in &adapter.modules {
+        floats(module, &[m.scale as f32]);
+        [Some(&m.a), Some(&m.b), m.magnitude.as_ref()]
+            .into_iter()
+            .flatten()
+            .for_each(|values| floats("", values));
+    }
+    for (name, saved) in &adapter.saved {
+        floats(name, &saved.values);
     }
     hash.finish()
 }

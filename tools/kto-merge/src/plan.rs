@@ -1,150 +1,285 @@
-//! What to do with every tensor, decided and checked before anything is written.
+//! What becomes of every tensor of the base, decided and checked before anything is written.
 
-use crate::{Args, origin};
-use kto_cli::{Context, Error, Result, Ui, escape};
-use kto_formats::{
-    adapter::{self, Adapter, LoraPair},
-    bnb::{self, Nf4Tensor, torch_name},
-    model_dir::{ModelDir, refuse_output},
-    safetensors_out::TensorSpec,
-    tensors::float_size,
+use crate::{
+    Args,
+    args::FormName,
+    delta::{Held, Merged},
+    inputs::Inputs,
+    keep, origin,
 };
-use kto_hub::Need;
+use kto_cli::{Error, Result, escape};
+use kto_formats::{
+    bnb::{self, FourBitKind, Nf4Tensor, torch_name},
+    mlx::{self, AffineTensor, Setting},
+    tensors::TensorView,
+};
+use kto_weights::{
+    Content, Form, Item, Values, Weight,
+    roles::{Role, role},
+    weights,
+};
 use safetensors::Dtype;
 use serde_json::Value;
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::AtomicU64,
+};
+
+/// What a tensor becomes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Target {
+    /// The same bytes.
+    Same,
+    /// Its values in this form.
+    Form(Form),
+}
 
 /// The job, with every default filled in.
 pub struct Plan {
-    /// The model to merge into.
-    pub base: ModelDir,
-    /// What is merged.
-    pub adapter: Adapter,
-    /// The directory to make.
-    pub output: PathBuf,
-    /// Whether an existing directory is replaced.
-    pub force: bool,
-    /// Largest file of weights, in bytes.
-    pub max_shard: u64,
-    /// The tensors of the result, sorted by name.
-    pub tensors: Vec<TensorSpec>,
-    /// How many of them were in 4 bits.
+    /// Base and adapters.
+    pub inputs: Inputs,
+    /// By weight.
+    pub targets: BTreeMap<String, Target>,
+    /// The weights that an adapter changes.
+    pub changed: BTreeSet<String>,
+    /// How many weights were quantized and become floats.
     pub dequantized: usize,
-    /// Dtype of the result where the user asked for one.
-    pub dtype: Option<Dtype>,
-    /// The safetensors metadata of the result.
-    pub metadata: BTreeMap<String, String>,
+    /// Values that differ from the base in the file, as far as they can be compared.
+    pub different: AtomicU64,
+    form: Option<FormName>,
+    dtype: Option<Dtype>,
 }
 
 impl Plan {
-    /// Opens both inputs and checks that they fit. Errors: 2 for an output inside an input; 65 for an adapter tensor
-    /// without its base tensor or of another shape; 78 for another base or a second merge.
-    pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
-        let base = ModelDir::open(&kto_hub::locate(&args.base, &Need::Weights(|_| Ok(())), ui)?)?;
-        refuse_output(&args.output, &base.path)?;
-        let path = adapter::directory(&args.adapter);
-        let adapter = Adapter::read(&path)?;
-        refuse_output(&args.output, &path)?;
-        base.notes.iter().for_each(|note| ui.warn(note));
-        // Before the shapes: of a wholly different base, that is what is wrong.
-        let metadata = origin::metadata(&base, &adapter, args.force_base)?;
-        check_pairs(&base, &adapter).at(escape(&path.display().to_string()))?;
-        let dtype = args.dtype.map(Dtype::from);
-        let (tensors, dequantized) = result_tensors(&base, dtype)?;
-        Ok(Self {
-            base,
-            adapter,
-            output: args.output.clone(),
-            force: args.force,
-            max_shard: args.max_shard_size,
-            tensors,
-            dequantized,
-            dtype,
-            metadata,
+    /// Decides. Errors (65): a quantization of the base that is not known.
+    pub fn new(args: &Args, inputs: Inputs) -> Result<Self> {
+        let base = &inputs.base;
+        let names: Vec<&str> = weights(base).collect();
+        let (mut targets, mut changed) = (BTreeMap::new(), BTreeSet::new());
+        let (mut dequantized, mut quantized) = (0, false);
+        let has_nf4 = names.iter().any(|n| matches!(Nf4Tensor::find(&base.tensors, n), Ok(Some(_))));
+        let has_mlx = names.iter().any(|n| matches!(AffineTensor::find(base, n), Ok(Some(_))));
+        for name in names {
+            let touched = inputs.saved(name).is_some()
+                || name.strip_suffix(".weight").is_some_and(|module| inputs.modules.contains_key(module));
+            if touched {
+                changed.insert(name.to_string());
+            }
+            let Some(weight) = Weight::find(base, name)? else {
+                targets.insert(name.to_string(), Target::Same);
+                continue;
+            };
+            quantized |= weight.quantized;
+            let form = match args.form {
+                None | Some(FormName::Gguf) => Form::Float(args.dtype.map_or(weight.dtype, Dtype::from)),
+                Some(FormName::Nf4) => nf4(&inputs, &weight, has_nf4)?,
+                Some(FormName::Mlx) => affine(&inputs, &weight, has_mlx)?,
+            };
+            let float = matches!(form, Form::Float(_));
+            dequantized += usize::from(weight.quantized && float);
+            let same = weight.quantized
+                && !float
+                && !touched
+                && (has_nf4 && is_nf4(form) || has_mlx && !is_nf4(form));
+            targets.insert(name.to_string(), if same { Target::Same } else { Target::Form(form) });
+        }
+        if !quantized && (bnb::is_quantized(&base.tensors) || states_quantization(&base.config)) {
+            let place = escape(&base.path.display().to_string());
+            return Err(Error::data(format!("{place}: quantized by a method that is not known here")));
+        }
+        let (form, dtype, different) = (args.form, args.dtype.map(Dtype::from), AtomicU64::new(0));
+        Ok(Self { inputs, targets, changed, dequantized, different, form, dtype })
+    }
+
+    /// Returns the values of a weight of the result.
+    pub fn values<'a>(&'a self, args: &Args, name: &str) -> Result<Box<dyn Values + 'a>> {
+        let base = &self.inputs.base;
+        let name = base.tensors.require(name)?.name;
+        let base: Box<dyn Values + 'a> = match self.inputs.saved(name) {
+            Some(saved) => {
+                let columns = saved.shape.last().copied().unwrap_or(1);
+                Box::new(Held { values: &saved.values, columns })
+            }
+            None => {
+                let weight = Weight::find(base, name)?;
+                Box::new(weight.ok_or_else(|| Error::internal("a weight without floats"))?)
+            }
+        };
+        Ok(match self.inputs.change(args, name, &*base) {
+            Some(change) => Box::new(Merged { base, change }),
+            None => base,
         })
     }
 
-    /// Returns the matrices for the weight `name`, if it is adapted.
-    pub fn pair(&self, name: &str) -> Option<&LoraPair> {
-        self.adapter.tensors.get(name.strip_suffix(".weight")?)
+    /// Returns the tensors of the result, sorted by name. With TIES this reads the adapted weights.
+    pub fn items<'a>(&'a self, args: &Args) -> Result<Vec<Item<'a>>> {
+        let base = &self.inputs.base;
+        let mut items = Vec::new();
+        for (name, target) in &self.targets {
+            let place = base.tensors.place_of(name);
+            let stored = Weight::find(base, base.tensors.require(name)?.name)?;
+            let shape = stored.as_ref().map(|w| w.shape.clone());
+            let content = match target {
+                Target::Same => Content::Copy(self.parts(name), &base.tensors),
+                Target::Form(form) => {
+                    let values = self.values(args, name)?;
+                    let touched = self.changed.contains(name);
+                    let keep = match stored {
+                        Some(stored) if touched => keep::hook(base, name, stored, *form, &self.different)?,
+                        _ => None,
+                    };
+                    Content::Encoded { form: *form, values, keep }
+                }
+            };
+            let shape = match shape {
+                Some(shape) => shape,
+                None => base.tensors.require(name)?.shape.to_vec(),
+            };
+            items.push(Item { name: name.clone(), shape, content, place });
+        }
+        Ok(items)
     }
 
-    /// Returns config.json of the result: without quantization, with the dtype that was asked for.
+    /// The tensors that a weight is stored in.
+    fn parts(&self, name: &str) -> Vec<TensorView<'_>> {
+        let store = &self.inputs.base.tensors;
+        let belongs = |n: &str| {
+            n == name
+                || bnb::part_of(store, n).as_deref() == Some(name)
+                || mlx::part_of(store, n).as_deref() == Some(name)
+        };
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        let near = store.names().filter(|n| n.starts_with(module) && belongs(n));
+        near.filter_map(|n| store.get(n)).collect()
+    }
+
+    /// Returns config.json of the result.
     pub fn config(&self) -> Value {
-        let mut config = self.base.config.clone();
-        if let Value::Object(map) = &mut config {
-            map.remove("quantization_config");
-            if let Some(dtype) = self.dtype {
-                let key = if map.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
-                map.insert(key.into(), torch_name(dtype).into());
+        let mut config = self.inputs.base.config.clone();
+        let Value::Object(map) = &mut config else { return config };
+        let was = |key: &str, method: Option<&str>| {
+            let value = self.inputs.base.config.get(key);
+            value.is_some_and(|q| method.is_none_or(|m| q.get("quant_method").is_some_and(|v| v == m)))
+        };
+        match self.form {
+            Some(FormName::Nf4) if was("quantization_config", Some("bitsandbytes")) => return config,
+            Some(FormName::Mlx) if was("quantization", None) => return config,
+            _ => {}
+        }
+        map.remove("quantization_config");
+        map.remove("quantization");
+        if let Some(dtype) = self.dtype {
+            let key = if map.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+            map.insert(key.into(), torch_name(dtype).into());
+        }
+        let forms = || {
+            self.targets.iter().filter_map(|(name, t)| match t {
+                Target::Form(form) => Some((name, *form)),
+                Target::Same => None,
+            })
+        };
+        match self.form {
+            Some(FormName::Nf4) => {
+                let compute = forms().find_map(|(_, form)| match form {
+                    Form::FourBit { dtype, .. } => Some(dtype),
+                    _ => None,
+                });
+                let (kind, compute) = (FourBitKind::Nf4, compute.unwrap_or(Dtype::BF16));
+                let setting = bnb::Setting::FourBit { kind, double_quant: true, compute };
+                config["quantization_config"] = bnb::quantization_config(setting, None);
             }
+            Some(FormName::Mlx) => {
+                let mut layers = BTreeMap::new();
+                for (name, form) in forms() {
+                    let Some(module) = name.strip_suffix(".weight").filter(|m| role(m).is_some()) else {
+                        continue;
+                    };
+                    let setting = match form {
+                        Form::Affine { bits, group, .. } => Some(Setting { bits, group }),
+                        _ => None,
+                    };
+                    layers.insert(module.to_string(), setting);
+                }
+                let value = mlx::quantization(MLX, &layers);
+                config["quantization"] = value.clone();
+                config["quantization_config"] = value;
+            }
+            _ => {}
         }
         config
     }
+
+    /// Returns the safetensors metadata of the result.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        let mut metadata = self.inputs.metadata.clone();
+        if self.form == Some(FormName::Mlx) {
+            metadata.insert("format".into(), "mlx".into());
+        }
+        metadata
+    }
+
+    /// Returns a text that tells everything the result depends on, for a later run.
+    pub fn identity(&self, args: &Args) -> String {
+        let adapters: Vec<String> = self.inputs.adapters.iter().map(origin::identity).collect();
+        let targets: Vec<String> =
+            self.targets.iter().map(|(name, target)| format!("{name} {target:?}")).collect();
+        format!(
+            "kto-merge {} into {}\n{adapters:?} {:?} {} {:?} {} {} {:?}\nfiles of {} bytes\n{}\n",
+            env!("CARGO_PKG_VERSION"),
+            self.inputs.base.fingerprint(),
+            self.inputs.weights,
+            args.scale,
+            args.method,
+            args.density,
+            args.seed,
+            args.layers,
+            args.max_shard_size,
+            targets.join("\n")
+        )
+    }
 }
 
-/// Every adapted module must have a weight of the right shape in the base.
-fn check_pairs(base: &ModelDir, adapter: &Adapter) -> Result<()> {
-    let tied = base.config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
-    for (module, pair) in &adapter.tensors {
-        let shown = escape(module);
-        if tied && module == "lm_head" {
-            return Err(Error::data(format!(
-                "\"{shown}\" is adapted, but the base ties it to the embedding"
-            )));
-        }
-        let name = format!("{module}.weight");
-        let Some(view) = base.tensors.get(&name) else {
-            return Err(Error::data(format!(
-                "\"{shown}\" is adapted, but the base has no tensor \"{}\"",
-                escape(&name)
-            )));
-        };
-        let weight = Nf4Tensor::find(&base.tensors, &name)?;
-        let shape = weight.as_ref().map_or(view.shape, |w| w.state.shape.as_slice());
-        let expected = [pair.out_features, pair.in_features];
-        if shape != expected {
-            return Err(Error::data(format!(
-                "\"{shown}\" is adapted with shape {expected:?}, but the base's tensor has {shape:?}"
-            )));
-        }
-        if weight.is_none() && float_size(view.dtype).is_none() {
-            view.to_f32()?;
-        }
-    }
-    Ok(())
+/// What mlx-lm makes when nothing is asked for.
+const MLX: Setting = Setting { bits: 4, group: 64 };
+
+fn is_nf4(form: Form) -> bool {
+    matches!(form, Form::FourBit { .. })
 }
 
-/// Returns the tensors of the result and how many were in 4 bits. The parts of 4-bit weights go away.
-fn result_tensors(base: &ModelDir, dtype: Option<Dtype>) -> Result<(Vec<TensorSpec>, usize)> {
-    let store = &base.tensors;
-    let mut quantized = BTreeMap::new();
-    for name in store.names() {
-        if let Some(weight) = Nf4Tensor::find(store, name).at(store.place_of(name))? {
-            quantized.insert(name, weight.state);
+/// With a 4-bit base its layers and blocks; else every linear layer in blocks of 64.
+fn nf4(inputs: &Inputs, weight: &Weight, has_nf4: bool) -> Result<Form> {
+    let module = weight.name.strip_suffix(".weight").unwrap_or_default();
+    Ok(match Nf4Tensor::find(&inputs.base.tensors, weight.name)? {
+        Some(stored) => {
+            let state = &stored.state;
+            Form::FourBit {
+                kind: state.kind,
+                block: state.block,
+                nested: state.nested.is_some(),
+                dtype: state.dtype,
+            }
         }
-    }
-    let is_part = |name: &str| {
-        bnb::PARTS.iter().any(|p| name.strip_suffix(p).is_some_and(|weight| quantized.contains_key(weight)))
+        None if !has_nf4 && matches!(role(module), Some(Role::Linear(_))) => {
+            Form::FourBit { kind: FourBitKind::Nf4, block: bnb::BLOCK, nested: true, dtype: weight.dtype }
+        }
+        None => Form::Float(weight.dtype),
+    })
+}
+
+/// With an MLX base its layers, bits and groups; else every matrix in 4 bits and groups of 64.
+fn affine(inputs: &Inputs, weight: &Weight, has_mlx: bool) -> Result<Form> {
+    let module = weight.name.strip_suffix(".weight").unwrap_or_default();
+    let wanted = match AffineTensor::find(&inputs.base, weight.name)? {
+        Some(stored) => Form::Affine { bits: stored.bits, group: stored.group, dtype: stored.scales.dtype },
+        None if !has_mlx && role(module).is_some() => {
+            Form::Affine { bits: MLX.bits, group: MLX.group, dtype: weight.dtype }
+        }
+        None => return Ok(Form::Float(weight.dtype)),
     };
-    let mut tensors = Vec::new();
-    for view in store.views().filter(|v| !is_part(v.name)) {
-        let (stored, shape) = match quantized.get(view.name) {
-            Some(state) => (state.dtype, state.shape.as_slice()),
-            None => (view.dtype, view.shape),
-        };
-        let to = if float_size(stored).is_some() { dtype.unwrap_or(stored) } else { stored };
-        tensors.push(TensorSpec::new(view.name, to, shape));
-    }
-    if bnb::is_quantized(store) && quantized.is_empty() || unknown_quantization(base, !quantized.is_empty()) {
-        let place = escape(&base.path.display().to_string());
-        return Err(Error::data(format!("{place}: quantized by a method other than NF4 of bitsandbytes")));
-    }
-    Ok((tensors, quantized.len()))
+    Ok(if wanted.unfit(&weight.shape).is_none() { wanted } else { Form::Float(weight.dtype) })
 }
 
-/// config.json tells of a quantization that the tensors do not show.
-fn unknown_quantization(base: &ModelDir, found: bool) -> bool {
-    let stated = |key: &str| base.config.get(key).is_some_and(|q| !q.is_null());
-    !found && (stated("quantization_config") || stated("quantization"))
+/// config.json tells of a quantization.
+fn states_quantization(config: &Value) -> bool {
+    ["quantization_config", "quantization"].iter().any(|key| config.get(key).is_some_and(|q| !q.is_null()))
 }

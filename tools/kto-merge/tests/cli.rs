@@ -201,7 +201,7 @@ fn outputs_inside_an_input_are_usage_errors() {
     let out = top.path().join("out");
     let dry = run(&base, &adapter, &out, &["--dry-run"]);
     assert!(dry.status.success() && !out.exists());
-    assert!(String::from_utf8(dry.stdout).unwrap().contains("merge 14 modules, rank 8, scale 2"));
+    assert!(String::from_utf8(dry.stdout).unwrap().contains("merge 14 modules, rank 8, scale 2, weight 1"));
     merged(&base, &adapter, &out, &[]);
     // A run directory stands for its adapter.
     let in_run = top.path().join("run");
@@ -254,13 +254,149 @@ fn what_does_not_fit_is_named() {
     large.write(&top.path().join("large"), AdapterMeta::default()).unwrap();
     let (code, message) = refused(&base, &top.path().join("large"), &["--dtype", "f16"]);
     assert!(
-        code == 65 && message.contains("after rounding to F16") && message.contains("hint: --dtype"),
+        code == 65 && message.contains("too large for the form") && message.contains("hint: --dtype"),
         "{message}"
     );
     let config = top.path().join("layer/adapter_config.json");
-    let dora = fs::read_to_string(&config).unwrap().replace("\"use_dora\": false", "\"use_dora\": true");
-    fs::write(&config, dora).unwrap();
-    assert!(refused(&base, &top.path().join("layer"), &[]).1.contains("use_dora = true is not supported"));
+    let with = |from: &str, to: &str| {
+        let text = fs::read_to_string(&config).unwrap().replace(from, to);
+        fs::write(top.path().join("large/adapter_config.json"), text).unwrap();
+        refused(&base, &top.path().join("large"), &[]).1
+    };
+    assert!(with("\"use_dora\": false", "\"use_dora\": true").contains("no lora_magnitude_vector"));
+    assert!(
+        with("\"use_qalora\": false", "\"use_qalora\": true").contains("use_qalora = true is not supported")
+    );
+    assert!(with("\"rank_pattern\": {}", "\"rank_pattern\": {\"up_proj\": 4}").contains("expected [4, 64]"));
+}
+
+#[test]
+fn a_quantized_result_keeps_what_the_adapter_does_not_touch() {
+    let top = tempfile::tempdir().unwrap();
+    let adapter = small_adapter(&top.path().join("adapter"), None);
+    // NF4: everything but the one adapted weight has the bytes of the base.
+    let base = testdata("bnb/tiny_llama_bnb4");
+    let made = merged(&base, &adapter, &top.path().join("nf4"), &["--form", "nf4"]);
+    let stored = ModelDir::open(&base).unwrap();
+    assert!(made.config == stored.config && made.tensors.names().eq(stored.tensors.names()));
+    for view in stored.tensors.views() {
+        let touched = view.name.starts_with("model.layers.1.self_attn.k_proj.weight");
+        assert!(touched || made.tensors.require(view.name).unwrap().data == view.data, "{}", view.name);
+    }
+    let k = "model.layers.1.self_attn.k_proj.weight";
+    assert!(made.tensors.require(k).unwrap().data != stored.tensors.require(k).unwrap().data);
+    // MLX: rows of the weight that B leaves alone keep codes, scales and biases.
+    let quantize = Path::new(TOOL).with_file_name("kto-quantize");
+    if !quantize.exists() {
+        return; // Tests of this crate alone do not build the other tool.
+    }
+    let mlx = top.path().join("mlx");
+    let call = Command::new(quantize)
+        .args([
+            text(&testdata("bnb/tiny_llama_bf16")),
+            "-q",
+            "--form",
+            "mlx",
+            "--group-size",
+            "32",
+            "-o",
+            text(&mlx),
+        ])
+        .output()
+        .unwrap();
+    assert!(call.status.success(), "{}", String::from_utf8_lossy(&call.stderr));
+    let mut half = Adapter::read(&adapter).unwrap();
+    half.tensors.values_mut().for_each(|p| p.b[..16].fill(0.0));
+    half.write(&top.path().join("half"), AdapterMeta::default()).unwrap();
+    let made = merged(&mlx, &top.path().join("half"), &top.path().join("mlx-merged"), &["--form", "mlx"]);
+    let stored = ModelDir::open(&mlx).unwrap();
+    for part in ["weight", "scales", "biases"] {
+        let name = format!("model.layers.1.self_attn.k_proj.{part}");
+        let (a, b) = (stored.tensors.require(&name).unwrap().data, made.tensors.require(&name).unwrap().data);
+        assert!(a[..a.len() / 2] == b[..a.len() / 2] && a != b, "{part}");
+    }
+}
+
+#[test]
+fn mixtures_layers_and_scales_are_those_of_the_definition() {
+    let top = tempfile::tempdir().unwrap();
+    let (base, adapter) = llama();
+    let start = testdata("trl/llama/adapter_init");
+    let b = ModelDir::open(&base).unwrap();
+    let of = |name: &str, more: &[&str]| {
+        let out = top.path().join(name);
+        merged(&base, &adapter, &out, &[&["--dtype", "f32"], more].concat())
+    };
+    let values = |model: &ModelDir, name: &str| model.tensors.require(name).unwrap().to_f32().unwrap();
+    let (first, second) = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight");
+    let (whole, half) = (of("whole", &[]), of("half", &["--scale", "0.5"]));
+    for ((w, h), b) in values(&whole, first).iter().zip(values(&half, first)).zip(values(&b, first)) {
+        assert!((f64::from(*w - b) * 0.5 - f64::from(h - b)).abs() < 1e-6);
+    }
+    let one = of("one", &["--layers", "1"]);
+    assert!(values(&one, first) == values(&b, first) && values(&one, second) == values(&whole, second));
+    // The initial adapter's B is zero: it adds nothing, and of a mean of two signs nothing but the other is left.
+    let more = ["--adapter", text(&start)];
+    let sum = of("sum", &[&more[..], &["--weight", "2", "--weight", "5"]].concat());
+    for ((w, s), b) in values(&whole, first).iter().zip(values(&sum, first)).zip(values(&b, first)) {
+        assert!((2.0 * f64::from(*w - b) - f64::from(s - b)).abs() < 1e-5);
+    }
+    let ties = of("ties", &[&more[..], &["--method", "ties", "--density", "1"]].concat());
+    for (w, t) in values(&whole, first).iter().zip(values(&ties, first)) {
+        assert!((w - t).abs() < 1e-6);
+    }
+    let dare = |name: &str, seed: &str| of(name, &["--method", "dare", "--density", "0.5", "--seed", seed]);
+    let (x, y, z) = (dare("d1", "1"), dare("d2", "1"), dare("d3", "2"));
+    assert!(values(&x, first) == values(&y, first) && values(&x, first) != values(&z, first));
+    let untouched = values(&x, first).iter().zip(values(&b, first)).filter(|(x, b)| *x == b).count();
+    let n = values(&b, first).len();
+    assert!((n * 2 / 5..n * 3 / 5).contains(&untouched), "{untouched} of {n}");
+    for more in
+        [&["--weight", "1", "--weight", "2"][..], &["--layers", "7-9"], &["--layers", "x"], &["--rank", "3"]]
+    {
+        assert_eq!(refused(&base, &adapter, more).0, 2, "{more:?}");
+    }
+}
+
+#[test]
+fn adapters_change_their_form_and_rank() {
+    let top = tempfile::tempdir().unwrap();
+    let (base, adapter) = llama();
+    let call = |name: &str, args: &[&str]| {
+        let out = top.path().join(name);
+        let output = Command::new(TOOL).args(args).args(["-q", "-o", text(&out)]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        out
+    };
+    let whole = merged(&base, &adapter, &top.path().join("whole"), &["--dtype", "f32"]);
+    let same = |adapter: &Path, name: &str, tolerance: f32| {
+        let made = merged(&base, adapter, &top.path().join(name), &["--dtype", "f32"]);
+        for view in whole.tensors.views() {
+            let (a, b) = (view.to_f32().unwrap(), made.tensors.require(view.name).unwrap().to_f32().unwrap());
+            assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= tolerance), "{name} {}", view.name);
+        }
+    };
+    let mlx = call("mlx", &["--adapter", text(&adapter), "--to", "mlx"]);
+    assert!(mlx.join("adapters.safetensors").exists());
+    same(&mlx, "of-mlx", 0.0);
+    same(&call("back", &["--adapter", text(&mlx), "--to", "peft"]), "of-back", 0.0);
+    let twice =
+        ["--adapter", text(&adapter), "--adapter", text(&adapter), "--weight", "0.75", "--weight", "0.25"];
+    same(&call("rank", &[&twice[..], &["--to", "peft", "--rank", "8"]].concat()), "of-rank", 1e-6);
+    let out = top.path().join("whole");
+    same(
+        &call("extracted", &["--base", text(&base), "--extract", text(&out), "--rank", "8"]),
+        "of-extracted",
+        1e-6,
+    );
+    for args in [&twice[..], &["--adapter", text(&adapter), "--layers", "0"]] {
+        let output = Command::new(TOOL)
+            .args(args)
+            .args(["--to", "peft", "-o", text(&top.path().join("no"))])
+            .output()
+            .unwrap();
+        assert!(output.status.code() == Some(2) && !top.path().join("no").exists());
+    }
 }
 
 #[test]

@@ -1,25 +1,34 @@
 //! The command line of kto-quantize, as the user gives it.
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use kto_cli::Common;
 use kto_formats::shards::parse_size;
+use safetensors::Dtype;
 use std::path::PathBuf;
 
-const ABOUT: &str = "Quantize a model directory to 4 bits (bitsandbytes NF4)";
+const ABOUT: &str = "Quantize a model directory for bitsandbytes, MLX or llama.cpp";
 
 const LONG_ABOUT: &str = "\
-Quantize a model directory to 4 bits in the form that transformers and bitsandbytes read: NF4 in blocks of 64, the \
-scales themselves in 8 bits.
+Quantize a model directory, bit for bit as the library does that will read it: bitsandbytes (nf4, fp4, int8) for \
+transformers and kto-train, mlx for mlx-lm and kto-train, gguf for llama.cpp and Ollama.
 
-Every linear layer of the decoder blocks is quantized. Embedding, output head, norms and biases stay as they are \
-stored. Tokenizer, chat template, generation settings and licence are copied. The weights go through memory a piece \
-at a time. The result appears under its name only when it is complete; its path is printed on standard output.";
+Of a decoder block every linear layer is quantized. Norms and biases stay as they are; of embedding and output head \
+--embeddings and --head decide: bitsandbytes keeps both, mlx quantizes both, gguf has a rule for each type. Tokenizer, chat \
+template, generation settings and licence are copied, or written into the GGUF file. --dequantize goes the other way.
+
+The weights go through memory once, a piece at a time, on all cores. The result appears under its name only when it is \
+complete; until then it grows as OUT.partial, and a run that was killed is gone on with, file by file, when it is given \
+again. The path of the result is printed on standard output.";
 
 const EXAMPLES: &str = "\
 Examples:
   kto-quantize Qwen2.5-7B-Instruct -o qwen-4bit
   kto-quantize base -o base-4bit --skip model.layers.0,down_proj
-  kto-quantize base -o base-4bit --dry-run
+  kto-quantize base -o base-4bit --plan
+  kto-quantize base -o base-mlx --form mlx --recipe mixed_4_6 --report errors.jsonl
+  kto-quantize base -o base-mlx --form mlx --bits 4 --override down_proj=6:32 --override lm_head=8
+  kto-quantize base -o base.gguf --form gguf --type Q4_K_M
+  kto-quantize base-4bit -o base-bf16 --dequantize --dtype bf16
   kto-train --model \"$(kto-quantize base -o base-4bit)\" --data train.kto.arrow --out run";
 
 /// What the user asked for.
@@ -30,39 +39,199 @@ pub struct Args {
     #[arg(value_name = "DIR|NAME")]
     pub model: PathBuf,
 
-    /// Directory to make
-    #[arg(short, long, value_name = "OUT_DIR", help_heading = "Output")]
+    /// Directory to make; with --form gguf a file
+    #[arg(short, long, value_name = "OUT", help_heading = "Output")]
     pub output: PathBuf,
-    /// Replace OUT_DIR if it exists
+    /// Replace OUT if it exists
     #[arg(long, help_heading = "Output")]
     pub force: bool,
     /// Largest weight file: 5GB, 500MB, 2GiB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size, help_heading = "Output")]
     pub max_shard_size: u64,
-    /// Check the input and print what would be done
-    #[arg(long, help_heading = "Output")]
+    /// Check the input; print what would be done, sizes before and after, and the memory that kto-train would need
+    #[arg(long, visible_alias = "plan", help_heading = "Output")]
     pub dry_run: bool,
+    /// Write the error of every quantized tensor as JSON Lines (- for standard output is not possible: the path goes there)
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub report: Option<PathBuf>,
+    /// Worker threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
+    pub threads: Option<u16>,
 
+    /// What to make
+    #[arg(long, value_name = "FORM", default_value = "nf4", help_heading = "Quantization")]
+    pub form: FormName,
+    /// Undo a quantization: weights in any form that these tools read become floats
+    #[arg(long, conflicts_with_all = ["form", "block_size", "double_quant", "no_double_quant", "bits", "group_size", "recipe",
+        "r#type", "overrides", "embeddings", "head", "skip"], help_heading = "Quantization")]
+    pub dequantize: bool,
+    /// With --dequantize: dtype of all weights [default: what the quantization remembers]
+    #[arg(long, value_name = "DTYPE", requires = "dequantize", help_heading = "Quantization")]
+    pub dtype: Option<FloatName>,
+    /// Modules to leave as they are: full names, beginnings or ends of names, with commas between
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "Quantization")]
+    pub skip: Vec<String>,
+    /// The embedding
+    #[arg(long, value_name = "WHAT", help_heading = "Quantization")]
+    pub embeddings: Option<Treatment>,
+    /// The output head, where it is not the embedding
+    #[arg(long, value_name = "WHAT", help_heading = "Quantization")]
+    pub head: Option<Treatment>,
+    /// Other settings for the modules of a name, as --skip has names: BITS or BITS:GROUP (mlx), a type (gguf); may be repeated, the
+    /// last that matches counts
+    #[arg(long = "override", value_name = "NAME=SETTING", help_heading = "Quantization")]
+    pub overrides: Vec<String>,
+
+    /// Values that share a scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096
+    #[arg(long, value_name = "N", default_value = "64", value_parser = block_size, help_heading = "nf4 and fp4")]
+    pub block_size: usize,
     /// Store the scales in 8 bits too (the default)
-    #[arg(long, overrides_with = "no_double_quant", help_heading = "Quantization")]
+    #[arg(long, overrides_with = "no_double_quant", help_heading = "nf4 and fp4")]
     pub double_quant: bool,
     /// Store the scales in f32: 0.37 bit more a weight
-    #[arg(long, help_heading = "Quantization")]
+    #[arg(long, help_heading = "nf4 and fp4")]
     pub no_double_quant: bool,
-    /// Modules to leave as they are: full names, beginnings or ends of names, with commas between
-    #[arg(
-        long,
-        value_name = "NAMES",
-        value_delimiter = ',',
-        default_value = "lm_head",
-        help_heading = "Quantization"
-    )]
-    pub skip: Vec<String>,
-    /// Worker threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Quantization")]
-    pub threads: Option<u16>,
+
+    /// Bits of a code: 2, 3, 4, 5, 6 or 8 [default: 4]
+    #[arg(long, value_name = "N", value_parser = bits, help_heading = "mlx")]
+    pub bits: Option<usize>,
+    /// Values that share scale and bias: 32, 64 or 128 [default: 64]
+    #[arg(long, value_name = "N", value_parser = group_size, help_heading = "mlx")]
+    pub group_size: Option<usize>,
+    /// Two numbers of bits, as mlx-lm mixes them
+    #[arg(long, value_name = "RECIPE", conflicts_with = "bits", help_heading = "mlx")]
+    pub recipe: Option<Recipe>,
+
+    /// Type of the file [default: Q4_K_M]
+    #[arg(long, value_name = "TYPE", ignore_case = true, help_heading = "gguf")]
+    pub r#type: Option<GgufType>,
 
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,
+}
+
+/// What to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormName {
+    /// 4 bits of bitsandbytes, quantiles of the normal distribution
+    Nf4,
+    /// 4 bits of bitsandbytes, floats
+    Fp4,
+    /// 8 bits of bitsandbytes, LLM.int8()
+    Int8,
+    /// Affine quantization of MLX
+    Mlx,
+    /// A file for llama.cpp
+    Gguf,
+}
+
+/// A float dtype on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FloatName {
+    /// 32 bits
+    F32,
+    /// bfloat16
+    Bf16,
+    /// 16 bits, largest value 65504
+    F16,
+}
+
+impl From<FloatName> for Dtype {
+    fn from(value: FloatName) -> Dtype {
+        match value {
+            FloatName::F32 => Dtype::F32,
+            FloatName::Bf16 => Dtype::BF16,
+            FloatName::F16 => Dtype::F16,
+        }
+    }
+}
+
+/// What becomes of embedding or head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Treatment {
+    /// Stays as it is stored
+    Keep,
+    /// Quantized like a layer
+    Quantize,
+}
+
+/// Mixtures of mlx-lm: the second number of bits for values and down projections of the first and last eighth of the blocks and of every
+/// third between, and for the head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Recipe {
+    /// 2 and 6 bits
+    #[value(name = "mixed_2_6")]
+    Mixed2_6,
+    /// 3 and 4 bits
+    #[value(name = "mixed_3_4")]
+    Mixed3_4,
+    /// 3 and 6 bits
+    #[value(name = "mixed_3_6")]
+    Mixed3_6,
+    /// 4 and 6 bits
+    #[value(name = "mixed_4_6")]
+    Mixed4_6,
+}
+
+impl Recipe {
+    /// Returns the lower and the higher number of bits.
+    pub fn bits(self) -> (usize, usize) {
+        match self {
+            Self::Mixed2_6 => (2, 6),
+            Self::Mixed3_4 => (3, 4),
+            Self::Mixed3_6 => (3, 6),
+            Self::Mixed4_6 => (4, 6),
+        }
+    }
+}
+
+/// A type of GGUF file, as llama.cpp names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GgufType {
+    /// 32-bit floats
+    #[value(name = "F32")]
+    F32,
+    /// 16-bit floats
+    #[value(name = "F16")]
+    F16,
+    /// bfloat16
+    #[value(name = "BF16")]
+    Bf16,
+    /// 8.5 bits a weight
+    #[value(name = "Q8_0")]
+    Q8_0,
+    /// 6.6 bits a weight
+    #[value(name = "Q6_K")]
+    Q6K,
+    /// 5.7 bits a weight, some layers in Q6_K
+    #[value(name = "Q5_K_M")]
+    Q5KM,
+    /// 4.8 bits a weight, some layers in Q6_K
+    #[value(name = "Q4_K_M")]
+    Q4KM,
+    /// 4.5 bits a weight
+    #[value(name = "Q4_0")]
+    Q4_0,
+}
+
+fn one_of(text: &str, allowed: &[usize]) -> Result<usize, String> {
+    let listed: Vec<String> = allowed.iter().map(usize::to_string).collect();
+    let found = text.parse().ok().filter(|n| allowed.contains(n));
+    found.ok_or_else(|| format!("must be one of {}", listed.join(", ")))
+}
+
+fn block_size(text: &str) -> Result<usize, String> {
+    one_of(text, &[32, 64, 128, 256, 512, 1024, 2048, 4096])
+}
+
+/// Parses a number of bits of MLX.
+pub fn bits(text: &str) -> Result<usize, String> {
+    one_of(text, &[2, 3, 4, 5, 6, 8])
+}
+
+/// Parses a group size of MLX.
+pub fn group_size(text: &str) -> Result<usize, String> {
+    one_of(text, &[32, 64, 128])
 }

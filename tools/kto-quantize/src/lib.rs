@@ -1,24 +1,30 @@
-//! kto-quantize: a model directory in 4 bits, in the form of transformers and bitsandbytes.
+//! kto-quantize: a model directory in fewer bits, or back in floats.
 //!
-//! Arguments become a [`Plan`]; two passes over the weights carry it out. Invariants: the result appears whole or not
-//! at all, memory does not grow with the model, the same input gives the same bytes on any number of threads.
-//! Deliberately absent: calibration, other quantization methods, and any change to what is not a linear layer.
+//! Arguments become a [`Plan`]; one pass over the weights carries it out. Invariants: the result appears whole or not at all, memory does
+//! not grow with the model, the same input gives the same bytes on any number of threads and however often a run was killed.
+//! Deliberately absent: calibration, and any change to what is not a matrix.
 
 #![forbid(unsafe_code)]
 
 mod args;
+mod choice;
+mod config;
+mod gguf;
+mod memory;
 mod plan;
-mod work;
+
+use args::FormName;
 
 pub use args::Args;
 pub use plan::Plan;
 
 use kto_cli::{
-    Error, Exit, Record, Result, Ui, atomic, disk, escape,
+    Error, Exit, Kind, Record, Result, Ui, atomic, disk, escape,
     output::{Output, print_path},
-    signal,
+    signal, units,
 };
 use kto_formats::{companions, python_json};
+use kto_weights::{Content, Layout};
 
 /// Room that is left for tokenizer and other small files, in bytes.
 const COMPANIONS: u64 = 64 << 20;
@@ -32,10 +38,14 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
 }
 
 fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
+    if args.form == FormName::Gguf && !args.dequantize {
+        choice::Choice::new(args, 0)?;
+        return gguf::run(args, ui);
+    }
     let plan = Plan::new(args, ui)?;
     if args.dry_run {
         let mut out = Output::create(None)?;
-        out.write(describe(&plan).as_bytes())?;
+        out.write(describe(&plan)?.as_bytes())?;
         out.finish()?;
         return Ok(Exit::Ok);
     }
@@ -44,36 +54,73 @@ fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
     record.model(&plan.model.path, || plan.model.fingerprint());
     record.check()?;
     let if_changed = args.common.make.if_changed;
-    let directory = atomic::AtomicDir::create_if_changed(&plan.output, plan.force, if_changed)?;
-    let measured = work::measure(&plan, ui)?;
-    disk::require_free(&plan.output, measured.shards.bytes() + COMPANIONS)?;
-    measured.write(directory.path(), ui)?;
+    let layout = Layout::plan(plan.items()?, plan.max_shard)?;
+    let directory = atomic::AtomicDir::resume(&plan.output, plan.force, if_changed, &plan.identity())?;
+    let bytes = layout.bytes();
+    disk::require_free(&plan.output, bytes.saturating_sub(disk::used(directory.path())) + COMPANIONS)?;
+    if let Err(error) = write(args, &plan, &layout, &directory, ui) {
+        // What is wrong with the input will be wrong the next time.
+        if matches!(error.kind(), Kind::Data | Kind::Internal) {
+            directory.keep(false);
+        }
+        return Err(error);
+    }
     let copied = companions::copy(&plan.model.path, directory.path())?;
     let config = python_json::pretty_sorted(&plan.config()) + "\n";
     atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
     record.commit(directory, &plan.output)?;
     ui.note(format_args!(
-        "{} layers quantized, {} tensors as they were, {} MB; copied {}",
-        plan.quantize.len(),
-        plan.copy.len(),
-        measured.shards.bytes().div_ceil(1_000_000),
+        "{} weights {}, {} as they were, {} MB; copied {}",
+        plan.changed.len(),
+        if args.dequantize { "dequantized" } else { "quantized" },
+        plan.forms.len() - plan.changed.len(),
+        bytes.div_ceil(1_000_000),
         if copied.is_empty() { "nothing else".into() } else { escape(&copied.join(", ")) }
     ));
     print_path(&plan.output)?;
     Ok(Exit::Ok)
 }
 
+fn write(args: &Args, plan: &Plan, layout: &Layout, directory: &atomic::AtomicDir, ui: &Ui) -> Result<()> {
+    let Some(path) = &args.report else {
+        return layout.write(directory, &plan.metadata(), ui, None);
+    };
+    let mut report = Output::create(Some(path))?;
+    layout.write(
+        directory,
+        &plan.metadata(),
+        ui,
+        Some(&mut |item, errors| match item.content {
+            Content::Encoded { form, .. } if plan.changed.contains(&item.name) => {
+                report.write(config::report_line(&item.name, &item.shape, form, errors).as_bytes())
+            }
+            _ => Ok(()),
+        }),
+    )?;
+    report.finish()
+}
+
 /// The plan for --dry-run.
-fn describe(plan: &Plan) -> String {
-    let skipped = plan.skipped.as_ref().map_or("none".into(), |s| escape(&s.join(" ")));
-    format!(
-        "model {}\noutput {}\nquantize {} linear layers, {} values\nkeep {} tensors\nskipped {}\ndouble quantization {}\n",
-        escape(&plan.model.path.display().to_string()),
-        escape(&plan.output.display().to_string()),
-        plan.quantize.len(),
-        plan.values(),
-        plan.copy.len(),
-        skipped,
-        if plan.double_quant { "yes" } else { "no" }
-    )
+fn describe(plan: &Plan) -> Result<String> {
+    let (before, after) = memory::sizes(plan);
+    let path = |path: &std::path::Path| escape(&path.display().to_string());
+    let mut text = format!("model {}\noutput {}\n", path(&plan.model.path), path(&plan.output));
+    text += &format!(
+        "change {} of {} weights, {} values\n",
+        plan.changed.len(),
+        plan.forms.len(),
+        plan.values()?
+    );
+    for (form, count) in plan.summary() {
+        text += &format!("{count} weights {form}\n");
+    }
+    if !plan.skipped.is_empty() {
+        text += &format!("skipped {}\n", escape(&plan.skipped.join(" ")));
+    }
+    text += &format!("size {} before, {} after\n", units::size(before), units::size(after));
+    if let Some((least, full, run)) = memory::needed(plan) {
+        let (least, full) = (units::size(least), units::size(full));
+        text += &format!("kto-train needs from {least}, with everything kept {full} ({run})\n");
+    }
+    Ok(text)
 }

@@ -1,127 +1,182 @@
 //! What to do with every tensor, decided and checked before anything is written.
 
-use crate::Args;
+use crate::{Args, args::FormName, choice::Choice};
 use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{
     bnb,
     model_dir::{ModelDir, refuse_output},
-    tensors::{TensorView, float_size},
 };
 use kto_hub::Need;
+use kto_weights::{
+    Content, Form, Item, Values, Weight,
+    roles::{LINEARS, Role, role},
+    weights,
+};
 use safetensors::Dtype;
-use serde_json::Value;
-use std::path::PathBuf;
-
-/// The linear layers of a decoder block that are quantized.
-const LINEARS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 /// The job, with every default filled in.
 pub struct Plan {
     /// The source.
     pub model: ModelDir,
-    /// The directory to make.
+    /// The directory or file to make.
     pub output: PathBuf,
-    /// Whether an existing directory is replaced.
+    /// Whether an existing output is replaced.
     pub force: bool,
-    /// Whether scales are stored in 8 bits.
-    pub double_quant: bool,
     /// Largest file of weights, in bytes.
     pub max_shard: u64,
-    /// Names of the weights to quantize, sorted.
-    pub quantize: Vec<String>,
-    /// Names of the tensors to copy, sorted.
-    pub copy: Vec<String>,
-    /// Full names of skipped linear layers, sorted, and whether the user chose them.
-    pub skipped: Option<Vec<String>>,
-    /// Dtype that the 4-bit layers will compute in.
-    pub compute: Dtype,
+    /// What is made.
+    pub job: Job,
+    /// What becomes of each weight, by name; `None` for tensors without floats, which are copied.
+    pub forms: BTreeMap<String, Option<Form>>,
+    /// The weights that change their form.
+    pub changed: BTreeSet<String>,
+    /// Full names of linear layers that stay as they are because the user said so, sorted.
+    pub skipped: Vec<String>,
+}
+
+/// What is made.
+pub enum Job {
+    /// A quantized directory.
+    Quantize(FormName, Choice),
+    /// A directory of floats, all of this dtype if there is one.
+    Dequantize(Option<Dtype>),
 }
 
 impl Plan {
-    /// Opens the model and sorts its tensors. Errors: 65 for a model that is quantized already or whose tensors are
-    /// not those of a dense decoder; 2 for a skipped name that matches nothing.
+    /// Opens the model and decides. Errors: 65 for a model that is quantized already or whose tensors are not those of a dense decoder;
+    /// 2 for flags that do not fit the form, and names that match nothing.
     pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
-        let model = ModelDir::open(&kto_hub::locate(&args.model, &Need::Weights(|_| Ok(())), ui)?)?;
-        model.notes.iter().for_each(|note| ui.warn(note));
-        refuse_output(&args.output, &model.path)?;
-        refuse_quantized(&model)?;
-        let skips: Vec<&str> = args.skip.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
-        let mut used = vec![false; skips.len()];
-        let (mut quantize, mut copy, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
-        let mut blocks = 0;
-        for view in model.tensors.views() {
-            match linear_of(&view).at(model.tensors.place_of(view.name))? {
-                Some(block) => {
-                    blocks = blocks.max(block + 1);
-                    let module = view.name.trim_end_matches(".weight");
-                    match skips.iter().position(|s| matches(module, s)) {
-                        Some(i) => {
-                            used[i] = true;
-                            skipped.push(module.to_string());
-                            copy.push(view.name.to_string());
-                        }
-                        None => quantize.push(view.name.to_string()),
-                    }
-                }
-                None => copy.push(view.name.to_string()),
-            }
-        }
-        check_blocks(&model, blocks, quantize.len() + skipped.len())?;
-        if let Some(unused) = skips.iter().zip(&used).find(|(s, u)| !**u && **s != "lm_head").map(|(s, _)| s)
-        {
-            return Err(Error::usage(format!("--skip {}: no linear layer has this name", escape(unused))));
-        }
-        if quantize.is_empty() {
-            return Err(Error::usage("--skip leaves no layer to quantize"));
-        }
-        let compute = model.tensors.require(&quantize[0])?.dtype;
-        let skipped = (!skipped.is_empty()).then(|| [vec!["lm_head".to_string()], skipped].concat());
-        Ok(Self {
-            model,
+        let model = open(args, ui)?;
+        let job = if args.dequantize {
+            Job::Dequantize(args.dtype.map(Dtype::from))
+        } else {
+            Job::Quantize(args.form, Choice::new(args, check_blocks(&model)?)?)
+        };
+        let mut plan = Self {
             output: args.output.clone(),
             force: args.force,
-            double_quant: !args.no_double_quant,
             max_shard: args.max_shard_size,
-            quantize,
-            copy,
-            skipped,
-            compute,
-        })
+            job,
+            forms: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            skipped: Vec::new(),
+            model,
+        };
+        plan.decide(ui)?;
+        Ok(plan)
     }
 
-    /// Returns the number of values to quantize.
-    pub fn values(&self) -> u64 {
-        self.quantize.iter().filter_map(|n| self.model.tensors.get(n)).map(|v| v.len() as u64).sum()
+    fn decide(&mut self, ui: &Ui) -> Result<()> {
+        let names: Vec<String> = weights(&self.model).map(str::to_string).collect();
+        for name in names {
+            let Some(weight) = Weight::find(&self.model, &name)? else {
+                self.forms.insert(name, None);
+                continue;
+            };
+            let kept = Form::Float(weight.dtype);
+            let form = match &self.job {
+                Job::Dequantize(dtype) => Form::Float(dtype.unwrap_or(weight.dtype)),
+                Job::Quantize(_, choice) => {
+                    let module = name.strip_suffix(".weight").unwrap_or(&name);
+                    let role = role(module).filter(|_| name.ends_with(".weight"));
+                    let wanted = role.and_then(|role| choice.form(module, role, weight.dtype));
+                    match wanted.map(|form| (form, form.unfit(&weight.shape))) {
+                        Some((_, Some(why))) => {
+                            ui.warn(format_args!("\"{}\" stays as it is: {why}", escape(&name)));
+                            kept
+                        }
+                        Some((form, None)) => form,
+                        None => {
+                            if matches!(role, Some(Role::Linear(_))) {
+                                self.skipped.push(module.to_string());
+                            }
+                            kept
+                        }
+                    }
+                }
+            };
+            if form != kept || weight.quantized {
+                self.changed.insert(name.clone());
+            }
+            self.forms.insert(name, Some(form));
+        }
+        if let Job::Quantize(_, choice) = &self.job {
+            choice.check_used()?;
+            if self.changed.is_empty() {
+                return Err(Error::usage("--skip leaves no layer to quantize"));
+            }
+        } else if self.changed.is_empty() {
+            return Err(Error::data(format!(
+                "{}: not quantized, and of that dtype already",
+                place(&self.model)
+            )));
+        }
+        Ok(())
     }
 
-    /// Returns config.json of the result.
-    pub fn config(&self) -> Value {
-        let mut config = self.model.config.clone();
-        config["quantization_config"] =
-            bnb::quantization_config(self.compute, self.double_quant, self.skipped.as_deref());
-        config
+    /// Returns the tensors of the result, sorted by name.
+    pub fn items(&self) -> Result<Vec<Item<'_>>> {
+        let mut items = Vec::new();
+        for (name, form) in &self.forms {
+            let place = self.model.tensors.place_of(name);
+            let (shape, content) = match (form, Weight::find(&self.model, name)?) {
+                (Some(form), Some(weight)) => {
+                    let shape = weight.shape.clone();
+                    (shape, Content::Encoded { form: *form, values: Box::new(weight), keep: None })
+                }
+                _ => {
+                    let view = self.model.tensors.require(name)?;
+                    (view.shape.to_vec(), Content::Copy(vec![view], &self.model.tensors))
+                }
+            };
+            items.push(Item { name: name.clone(), shape, content, place });
+        }
+        Ok(items)
     }
+
+    /// Returns the number of values whose form changes.
+    pub fn values(&self) -> Result<u64> {
+        let of = |name: &String| Ok(Weight::find(&self.model, name)?.map_or(0, |w| w.len() as u64));
+        self.changed.iter().map(of).sum()
+    }
+
+    /// Returns a text that tells everything the result depends on, for a later run.
+    pub fn identity(&self) -> String {
+        let forms: Vec<String> = self.forms.iter().map(|(name, form)| format!("{name} {form:?}")).collect();
+        format!(
+            "kto-quantize {} of {}\nfiles of {} bytes\n{}\n",
+            env!("CARGO_PKG_VERSION"),
+            self.model.fingerprint(),
+            self.max_shard,
+            forms.join("\n")
+        )
+    }
+}
+
+/// Opens the source. Errors (65) also: it is quantized and shall be quantized.
+pub fn open(args: &Args, ui: &Ui) -> Result<ModelDir> {
+    let model = ModelDir::open(&kto_hub::locate(&args.model, &Need::Weights(|_| Ok(())), ui)?)?;
+    model.notes.iter().for_each(|note| ui.warn(note));
+    refuse_output(&args.output, &model.path)?;
+    if !args.dequantize {
+        refuse_quantized(&model)?;
+    }
+    Ok(model)
 }
 
 fn refuse_quantized(model: &ModelDir) -> Result<()> {
     let method = model.config.get("quantization_config").and_then(|q| q.get("quant_method"));
+    let hint = "kto-quantize --dequantize first";
     if let Some(method) = method.filter(|m| !m.is_null()) {
-        return Err(Error::data(format!(
-            "{}: already quantized ({})",
-            place(model),
-            escape(&method.to_string())
-        )));
+        let text = format!("{}: already quantized ({})", place(model), escape(&method.to_string()));
+        return Err(Error::data(text).with_hint(hint));
     }
     if bnb::is_quantized(&model.tensors) || model.config.get("quantization").is_some_and(|q| !q.is_null()) {
-        return Err(Error::data(format!("{}: already quantized", place(model))));
+        return Err(Error::data(format!("{}: already quantized", place(model))).with_hint(hint));
     }
     Ok(())
 }
@@ -130,43 +185,47 @@ fn place(model: &ModelDir) -> String {
     escape(&model.path.display().to_string())
 }
 
-/// Returns the block of a linear layer's weight; `None` for what is stored as it is. A matrix in a decoder block that
-/// is none of the known layers is an error: which of them transformers would quantize is not guessed.
-fn linear_of(view: &TensorView) -> Result<Option<u64>> {
-    let Some((block, rest)) = view.name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')) else {
-        return Ok(None);
-    };
-    let name = escape(view.name);
-    let block = block
-        .parse()
-        .map_err(|_| Error::data(format!("tensor \"{name}\": \"{}\" is no block number", escape(block))))?;
-    let known = rest.strip_suffix(".weight").is_some_and(|module| LINEARS.contains(&module));
-    match (known, view.shape.len()) {
-        (true, 2) if float_size(view.dtype).is_none() => {
-            view.to_f32()?;
-            Ok(None)
+/// Returns the number of blocks, on which config.json and the weights must agree. No block may lack a layer, and a matrix in a block
+/// that is none of the known layers is an error: which of them other programs would quantize is not guessed.
+fn check_blocks(model: &ModelDir) -> Result<usize> {
+    let (mut blocks, mut linears) = (0, 0);
+    for view in model.tensors.views() {
+        let Some((block, rest)) = view.name.strip_prefix("model.layers.").and_then(|r| r.split_once('.'))
+        else {
+            continue;
+        };
+        let name = escape(view.name);
+        let block: usize = block
+            .parse()
+            .map_err(|_| Error::data(format!("tensor \"{name}\": \"{}\" is no block number", escape(block))))
+            .at(model.tensors.place_of(view.name))?;
+        let known = rest.strip_suffix(".weight").is_some_and(|module| LINEARS.contains(&module));
+        match (known, view.shape.len()) {
+            (true, 2) => {
+                view.read_f32(0, &mut []).at(model.tensors.place_of(view.name))?;
+                blocks = blocks.max(block + 1);
+                linears += 1;
+            }
+            (false, 0 | 1) => {}
+            _ => {
+                return Err(Error::data(format!(
+                    "tensor \"{name}\" of shape {:?} is no layer of a Llama-like decoder; this model cannot be quantized here",
+                    view.shape
+                )))
+                .at(model.tensors.place_of(view.name));
+            }
         }
-        (true, 2) => Ok(Some(block)),
-        (false, 0 | 1) => Ok(None),
-        _ => Err(Error::data(format!(
-            "tensor \"{name}\" of shape {:?} is no layer of a Llama-like decoder; this model cannot be quantized here",
-            view.shape
-        ))),
     }
-}
-
-/// config.json and the weights must agree about the number of blocks, and no block may lack a layer.
-fn check_blocks(model: &ModelDir, blocks: u64, linears: usize) -> Result<()> {
     let place = place(model);
     if let Some(stated) = model.config.get("num_hidden_layers")
-        && stated.as_u64() != Some(blocks)
+        && stated.as_u64() != Some(blocks as u64)
     {
         let stated = escape(&stated.to_string());
         return Err(Error::data(format!(
             "{place}: config.json says {stated} layers, the weights hold {blocks}"
         )));
     }
-    if linears as u64 != blocks * LINEARS.len() as u64 {
+    if linears != blocks * LINEARS.len() {
         let missing = (0..blocks)
             .flat_map(|b| LINEARS.map(|l| format!("model.layers.{b}.{l}.weight")))
             .find(|n| !model.tensors.contains(n));
@@ -175,37 +234,5 @@ fn check_blocks(model: &ModelDir, blocks: u64, linears: usize) -> Result<()> {
     if blocks == 0 {
         return Err(Error::data(format!("{place}: no decoder blocks (model.layers.0.…)")));
     }
-    Ok(())
-}
-
-/// Whether a module is meant by a name given with --skip: whole, beginning, end or middle in whole components.
-fn matches(module: &str, skip: &str) -> bool {
-    format!(".{module}.").contains(&format!(".{}.", skip.trim_matches('.')))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn skips_match_whole_components() {
-        let module = "model.layers.1.mlp.down_proj";
-        for skip in [module, "down_proj", "model.layers.1", "layers.1.mlp", "mlp.down_proj", "mlp"] {
-            assert!(matches(module, skip), "{skip}");
-        }
-        for skip in ["proj", "model.layers.11", "model.layers.1.mlp.down", "layers.0"] {
-            assert!(!matches(module, skip), "{skip}");
-        }
-    }
-
-    #[test]
-    fn only_known_matrices_are_quantized() {
-        let view = |name, shape| linear_of(&TensorView { name, dtype: Dtype::BF16, shape, data: &[] });
-        assert_eq!(view("model.layers.3.mlp.up_proj.weight", &[2, 2]).unwrap(), Some(3));
-        assert_eq!(view("model.layers.3.self_attn.q_proj.bias", &[2]).unwrap(), None);
-        assert_eq!(view("model.embed_tokens.weight", &[2, 2]).unwrap(), None);
-        assert!(view("model.layers.3.mlp.experts.0.w1.weight", &[2, 2]).is_err());
-        assert!(view("model.layers.3.mlp.up_proj.weight", &[2]).is_err());
-        assert!(view("model.layers.x.mlp.up_proj.weight", &[2, 2]).is_err());
-    }
+    Ok(blocks)
 }

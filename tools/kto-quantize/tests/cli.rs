@@ -139,7 +139,7 @@ fn existing_outputs_dry_runs_and_outputs_inside_the_model() {
     let (model, out) = (golden("tiny_llama_bf16"), top.path().join("out"));
     let output = run(&[text(&model), "-o", text(&out), "--dry-run"]);
     assert!(output.status.success() && !out.exists());
-    assert!(String::from_utf8(output.stdout).unwrap().contains("quantize 14 linear layers, 86016 values"));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("change 14 of 21 weights, 86016 values\n"));
     fs::create_dir(&out).unwrap();
     fs::write(out.join("mine"), "x").unwrap();
     assert_eq!(run(&[text(&model), "-o", text(&out)]).status.code(), Some(73));
@@ -226,6 +226,186 @@ fn larger(dir: &Path) -> PathBuf {
     )
 }
 
+fn made(model: &Path, out: &Path, more: &[&str]) -> ModelDir {
+    let output = run(&[&[text(model), "-q", "-o", text(out)], more].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ModelDir::open(out).unwrap()
+}
+
+#[test]
+fn every_form_comes_back_as_floats() {
+    let top = tempfile::tempdir().unwrap();
+    let model = golden("tiny_llama_bf16");
+    let dense = ModelDir::open(&model).unwrap();
+    let forms: [(&[&str], f64); 6] = [
+        (&["--form", "nf4"], 0.11),
+        (&["--form", "nf4", "--block-size", "256", "--no-double-quant"], 0.13),
+        (&["--form", "fp4"], 0.16),
+        (&["--form", "int8"], 0.012),
+        (&["--form", "mlx", "--bits", "3", "--group-size", "32"], 0.2),
+        (
+            &[
+                "--form",
+                "mlx",
+                "--bits",
+                "8",
+                "--group-size",
+                "32",
+                "--override",
+                "up_proj=5:64",
+                "--skip",
+                "lm_head",
+            ],
+            0.04,
+        ),
+    ];
+    for (i, (flags, bound)) in forms.iter().enumerate() {
+        let (quantized, back) = (top.path().join(format!("q{i}")), top.path().join(format!("b{i}")));
+        let smaller = made(&model, &quantized, flags);
+        let floats = made(&quantized, &back, &["--dequantize", "--dtype", "f32"]);
+        assert!(floats.config.get("quantization_config").is_none() && floats.config["dtype"] == "float32");
+        assert!(floats.fingerprint().ends_with(&smaller.fingerprint()));
+        assert!(floats.tensors.names().eq(dense.tensors.names()), "{flags:?}");
+        for view in dense.tensors.views() {
+            let (given, made) = (view.to_f32().unwrap(), floats.tensors.require(view.name).unwrap());
+            assert_eq!((made.dtype, made.shape), (Dtype::F32, view.shape));
+            let off: f64 =
+                given.iter().zip(made.to_f32().unwrap()).map(|(g, m)| f64::from(g - m).powi(2)).sum();
+            let length: f64 = given.iter().map(|g| f64::from(*g).powi(2)).sum();
+            assert!((off / length).sqrt() < *bound, "{flags:?} {}: {}", view.name, (off / length).sqrt());
+            let kept = view.shape.len() == 1 || flags.contains(&"lm_head") && view.name == "lm_head.weight";
+            assert!(!kept || off == 0.0, "{flags:?} {}", view.name);
+        }
+    }
+    // 8 bits of bitsandbytes are those that transformers saved.
+    let (ours, theirs) = (
+        ModelDir::open(&top.path().join("q3")).unwrap(),
+        ModelDir::open(&golden("tiny_llama_int8")).unwrap(),
+    );
+    assert!(ours.tensors.names().eq(theirs.tensors.names()) && ours.config == theirs.config);
+    for view in theirs.tensors.views() {
+        assert!(ours.tensors.require(view.name).unwrap().data == view.data, "{}", view.name);
+    }
+    assert_eq!(refused(&model, &["--dequantize"]).0, 65);
+}
+
+#[test]
+fn flags_that_do_not_fit_the_form_are_usage_errors() {
+    let model = golden("tiny_llama_bf16");
+    for flags in [
+        &["--bits", "4"][..],
+        &["--form", "mlx", "--block-size", "128"],
+        &["--form", "mlx", "--no-double-quant"],
+        &["--form", "int8", "--type", "Q8_0"],
+        &["--embeddings", "quantize"],
+        &["--override", "up_proj=6"],
+        &["--form", "mlx", "--override", "up_proj=7"],
+        &["--form", "mlx", "--override", "nothing=4"],
+        &["--form", "gguf", "--override", "up_proj=Q9"],
+        &["--form", "gguf", "--override", "nothing=Q8_0"],
+    ] {
+        let (code, message) = refused(&model, flags);
+        assert!(code == 2 && !message.contains("panicked"), "{flags:?} {message}");
+    }
+}
+
+#[test]
+fn the_report_names_every_quantized_tensor() {
+    let top = tempfile::tempdir().unwrap();
+    let report = top.path().join("report.jsonl");
+    made(&golden("tiny_llama_bf16"), &top.path().join("q"), &["--report", text(&report)]);
+    let lines: Vec<serde_json::Value> =
+        fs::read_to_string(report).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 14);
+    for line in lines {
+        let relative = line["relative_rms"].as_f64().unwrap();
+        assert!((0.05..0.11).contains(&relative) && line["cosine"].as_f64().unwrap() > 0.99, "{line}");
+        assert!((line["bits_per_weight"].as_f64().unwrap() - 4.125).abs() < 0.001, "{line}");
+    }
+}
+
+#[test]
+fn a_gguf_file_says_what_it_is_and_is_replaced_only_with_force() {
+    let top = tempfile::tempdir().unwrap();
+    let out = top.path().join("m.gguf");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/demo/model");
+    let call = |more: &[&str]| run(&[&[text(&model), "--form", "gguf", "-o", text(&out)], more].concat());
+    assert!(call(&["--type", "q8_0"]).status.success());
+    let bytes = fs::read(&out).unwrap();
+    assert!(bytes.starts_with(b"GGUF\x03\0\0\0") && bytes.len() > 1_000_000);
+    let holds = |text: &[u8]| bytes.windows(text.len()).any(|w| w == text);
+    for key in
+        ["general.architecture", "tokenizer.chat_template", "tokenizer.ggml.merges", "blk.3.ffn_down.weight"]
+    {
+        assert!(holds(key.as_bytes()), "{key}");
+    }
+    assert_eq!(call(&[]).status.code(), Some(73));
+    assert!(fs::read(&out).unwrap() == bytes);
+    assert!(call(&["--force", "--type", "f16", "-q"]).status.success() && fs::read(&out).unwrap() != bytes);
+}
+
+/// Kills a run whenever a further file is whole; what the next runs find must be gone on with, and no reader may take the directory
+/// that grows for a model.
+#[test]
+fn a_killed_run_is_gone_on_with_file_by_file() {
+    let top = tempfile::tempdir().unwrap();
+    let (model, whole, out) = (larger(top.path()), top.path().join("whole"), top.path().join("out"));
+    let flags = ["--max-shard-size", "600kB"];
+    made(&model, &whole, &flags);
+    let partial = top.path().join("out.partial");
+    let files = || {
+        fs::read_dir(&partial)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter(|e| e.file_name().to_string_lossy().starts_with("model-"))
+            .count()
+    };
+    let (mut kills, mut most) = (0, 0);
+    for _ in 0..40 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_kto-quantize"))
+            .args([text(&model), "-q", "-o", text(&out), "--threads", "1"])
+            .args(flags)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        while files() <= most && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_micros(300));
+        }
+        if child.try_wait().unwrap().is_some() {
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!out.exists() || ModelDir::open(&out).is_ok());
+        if partial.exists() {
+            kills += 1;
+            assert!(files() >= most, "a later run began anew");
+            most = most.max(files());
+            assert!(ModelDir::open(&partial).is_err());
+        }
+    }
+    assert!(kills > 0 && most > 0, "{kills} kills, {most} files");
+    if !out.exists() {
+        let output = run(&[&[text(&model), "-o", text(&out)], &flags[..]].concat());
+        assert!(output.status.success());
+        assert!(String::from_utf8_lossy(&output.stderr).contains("were there from an earlier run"));
+    }
+    for entry in fs::read_dir(&whole).unwrap() {
+        let name = entry.unwrap().file_name();
+        if name != "manifest.json" {
+            assert!(fs::read(whole.join(&name)).unwrap() == fs::read(out.join(&name)).unwrap(), "{name:?}");
+        }
+    }
+    assert!(!partial.exists());
+    // Another job does not go on with it.
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join(".kto-job"), "another").unwrap();
+    fs::write(partial.join("model-00001-of-00009.safetensors"), "x").unwrap();
+    made(&model, &out, &["--force"]);
+    assert!(!partial.exists());
+}
+
 #[test]
 fn kill_leaves_the_old_directory_or_the_new_one() {
     let top = tempfile::tempdir().unwrap();
@@ -252,6 +432,6 @@ fn kill_leaves_the_old_directory_or_the_new_one() {
         }
     }
     assert!(run(&[text(&model), "-q", "--force", "-o", text(&out)]).status.success());
-    // The last run swept up what the killed ones left: only the model and the result are there.
+    // The last run went on with what the killed ones left: only the model and the result are there.
     assert_eq!(fs::read_dir(top.path()).unwrap().count(), 2, "{finished} of 12 came to their end");
 }

@@ -1,12 +1,13 @@
 //! A directory that appears whole or not at all.
 
-use super::{creating, equal, resolve, sync_dir, tolerate_unsupported};
+use super::{creating, equal, partial, resolve, sync_dir, tolerate_unsupported};
 use crate::{Error, Kind, Result, escape, manifest, record::IN_DIRECTORY, stale};
 use rustix::{
     fs::{CWD, RenameFlags, renameat_with},
     io::Errno,
 };
 use std::{
+    cell::{Cell, RefCell},
     fs::{self, DirBuilder, File},
     io,
     path::{Path, PathBuf},
@@ -20,6 +21,9 @@ pub struct AtomicDir {
     temporary: PathBuf,
     force: bool,
     if_changed: bool,
+    /// Whether it may outlive this run, and what an earlier one has left in it.
+    partial: Option<bool>,
+    keep: Cell<bool>,
     /// Open and locked while the writer lives.
     _lock: File,
 }
@@ -41,14 +45,38 @@ impl AtomicDir {
             File::open(path)
         };
         let (temporary, lock) = stale::create(&resolved, make).map_err(fail)?;
-        Ok(Self { shown: target.to_path_buf(), target: resolved, temporary, force, if_changed, _lock: lock })
+        let shown = target.to_path_buf();
+        let keep = Cell::new(false);
+        Ok(Self { shown, target: resolved, temporary, force, if_changed, partial: None, keep, _lock: lock })
+    }
+    /// The same for a long job: the directory grows as `NAME.partial`, and a run that is killed leaves it for the next one with the same
+    /// `job`, a text that tells everything the content depends on. Files in it must be made atomically. Errors also: 75 while another
+    /// run works on it.
+    pub fn resume(target: &Path, force: bool, if_changed: bool, job: &str) -> Result<Self> {
+        let resolved = resolve(target).map_err(|e| creating(target, &e))?;
+        refuse_existing(target, &resolved, force || if_changed)?;
+        let partial::Partial { path, lock, resumed } = partial::open(target, &resolved, job)?;
+        let (shown, partial) = (target.to_path_buf(), Some(resumed));
+        let keep = Cell::new(false);
+        Ok(Self { shown, target: resolved, temporary: path, force, if_changed, partial, keep, _lock: lock })
+    }
+    /// Returns whether an earlier run has worked on this directory.
+    pub fn resumed(&self) -> bool {
+        self.partial == Some(true)
+    }
+    /// Says whether a directory of [`AtomicDir::resume`] stays when it is dropped without commit.
+    pub fn keep(&self, keep: bool) {
+        self.keep.set(keep && self.partial.is_some());
     }
     /// The temporary directory to write into.
     pub fn path(&self) -> &Path {
         &self.temporary
     }
     /// Makes the directory final: fsync of every file, rename, fsync of the parent.
-    pub fn commit(self) -> Result<()> {
+    pub fn commit(mut self) -> Result<()> {
+        if self.partial.is_some() {
+            self.leave_partial().map_err(|e| Error::writing(&self.shown, &e))?;
+        }
         let fail = |e: io::Error| Error::writing(&self.shown, &e);
         if self.if_changed && self.target.exists() {
             if equal::trees(&self.temporary, &self.target, Some(IN_DIRECTORY)) {
@@ -70,6 +98,25 @@ impl AtomicDir {
         sync_dir(&stale::folder_of(&self.target)).map_err(fail)
         // Drop removes what is left under the temporary name: nothing, or the directory that was replaced.
     }
+    /// Turns a partial directory into a temporary one, once all of it is on the disk: from here on it is whole, and what is left of a
+    /// kill is nobody's work any more.
+    fn leave_partial(&mut self) -> io::Result<()> {
+        sync_tree(&self.temporary)?;
+        let from = RefCell::new(Some(&self.temporary));
+        // The lock goes with the directory: it is held on what was opened, not on its name.
+        let (temporary, lock) = stale::create(&self.target, |path| {
+            DirBuilder::new().create(path)?;
+            if let Some(from) = from.take() {
+                fs::rename(from, path)?;
+            }
+            File::open(path)
+        })?;
+        self.temporary = temporary;
+        self._lock = lock;
+        self.partial = None;
+        self.keep.set(false);
+        fs::remove_file(self.temporary.join(partial::JOB))
+    }
     /// Puts the new manifest into the directory that is kept, unless it says the same.
     fn renew_manifest(&self) -> Result<()> {
         let (new, old) = (self.temporary.join(IN_DIRECTORY), self.target.join(IN_DIRECTORY));
@@ -84,6 +131,9 @@ impl AtomicDir {
 
 impl Drop for AtomicDir {
     fn drop(&mut self) {
+        if self.keep.get() {
+            return;
+        }
         let _ = fs::remove_dir_all(&self.temporary);
     }
 }

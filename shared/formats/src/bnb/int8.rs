@@ -4,7 +4,10 @@
 //! `X.weight_format`. Formula: value = code · SCB / 127. Deliberately absent: the 8-bit rounding of activations that bitsandbytes
 //! does in its own products, and column-tiled layouts (files older than bitsandbytes 0.37).
 
-use crate::tensors::{TensorStore, TensorView, float_size};
+use crate::{
+    safetensors_out::TensorSpec,
+    tensors::{TensorStore, TensorView, float_size},
+};
 use kto_cli::{Error, Result, escape};
 use safetensors::Dtype;
 
@@ -40,10 +43,20 @@ impl<'a> Int8Tensor<'a> {
     }
 }
 
+/// Describes the tensors that the weight `name` of shape (rows, columns) becomes: codes, scales, and the mark of a layout by rows.
+pub fn specs(name: &str, shape: [usize; 2]) -> [TensorSpec; 3] {
+    let layer = name.strip_suffix(".weight").unwrap_or(name);
+    [
+        TensorSpec::new(name, Dtype::I8, shape),
+        TensorSpec::new(format!("{layer}.SCB"), Dtype::F32, [shape[0]]),
+        TensorSpec::new(format!("{layer}.weight_format"), Dtype::U8, []),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::safetensors_out::{SafetensorsWriter, TensorSpec};
+    use crate::safetensors_out::SafetensorsWriter;
     use std::path::Path;
 
     #[test]

@@ -5,16 +5,48 @@ use kto_cli::{Error, Result, escape};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-/// Values that share one scale in the files written here.
+/// Values that share one scale when nothing else is asked for.
 pub const BLOCK: usize = 64;
 /// Scales that share one scale in the files written here.
 pub const NESTED_BLOCK: usize = 256;
 /// Longest object that is read, in bytes.
 const MAX_TEXT: usize = 64 << 10;
 
+/// Which 16 values the codes mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FourBitKind {
+    /// NormalFloat.
+    Nf4,
+    /// A float of four bits.
+    Fp4,
+}
+
+impl FourBitKind {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Nf4, Self::Fp4];
+
+    /// Returns the name in files and settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nf4 => "nf4",
+            Self::Fp4 => "fp4",
+        }
+    }
+
+    /// Returns what follows a weight's name in the name of its quant_state.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Nf4 => ".quant_state.bitsandbytes__nf4",
+            Self::Fp4 => ".quant_state.bitsandbytes__fp4",
+        }
+    }
+}
+
 /// What `….quant_state.bitsandbytes__nf4` says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantState {
+    /// Which values.
+    pub kind: FourBitKind,
     /// Dtype that values are rounded to when decoded.
     pub dtype: Dtype,
     /// Shape of the decoded weight.
@@ -29,7 +61,13 @@ impl QuantState {
     /// Returns the state of a weight quantized in blocks of 64, with double quantization if there is an offset.
     pub fn nf4(dtype: Dtype, shape: &[usize], nested_offset: Option<f32>) -> Self {
         let nested = nested_offset.map(|offset| (NESTED_BLOCK, offset));
-        Self { dtype, shape: shape.to_vec(), block: BLOCK, nested }
+        Self { kind: FourBitKind::Nf4, dtype, shape: shape.to_vec(), block: BLOCK, nested }
+    }
+
+    /// Returns the most bytes that [`QuantState::to_json`] has, whatever the offset.
+    pub fn longest(&self) -> usize {
+        // An f32 that is printed as an f64 has at most 17 digits, a point, two signs and an exponent of four characters.
+        self.to_json().len() + 24
     }
 
     /// Returns the number of values.
@@ -41,7 +79,7 @@ impl QuantState {
     pub fn to_json(&self) -> String {
         let mut object = Map::new();
         let mut put = |key: &str, value: Value| drop(object.insert(key.into(), value));
-        put("quant_type", json!("nf4"));
+        put("quant_type", json!(self.kind.name()));
         put("blocksize", json!(self.block));
         put("dtype", json!(torch_name(self.dtype)));
         put("shape", json!(self.shape));
@@ -65,9 +103,9 @@ impl QuantState {
         let bad = |key: &str| {
             Error::data(format!("quant_state: bad \"{key}\": {}", escape(&object[key].to_string())))
         };
-        if get("quant_type")? != "nf4" {
-            return Err(bad("quant_type"));
-        }
+        let kind =
+            get("quant_type")?.as_str().and_then(|t| FourBitKind::ALL.into_iter().find(|k| k.name() == t));
+        let kind = kind.ok_or_else(|| bad("quant_type"))?;
         let size = |key: &str| -> Result<usize> {
             let value = get(key)?.as_u64().filter(|v| (2..=1 << 20).contains(v) && v.is_power_of_two());
             value.map(|v| v as usize).ok_or_else(|| bad(key))
@@ -87,7 +125,7 @@ impl QuantState {
                 Some((size("nested_blocksize")?, offset.ok_or_else(|| bad("nested_offset"))?))
             }
         };
-        Ok(Self { dtype, shape, block: size("blocksize")?, nested })
+        Ok(Self { kind, dtype, shape, block: size("blocksize")?, nested })
     }
 }
 
@@ -127,7 +165,7 @@ mod tests {
     #[test]
     fn bad_entries_are_named() {
         for (from, to, says) in [
-            ("\"nf4\"", "\"fp4\"", "quant_type"),
+            ("\"nf4\"", "\"af4\"", "quant_type"),
             ("64", "0", "blocksize"),
             ("64", "63", "blocksize"),
             ("\"bfloat16\"", "\"int8\"", "dtype"),

@@ -1,10 +1,9 @@
 //! A base weight in the form that its file holds: found by name, and wrapped for the kernels without a copy.
 //!
-//! Called by [`crate::weights`] (shapes, from headers alone) and [`crate::base`]. The form is decided for each weight, because
+//! Called by kto-model (shapes, from headers alone, and the frozen base) and by [`crate::Weight`]. The form is decided for each weight, because
 //! mixed checkpoints exist. Deliberately absent: what the bytes of a form mean (`kto-formats` and the kernels know).
 
-use crate::numeric::Numeric;
-use kto_cli::{Error, Result, escape};
+use kto_cli::{Error, Kind, Result, escape};
 use kto_formats::{
     bnb::{Int8Tensor, Nf4Tensor, Scales},
     mlx::AffineTensor,
@@ -15,10 +14,14 @@ use kto_kernels::{AffineParts, Bytes, Dense, Nf4Parts, Nf4Scales, Stored};
 use safetensors::Dtype;
 
 /// A matrix as stored.
-pub(crate) enum Source<'a> {
+pub enum Source<'a> {
+    /// As floats.
     Float(TensorView<'a>),
+    /// 4-bit codes of bitsandbytes.
     Nf4(Nf4Tensor<'a>),
+    /// 8-bit codes of bitsandbytes.
     Int8(Int8Tensor<'a>),
+    /// Codes of MLX.
     Affine(AffineTensor<'a>),
 }
 
@@ -93,12 +96,12 @@ impl<'a> Source<'a> {
                 Stored::affine(AffineParts { packed, dtype, scales, biases, bits, group }, rows, columns)
             }
         };
-        wrapped.numeric()
+        wrapped.map_err(|e| Error::new(Kind::Internal, format!("tensor \"{}\": {e}", escape(name))))
     }
 }
 
 /// The kernels' name of a float dtype. Error 65 that names the tensor for any other.
-fn float(view: &TensorView) -> Result<Dense> {
+pub(crate) fn float(view: &TensorView) -> Result<Dense> {
     match kernel_dtype(view.dtype) {
         Some(dtype) => Ok(dtype),
         None => {
@@ -107,7 +110,7 @@ fn float(view: &TensorView) -> Result<Dense> {
     }
 }
 
-fn kernel_dtype(dtype: Dtype) -> Option<Dense> {
+pub(crate) fn kernel_dtype(dtype: Dtype) -> Option<Dense> {
     match dtype {
         Dtype::F32 => Some(Dense::F32),
         Dtype::F16 => Some(Dense::F16),
@@ -116,7 +119,7 @@ fn kernel_dtype(dtype: Dtype) -> Option<Dense> {
     }
 }
 
-fn bytes(store: &TensorStore, name: &str) -> Result<Bytes> {
+pub(crate) fn bytes(store: &TensorStore, name: &str) -> Result<Bytes> {
     let found = store.bytes(name).and_then(|(map, range)| Bytes::new(map, range));
     found.ok_or_else(|| Error::internal(format!("tensor \"{}\" lies outside its file", escape(name))))
 }

@@ -1,0 +1,59 @@
+//! Properties of the ggml forms; that the bytes are ggml's is checked by scripts/oracle/gguf_peers.py against llama.cpp.
+
+use super::*;
+
+const ALL: [Ggml; 7] = [Ggml::Q4_0, Ggml::Q5_0, Ggml::Q5_1, Ggml::Q8_0, Ggml::Q4K, Ggml::Q5K, Ggml::Q6K];
+
+fn round_trip(form: Ggml, values: &[f32]) -> Vec<f32> {
+    let mut bytes = vec![0xAA; form.planes(values.len())[0]];
+    assert!(form.encode(values, [&mut bytes, &mut [], &mut []]));
+    let mut back = vec![f32::NAN; values.len()];
+    form.decode([&bytes, &[], &[]], &mut back);
+    back
+}
+
+/// About normal, with a few large values.
+fn noise(n: usize) -> Vec<f32> {
+    let mut state = 7u64;
+    let mut uniform = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    (0..n).map(|_| (0..6).map(|_| uniform()).sum::<f32>() * 0.03).collect()
+}
+
+#[test]
+fn errors_are_what_the_bits_allow() {
+    let values = noise(256 * 64);
+    let rms = |v: &mut dyn Iterator<Item = f32>| (v.map(|x| f64::from(x * x)).sum::<f64>()).sqrt();
+    let norm = rms(&mut values.iter().copied());
+    for (form, bound) in ALL.into_iter().zip([0.09, 0.045, 0.04, 0.006, 0.075, 0.037, 0.019]) {
+        let back = round_trip(form, &values);
+        let error = rms(&mut back.iter().zip(&values).map(|(b, v)| b - v)) / norm;
+        assert!(error < bound && error > bound / 4.0, "{form:?}: {error}");
+    }
+}
+
+#[test]
+fn zeros_stay_zeros_and_constants_are_near() {
+    for form in ALL {
+        assert!(round_trip(form, &[0.0; 512]).iter().all(|v| *v == 0.0), "{form:?}");
+        for constant in [0.75f32, -0.3, 1e-2] {
+            let back = round_trip(form, &[constant; 256]);
+            assert!(
+                back.iter().all(|v| (v - constant).abs() < 0.13 * constant.abs()),
+                "{form:?}: {} for {constant}",
+                back[0]
+            );
+        }
+    }
+}
+
+#[test]
+fn values_beyond_half_precision_are_told() {
+    let mut bytes = vec![0; 512];
+    for form in ALL {
+        let bytes = &mut bytes[..form.planes(256)[0]];
+        assert!(!form.encode(&[1e9; 256].map(|v: f32| -v), [bytes, &mut [], &mut []]), "{form:?}");
+    }
+}

@@ -1,0 +1,302 @@
+//! Adapters in the files of PEFT.
+//!
+//! Names begin with `base_model.model.`. A linear layer has `lora_A.weight` (R, in) and `lora_B.weight` (out, R), with DoRA
+//! `lora_magnitude_vector` (out); an embedding `lora_embedding_A` (R, vocabulary) and `lora_embedding_B` (hidden, R); modules of
+//! `modules_to_save` their plain names.
+
+use super::{Ecosystem, LoraModule, LoraSet, Saved, pattern::Pattern};
+use crate::{
+    adapter::{self, PREFIX, WEIGHTS},
+    adapter_config::{self, AdapterConfig},
+    mmap::shown,
+    model_dir::read_json,
+    safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata, standard_order},
+    tensors::{TensorStore, TensorView, check_finite, push_floats},
+};
+use kto_cli::{Context, Error, Result, atomic, escape};
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+/// Features that this reader has and the one of training has not.
+const MORE: [&str; 6] =
+    ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "trainable_token_indices"];
+
+pub fn read(dir: &Path) -> Result<LoraSet> {
+    let place = shown(&dir.join(adapter::CONFIG));
+    let mut settings = read_json(&dir.join(adapter::CONFIG))?;
+    let ranks = Pattern::read(&settings, "rank_pattern").at(&place)?;
+    let alphas = Pattern::read(&settings, "alpha_pattern").at(&place)?;
+    let dora = settings.get("use_dora") == Some(&Value::Bool(true));
+    if settings.get("trainable_token_indices").is_some_and(|v| !v.is_null()) {
+        return Err(Error::data(format!("{place}: trainable_token_indices is not supported")));
+    }
+    settings.retain(|key, _| !MORE.contains(&key.as_str()));
+    let config = adapter_config::from_object(&settings).at(&place)?;
+    let path = dir.join(WEIGHTS);
+    if !path.exists() && dir.join("adapter_model.bin").exists() {
+        return Err(Error::data(format!(
+            "{}: pickle weights can run code when loaded; only safetensors are read",
+            shown(&dir.join("adapter_model.bin"))
+        )));
+    }
+    let store = TensorStore::open_file(&path)?;
+    let (modules, saved) = tensors(&store, &config, &ranks, &alphas, dora).at(shown(&path))?;
+    Ok(LoraSet {
+        modules,
+        saved,
+        base_fingerprint: store.metadata().get(adapter::FINGERPRINT).cloned(),
+        base_name: config.base_model_name_or_path,
+        dropout: config.lora_dropout,
+        ecosystem: Ecosystem::Peft,
+    })
+}
+
+/// The parts of a module, as the file names them; a name may have had the adapter's name in it, which PEFT leaves out.
+const PARTS: [&str; 6] = [
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+    ".lora_magnitude_vector",
+    ".lora_magnitude_vector.weight",
+];
+
+type Tensors = (BTreeMap<String, LoraModule>, BTreeMap<String, Saved>);
+
+fn tensors(
+    store: &TensorStore,
+    config: &AdapterConfig,
+    ranks: &Pattern,
+    alphas: &Pattern,
+    dora: bool,
+) -> Result<Tensors> {
+    let (mut names, mut saved) = (BTreeSet::new(), BTreeMap::new());
+    for view in store.views() {
+        let Some(rest) = view.name.strip_prefix(PREFIX) else {
+            return Err(Error::data(format!(
+                "tensor \"{}\": its name does not begin with {PREFIX}",
+                escape(view.name)
+            )));
+        };
+        match PARTS.iter().find_map(|part| rest.strip_suffix(part)) {
+            Some(module) => drop(names.insert(module)),
+            None if rest.contains("lora_") => {
+                return Err(Error::data(format!(
+                    "tensor \"{}\" is not a part of a LoRA layer",
+                    escape(view.name)
+                )));
+            }
+            None => {
+                let values = view.to_f32()?;
+                check_finite(view.name, 0, &values)?;
+                // Beside an adapted embedding PEFT saves the embedding itself.
+                let name = rest.replace(".modules_to_save", "").replace(".base_layer", "");
+                saved.insert(name, Saved { shape: view.shape.to_vec(), values });
+            }
+        }
+    }
+    let mut modules = BTreeMap::new();
+    for module in names {
+        modules.insert(module.to_string(), read_module(store, module, config, ranks, alphas, dora)?);
+    }
+    Ok((modules, saved))
+}
+
+fn read_module(
+    store: &TensorStore,
+    module: &str,
+    config: &AdapterConfig,
+    ranks: &Pattern,
+    alphas: &Pattern,
+    dora: bool,
+) -> Result<LoraModule> {
+    let get = |part: &str| store.get(&format!("{PREFIX}{module}{part}"));
+    let linear = get(".lora_A.weight").is_some() || get(".lora_B.weight").is_some();
+    let (a_name, b_name) = if linear {
+        (".lora_A.weight", ".lora_B.weight")
+    } else {
+        (".lora_embedding_A", ".lora_embedding_B")
+    };
+    let (a, b) = match (get(a_name), get(b_name)) {
+        (Some(a), Some(b)) => (a, b),
+        (Some(found), None) | (None, Some(found)) => {
+            let missing = if found.name.ends_with(a_name) { b_name } else { a_name };
+            return Err(Error::data(format!(
+                "tensor \"{}\" has no \"{}\"",
+                escape(found.name),
+                escape(&format!("{PREFIX}{module}{missing}"))
+            )));
+        }
+        (None, None) => return Err(Error::data(format!("\"{}\" has no LoRA matrices", escape(module)))),
+    };
+    let (&[r, columns], &[rows, other]) = (a.shape, b.shape) else {
+        return Err(Error::data(format!(
+            "tensor \"{}\": shapes {:?} and {:?} are not two matrices",
+            escape(a.name),
+            a.shape,
+            b.shape
+        )));
+    };
+    let stated = ranks.of(module).map_or(config.r, |r| r as usize);
+    if r != stated {
+        a.expect_shape(&[stated, columns])?;
+    }
+    if other != r {
+        b.expect_shape(&[rows, r])?;
+    }
+    let alpha = alphas.of(module).unwrap_or(config.lora_alpha);
+    let scale = alpha / if config.use_rslora { (r as f64).sqrt() } else { r as f64 };
+    let (a_values, b_values) = (finite(&a)?, finite(&b)?);
+    let magnitude = get(".lora_magnitude_vector").or_else(|| get(".lora_magnitude_vector.weight"));
+    let magnitude = match (magnitude, dora) {
+        (Some(view), true) if linear => {
+            if view.len() != rows {
+                view.expect_shape(&[rows])?;
+            }
+            Some(finite(&view)?)
+        }
+        (None, false) => None,
+        (Some(view), _) => {
+            return Err(Error::data(format!("tensor \"{}\": DoRA where there is none", escape(view.name))));
+        }
+        (None, true) => {
+            return Err(Error::data(format!(
+                "\"{}\": use_dora, but no lora_magnitude_vector",
+                escape(module)
+            )));
+        }
+    };
+    if linear {
+        return Ok(LoraModule {
+            a: a_values,
+            b: b_values,
+            r,
+            in_features: columns,
+            out_features: rows,
+            scale,
+            magnitude,
+        });
+    }
+    // An embedding's matrices are stored the other way round: A (R, vocabulary), B (hidden, R).
+    let (a, b) = (transposed(&b_values, rows, r), transposed(&a_values, r, columns));
+    Ok(LoraModule { a, b, r, in_features: rows, out_features: columns, scale, magnitude })
+}
+
+fn finite(view: &TensorView) -> Result<Vec<f32>> {
+    let values = view.to_f32()?;
+    check_finite(view.name, 0, &values)?;
+    Ok(values)
+}
+
+/// Returns a (rows, columns) matrix as (columns, rows).
+pub fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
+}
+
+pub fn write(set: &LoraSet, dir: &Path) -> Result<()> {
+    let mut specs = Vec::new();
+    let mut values: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+    let mut put = |name: String, shape: Vec<usize>, data: Vec<f32>| {
+        let name = format!("{PREFIX}{name}");
+        specs.push(TensorSpec::new(name.clone(), Dtype::F32, shape));
+        values.insert(name, data);
+    };
+    for (module, m) in &set.modules {
+        if is_embedding(module) {
+            put(
+                format!("{module}.lora_embedding_A"),
+                vec![m.r, m.out_features],
+                transposed(&m.b, m.out_features, m.r),
+            );
+            put(
+                format!("{module}.lora_embedding_B"),
+                vec![m.in_features, m.r],
+                transposed(&m.a, m.r, m.in_features),
+            );
+            continue;
+        }
+        put(format!("{module}.lora_A.weight"), vec![m.r, m.in_features], m.a.clone());
+        put(format!("{module}.lora_B.weight"), vec![m.out_features, m.r], m.b.clone());
+        if let Some(magnitude) = &m.magnitude {
+            put(format!("{module}.lora_magnitude_vector"), vec![m.out_features], magnitude.clone());
+        }
+    }
+    for (name, saved) in &set.saved {
+        put(name.clone(), saved.shape.clone(), saved.values.clone());
+    }
+    standard_order(&mut specs);
+    let mut metadata = pt_metadata();
+    if let Some(fingerprint) = &set.base_fingerprint {
+        metadata.insert(adapter::FINGERPRINT.into(), fingerprint.clone());
+    }
+    let mut writer = SafetensorsWriter::new(&dir.join(WEIGHTS), specs.clone(), &metadata)?;
+    for spec in specs {
+        let mut bytes = Vec::new();
+        push_floats(Dtype::F32, &values[&spec.name], &mut bytes)?;
+        writer.write(&spec.name, &bytes)?;
+    }
+    writer.finish()?;
+    atomic::write(&dir.join(adapter::CONFIG), settings(set)?.as_bytes())
+}
+
+/// Whether a module is an embedding, whose matrices are stored the other way round.
+pub fn is_embedding(module: &str) -> bool {
+    module.rsplit('.').next() == Some("embed_tokens")
+}
+
+/// adapter_config.json: rank and alpha of most modules, and patterns for the others.
+fn settings(set: &LoraSet) -> Result<String> {
+    let alpha = |m: &LoraModule| m.scale * m.r as f64;
+    let mut counts: Vec<((usize, f64), usize)> = Vec::new();
+    for m in set.modules.values() {
+        match counts.iter_mut().find(|(key, _)| *key == (m.r, alpha(m))) {
+            Some((_, n)) => *n += 1,
+            None => counts.push(((m.r, alpha(m)), 1)),
+        }
+    }
+    let ((r, common), _) = counts.into_iter().max_by_key(|(_, n)| *n).unwrap_or(((1, 1.0), 0));
+    let (mut ranks, mut alphas) = (Map::new(), Map::new());
+    for (module, m) in &set.modules {
+        if m.r != r {
+            ranks.insert(module.clone(), json!(m.r));
+        }
+        if alpha(m) != common {
+            alphas.insert(module.clone(), json!(alpha(m)));
+        }
+    }
+    let targets: BTreeSet<&str> = set.modules.keys().map(|m| m.rsplit('.').next().unwrap_or(m)).collect();
+    // Names that other, unadapted modules have too would be adapted by PEFT; then the full names are needed.
+    let blocks: BTreeSet<&str> =
+        set.modules.keys().filter_map(|m| m.strip_prefix("model.layers.")?.split('.').next()).collect();
+    let complete = set.modules.len() == targets.len() * blocks.len().max(1);
+    let targets: Vec<String> = match complete {
+        true => targets.into_iter().map(str::to_string).collect(),
+        false => set.modules.keys().cloned().collect(),
+    };
+    let dora = set.modules.values().any(|m| m.magnitude.is_some());
+    if dora && !set.modules.values().all(|m| m.magnitude.is_some()) {
+        return Err(Error::data("DoRA in some modules only cannot be written for PEFT"));
+    }
+    let saved: BTreeSet<&str> = set.saved.keys().filter_map(|name| name.strip_suffix(".weight")).collect();
+    let config = AdapterConfig {
+        r,
+        lora_alpha: common,
+        lora_dropout: set.dropout,
+        target_modules: targets,
+        base_model_name_or_path: set.base_name.clone(),
+        use_rslora: false,
+    };
+    let mut value: Value = serde_json::from_str(&config.to_json())
+        .map_err(|e| Error::internal(format!("adapter_config.json: {e}")))?;
+    value["use_dora"] = json!(dora);
+    value["rank_pattern"] = Value::Object(ranks);
+    value["alpha_pattern"] = Value::Object(alphas);
+    if !saved.is_empty() {
+        value["modules_to_save"] = json!(saved);
+    }
+    Ok(crate::python_json::pretty_sorted(&value))
+}

@@ -1,0 +1,68 @@
+//! What is written is read back, in both forms; PEFT's and mlx-lm's own files are read by the tests of kto-merge.
+
+use super::*;
+
+fn module(r: usize, rows: usize, columns: usize, scale: f64, dora: bool) -> LoraModule {
+    let wave = |n: usize, k: f32| (0..n).map(|i| (i as f32 * k).sin()).collect::<Vec<f32>>();
+    LoraModule {
+        a: wave(r * columns, 0.3),
+        b: wave(rows * r, 0.7),
+        r,
+        in_features: columns,
+        out_features: rows,
+        scale,
+        magnitude: dora.then(|| wave(rows, 0.9)),
+    }
+}
+
+fn set(modules: &[(&str, LoraModule)]) -> LoraSet {
+    LoraSet {
+        modules: modules.iter().map(|(n, m)| (n.to_string(), m.clone())).collect(),
+        saved: BTreeMap::new(),
+        base_fingerprint: Some("abc".into()),
+        base_name: Some("some/base".into()),
+        dropout: 0.25,
+        ecosystem: Ecosystem::Peft,
+    }
+}
+
+#[test]
+fn both_forms_are_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    for dora in [false, true] {
+        let made = set(&[
+            ("model.layers.0.mlp.up_proj", module(3, 5, 4, 1.5, dora)),
+            ("model.layers.1.mlp.up_proj", module(3, 5, 4, 1.5, dora)),
+        ]);
+        for ecosystem in [Ecosystem::Peft, Ecosystem::Mlx] {
+            let path = dir.path().join(format!("{ecosystem:?}{dora}"));
+            made.write(&path, ecosystem).unwrap();
+            let back = LoraSet::read(&path).unwrap();
+            assert_eq!(
+                (back.modules, back.base_fingerprint, back.dropout),
+                (made.modules.clone(), made.base_fingerprint.clone(), 0.25)
+            );
+            assert_eq!((back.ecosystem, back.base_name.as_deref()), (ecosystem, Some("some/base")));
+        }
+    }
+}
+
+#[test]
+fn ranks_alphas_embeddings_and_saved_tensors_survive_in_peft() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut made = set(&[
+        ("model.embed_tokens", module(2, 9, 4, 2.0, false)),
+        ("model.layers.0.mlp.up_proj", module(3, 5, 4, 1.5, false)),
+        ("model.layers.0.mlp.down_proj", module(2, 4, 5, 2.0, false)),
+        ("model.layers.1.mlp.up_proj", module(2, 5, 4, 0.25, false)),
+    ]);
+    made.saved.insert("lm_head.weight".into(), Saved { shape: vec![3, 2], values: vec![0.5; 6] });
+    made.write(dir.path(), Ecosystem::Peft).unwrap();
+    let back = LoraSet::read(dir.path()).unwrap();
+    assert_eq!((back.modules, back.saved), (made.modules.clone(), made.saved.clone()));
+    let error = made.write(&dir.path().join("mlx"), Ecosystem::Mlx).unwrap_err().to_string();
+    assert!(error.contains("trained whole"), "{error}");
+    made.saved.clear();
+    let error = made.write(&dir.path().join("mlx"), Ecosystem::Mlx).unwrap_err().to_string();
+    assert!(error.contains("one rank"), "{error}");
+}

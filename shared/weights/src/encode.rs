@@ -1,0 +1,200 @@
+//! The way of a tensor through memory: a piece at a time, all threads at work on it.
+
+use crate::Errors;
+use kto_cli::{Error, Result, escape, signal};
+use kto_formats::tensors::non_finite;
+use kto_kernels::quant::{Codec, PLANES};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Values of a task, about: source, floats and codes of them stay in the second-level cache.
+const TASK: usize = 1 << 15;
+/// Tasks of a piece.
+const TASKS: usize = 128;
+
+/// Where the values of a tensor come from.
+pub trait Values: Sync {
+    /// Returns how many there are.
+    fn len(&self) -> usize;
+    /// Returns whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Returns the length of a row: reads begin at a multiple of it and ask for whole rows.
+    fn columns(&self) -> usize;
+    /// Writes the values from `start` on into `out`. Several threads do so at a time.
+    fn read(&self, start: usize, out: &mut [f32]);
+    /// Says that a range will not be read again.
+    fn done(&self, _range: Range<usize>) {}
+}
+
+/// Puts stored bytes back where nothing has changed: called with the index of the first value, the values, and the planes that
+/// the codec made of them.
+pub type Keep<'a> = dyn Fn(usize, &[f32], [&mut [u8]; PLANES]) + Sync + 'a;
+
+/// Encodes all values of the tensor `name` and passes on every plane's bytes in order, a piece at a time. Returns the errors when
+/// `measure` is set. Errors: 65 for a value that is not finite or too large for the form; the signal's kind after a signal.
+pub fn encode(
+    name: &str,
+    values: &dyn Values,
+    codec: &dyn Codec,
+    keep: Option<&Keep>,
+    measure: bool,
+    sink: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
+) -> Result<Errors> {
+    let (length, unit) = (values.len(), codec.unit());
+    // Tasks are whole rows and whole units.
+    let step = lcm(values.columns().max(1), unit);
+    let task = TASK.div_ceil(step) * step;
+    let piece = task * TASKS;
+    let mut planes: [Vec<u8>; PLANES] = codec.planes(piece.min(length)).map(|n| vec![0; n]);
+    let mut errors = Errors::default();
+    for start in (0..length).step_by(piece) {
+        signal::check()?;
+        let end = (start + piece).min(length);
+        let sizes = codec.planes(end - start);
+        let mut rest: [&mut [u8]; PLANES] = planes.each_mut().map(|plane| &mut plane[..]);
+        let mut jobs = Vec::with_capacity(TASKS);
+        for at in (start..end).step_by(task) {
+            let here = task.min(end - at);
+            let cut = codec.planes(here);
+            let mut mine: [&mut [u8]; PLANES] = Default::default();
+            for ((rest, mine), n) in rest.iter_mut().zip(&mut mine).zip(cut) {
+                let (now, later) = std::mem::take(rest).split_at_mut(n);
+                (*mine, *rest) = (now, later);
+            }
+            jobs.push((at, here, mine));
+        }
+        let done: Vec<Errors> = jobs
+            .into_par_iter()
+            .map_init(Vec::new, |scratch, (at, here, planes)| {
+                one(name, values, codec, keep, measure, scratch, at, here, planes)
+            })
+            .collect::<Result<_>>()?;
+        done.iter().for_each(|e| errors.append(e));
+        for (plane, (bytes, n)) in planes.iter().zip(sizes).enumerate() {
+            if n > 0 {
+                sink(plane, &bytes[..n])?;
+            }
+        }
+        values.done(start..end);
+    }
+    Ok(errors)
+}
+
+#[allow(clippy::too_many_arguments, reason = "the body of a closure")]
+fn one(
+    name: &str,
+    values: &dyn Values,
+    codec: &dyn Codec,
+    keep: Option<&Keep>,
+    measure: bool,
+    scratch: &mut Vec<f32>,
+    at: usize,
+    here: usize,
+    mut planes: [&mut [u8]; PLANES],
+) -> Result<Errors> {
+    scratch.resize(here, 0.0);
+    values.read(at, scratch);
+    if !all_finite(scratch) {
+        let index = scratch.iter().position(|v| !v.is_finite()).unwrap_or(0);
+        return Err(non_finite(name, at + index, scratch[index]));
+    }
+    if !codec.encode(scratch, planes.each_mut().map(|p| &mut **p)) {
+        let most = scratch.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        return Err(Error::data(format!(
+            "tensor \"{}\": values up to {most:e} are too large for the form",
+            escape(name)
+        )));
+    }
+    if let Some(keep) = keep {
+        keep(at, scratch, planes.each_mut().map(|p| &mut **p));
+    }
+    let mut errors = Errors::default();
+    if measure {
+        let mut back = vec![0.0; here];
+        codec.decode(planes.map(|p| &*p), &mut back);
+        errors.add(scratch, &back);
+    }
+    Ok(errors)
+}
+
+fn all_finite(values: &[f32]) -> bool {
+    let mut bad = 0u32;
+    for v in values {
+        bad |= u32::from(v.to_bits() & 0x7f80_0000 == 0x7f80_0000);
+    }
+    bad == 0
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y != 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x * b
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kto_kernels::quant::{FourBit, Kind};
+
+    struct Wave(usize, usize);
+
+    impl Values for Wave {
+        fn len(&self) -> usize {
+            self.0
+        }
+        fn columns(&self) -> usize {
+            self.1
+        }
+        fn read(&self, start: usize, out: &mut [f32]) {
+            assert!(start.is_multiple_of(self.1));
+            out.iter_mut().enumerate().for_each(|(i, o)| *o = ((start + i) as f32).sin());
+        }
+    }
+
+    #[test]
+    fn pieces_and_tasks_do_not_show() {
+        let codec = FourBit { kind: Kind::Nf4, block: 64 };
+        for (rows, columns) in [(1, 1), (3, 7), (1, 100_001), (401, 33_000), (70_001, 1)] {
+            let n = rows * columns;
+            let wave = Wave(n, columns);
+            let mut all = vec![0.0; n];
+            wave.read(0, &mut all);
+            let [mut codes, mut scales, _] = codec.planes(n).map(|n| vec![0; n]);
+            codec.encode(&all, [&mut codes, &mut scales, &mut []]);
+            let mut made = [Vec::new(), Vec::new(), Vec::new()];
+            let errors = encode("w", &wave, &codec, None, true, &mut |plane, bytes| {
+                made[plane].extend_from_slice(bytes);
+                Ok(())
+            });
+            assert!(made == [codes, scales, Vec::new()], "{rows} × {columns}");
+            let errors = errors.unwrap();
+            assert!(errors.count == n as u64 && errors.relative() < 0.15);
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_named() {
+        struct Bad;
+        impl Values for Bad {
+            fn len(&self) -> usize {
+                100_000
+            }
+            fn columns(&self) -> usize {
+                10
+            }
+            fn read(&self, start: usize, out: &mut [f32]) {
+                out.fill(1.0);
+                if (start..start + out.len()).contains(&77_777) {
+                    out[77_777 - start] = f32::NAN;
+                }
+            }
+        }
+        let codec = FourBit { kind: Kind::Nf4, block: 64 };
+        let error = encode("w", &Bad, &codec, None, false, &mut |_, _| Ok(())).unwrap_err();
+        assert_eq!(error.to_string(), "tensor \"w\": NaN at index 77777");
+    }
+}

@@ -1,0 +1,118 @@
+//! What adapters change of a weight, row by row.
+
+use crate::{args::Method, mix::Mix};
+use kto_formats::lora::LoraModule;
+use kto_kernels::add_low_rank;
+use kto_weights::Values;
+use std::ops::Range;
+
+/// One adapter's part in a weight.
+pub struct Part<'a> {
+    /// Its matrices.
+    pub module: &'a LoraModule,
+    /// Its weight in the mixture.
+    pub weight: f64,
+    /// Which adapter it is of.
+    pub adapter: usize,
+}
+
+impl Part<'_> {
+    /// Writes the change of one row into `out`. `base` is the row of the base: DoRA's change depends on it.
+    pub fn row(&self, index: usize, base: &[f32], out: &mut [f32]) {
+        let m = self.module;
+        let b = &m.b[index * m.r..][..m.r];
+        let Some(magnitude) = &m.magnitude else {
+            out.fill(0.0);
+            return add_low_rank(out, b, &m.a, m.scale as f32);
+        };
+        out.copy_from_slice(base);
+        add_low_rank(out, b, &m.a, m.scale as f32);
+        let length = out.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
+        // A row of zeros has no direction.
+        let factor = if length > 0.0 { (f64::from(magnitude[index]) / length) as f32 } else { 0.0 };
+        out.iter_mut().zip(base).for_each(|(o, b)| *o = *o * factor - b);
+    }
+}
+
+/// All that is added to a weight.
+pub struct Change<'a> {
+    /// The adapters' parts, in their order.
+    pub parts: Vec<Part<'a>>,
+    /// How they are mixed.
+    pub mix: Mix,
+    /// Factor of the whole.
+    pub scale: f64,
+}
+
+impl Change<'_> {
+    /// Adds the change to a row, which holds the base.
+    pub fn add_to(&self, index: usize, row: &mut [f32], scratch: &mut Vec<f32>) {
+        let plain =
+            self.mix.method == Method::Linear && self.parts.iter().all(|p| p.module.magnitude.is_none());
+        if plain {
+            for Part { module: m, weight, .. } in &self.parts {
+                let factor = (m.scale * weight * self.scale) as f32;
+                add_low_rank(row, &m.b[index * m.r..][..m.r], &m.a, factor);
+            }
+            return;
+        }
+        // One row for each part, and one for the mixture.
+        let columns = row.len();
+        scratch.resize(columns * (self.parts.len() + 1), 0.0);
+        let (mixed, rows) = scratch.split_at_mut(columns);
+        for (part, out) in self.parts.iter().zip(rows.chunks_mut(columns)) {
+            part.row(index, row, out);
+        }
+        self.mix.rows(&self.parts, index, rows, mixed);
+        let scale = self.scale as f32;
+        row.iter_mut().zip(mixed).for_each(|(w, d)| *w += scale * *d);
+    }
+}
+
+/// A weight of the base with the change added.
+pub struct Merged<'a> {
+    /// The base's weight.
+    pub base: Box<dyn Values + 'a>,
+    /// What is added.
+    pub change: Change<'a>,
+}
+
+impl Values for Merged<'_> {
+    fn len(&self) -> usize {
+        self.base.len()
+    }
+    fn columns(&self) -> usize {
+        self.base.columns()
+    }
+    fn read(&self, start: usize, out: &mut [f32]) {
+        self.base.read(start, out);
+        let columns = self.columns();
+        let mut scratch = Vec::new();
+        for (i, row) in out.chunks_mut(columns).enumerate() {
+            self.change.add_to(start / columns + i, row, &mut scratch);
+        }
+    }
+    fn done(&self, range: Range<usize>) {
+        self.base.done(range);
+    }
+}
+
+/// Values that are held, such as those of a module that was trained whole.
+pub struct Held<'a> {
+    /// All of them.
+    pub values: &'a [f32],
+    /// Length of a row.
+    pub columns: usize,
+}
+
+impl Values for Held<'_> {
+    fn len(&self) -> usize {
+        self.values.len()
+    }
+    fn columns(&self) -> usize {
+        self.columns
+    }
+    fn read(&self, start: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.values[start..start + out.len()]);
+    }
+}
