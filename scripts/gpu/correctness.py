@@ -133,7 +133,7 @@ def noise(session, record):
 
 def resume(session, record):
     """Two equal runs, and runs that are killed and resumed, give the same bits; resident and streamed."""
-    shape = "tiny" if session.rehearse else "smollm2-135m"
+    shape = "tiny-nf4" if session.rehearse else "smollm2-135m"
     model = session.work / f"resume-{shape}"
     if not (model / "config.json").exists():
         models.write(model, models.of(shape))

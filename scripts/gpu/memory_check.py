@@ -22,9 +22,9 @@ CASES = {
     "32b-8GiB": ("qwen2.5-32b", 1, 1024, 1024, "8GiB", 1),
 }
 REHEARSAL = {
-    "tiny-default": ("tiny", 2, 64, 32, None, 2),
-    "tiny-least": ("tiny", 2, 64, 32, "least", 2),
-    "tiny-longest": ("tiny", 1, None, 64, "40MiB", 1),
+    "tiny-default": ("tiny-nf4", 2, 64, 32, None, 2),
+    "tiny-least": ("tiny-nf4", 2, 64, 32, "least", 2),
+    "tiny-longest": ("tiny-nf4", 1, None, 64, "40MiB", 1),
 }
 # In the order in which they are wanted.
 SHAPES = ["mistral-7b", "llama3.1-8b", "qwen2.5-14b", "qwen2.5-32b"]
@@ -38,7 +38,7 @@ class Models(threading.Thread):
     def __init__(self, session):
         super().__init__(daemon=True)
         self.folder = session.work / "models"
-        self.names = ["tiny"] if session.rehearse else SHAPES
+        self.names = ["tiny-nf4"] if session.rehearse else SHAPES
         self.done = {name: threading.Event() for name in self.names}
         self.faults = {}
         self.start()

@@ -79,6 +79,11 @@ def one(session, name, case, model, shape, peak, with_peer):
     return found
 
 
+def last_words(session, case, with_peer):
+    log = session.work / f"speed-{case}{'-peer' if with_peer else ''}.log"
+    return log.read_text(errors="replace").strip()[-300:] if log.exists() else ""
+
+
 def end_at(session, live):
     """Ends the processes when the phase's time is over; what waits for them then fails."""
     def end():
@@ -91,7 +96,7 @@ def end_at(session, live):
 
 
 def speed(session, record, written):
-    name = "tiny" if session.rehearse else "mistral-7b"
+    name = "tiny-nf4" if session.rehearse else "mistral-7b"
     missing = importable(session, *PEER_MODULES)
     if missing:
         say(f"SKIPPED the peer: {session.python} lacks {', '.join(missing)}")
@@ -109,7 +114,7 @@ def speed(session, record, written):
                 found = one(session, case, settings, model, shape, peak, with_peer)
                 break
             except (Fault, SystemExit, OSError, AssertionError) as e:
-                record["wrong"].append(f"{case}{' beside the peer' if with_peer else ''}: {e}")
+                record["wrong"].append(f"{case}{' beside the peer' if with_peer else ''}: {e}: {last_words(session, case, with_peer)}")
         if found is None:
             continue
         record["cases"][case] = found
