@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda gpu-bundle gpu-plans check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
+.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda gpu-bundle gpu-rehearsal gpu-plans check fmt fmt-check lint deny golden peers bench bench-large bench-kernels bench-memory doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ check-cuda: cuda ## lint and link the feature cuda, and start it without a drive
 
 gpu-bundle: ## target/cuda/gpu-check, what scripts/gpu-check needs on a GPU machine without Rust: under 64 MB
 	scripts/gpu-check bundle
+
+gpu-rehearsal: gpu-bundle ## try gpu-check itself: every phase on the processor with tiny models, some minutes
+	scripts/gpu-check run target/cuda/gpu-check target/cuda/rehearsal --rehearse --python $(PYTHON)
 
 gpu-plans: build ## what kto-train plans to hold on a GPU for models of 7B to 32B; no GPU needed, some minutes
 	$(PYTHON) scripts/gpu/plans

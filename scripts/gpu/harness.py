@@ -19,12 +19,10 @@ class Fault(Exception):
 
 
 class Session:
-    """The machine, the bundle, the folder of results."""
+    """The machine, the bundle, the folders of results and of what is made on the way."""
 
-    def __init__(self, bundle, out, rehearse, python):
-        self.bundle, self.out, self.rehearse, self.python = bundle, out, rehearse, python
-        self.work = out / "work"
-        self.work.mkdir(parents=True, exist_ok=True)
+    def __init__(self, bundle, out, work, rehearse, python):
+        self.bundle, self.out, self.work, self.rehearse, self.python = bundle, out, work, rehearse, python
         self.train, self.checks = bundle / "bin/kto-train", bundle / "bin/kernel-checks"
         self.device = "cpu" if rehearse else "cuda"
         self.env = {**os.environ, "LD_LIBRARY_PATH": libraries(bundle, python)}
@@ -68,7 +66,6 @@ class Session:
         for line in record.get("wrong", []):
             print(f"   WRONG {line}", flush=True)
         print(f"   {'ok' if record['ok'] else 'NOT ok'}, {record['seconds']} s", flush=True)
-        (self.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def libraries(bundle, python):

@@ -19,6 +19,8 @@ fn say(line: &str) {
 #[test]
 fn kernels_on_the_gpu_are_what_the_cpu_computes() {
     let device = OnCuda(device());
+    // The test's name stands without an end of line.
+    say("");
     let mut wrong = Vec::new();
     for (name, check) in CHECKS {
         let (began, result) = (Instant::now(), check(&device));
@@ -43,6 +45,7 @@ fn products_on_the_gpu_are_those_of_the_host() {
 #[test]
 #[ignore = "a measurement; scripts/gpu-check asks for it"]
 fn rates_of_the_gpu() {
+    say("");
     for rate in rates(&*device(), 1).expect("rates") {
         say(&format!("rate {:.4e} {}", rate.per_second, rate.name));
     }
