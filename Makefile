@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda check fmt fmt-check lint deny golden peers bench bench-large bench-rewrite bench-kernels bench-memory bench-data doc man completions install dist clean
+.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda gpu-bundle gpu-rehearsal gpu-plans check fmt fmt-check lint deny golden peers bench bench-large bench-rewrite bench-kernels bench-memory bench-data doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,15 +54,31 @@ power-test: build ## the power fails at every system call of a run with three ch
 gpu-kernels: ## compile every GPU kernel for CUDA and Metal, no GPU needed (PyPI, 150 MB the first time)
 	scripts/gpu-kernels
 
-cuda: ## kto-train for NVIDIA GPUs as target/cuda/kto-train, with a private toolkit from PyPI (15 CPU minutes; not run on a GPU yet)
-	eval "$$(scripts/cuda-toolkit build)"; $(CARGO) build --release --target-dir target/cuda/build -p kto-train --features cuda
-	cp target/cuda/build/release/kto-train target/cuda/kto-train
+cuda: ## kto-train for NVIDIA GPUs as target/cuda/kto-train, with a private nvcc from PyPI (not run on a GPU yet)
+	@mkdir -p target/cuda
+	@# Cargo puts it where the default build is, which comes back afterwards: the same objects serve both.
+	@rm -f target/cuda/default; [ ! -e $(BIN)/kto-train ] || ln $(BIN)/kto-train target/cuda/default
+	eval "$$(scripts/cuda-toolkit build)"; $(CARGO) build --release -p kto-train --features cuda
+	@rm -f target/cuda/kto-train; cp $(BIN)/kto-train target/cuda/kto-train
+	@[ ! -e target/cuda/default ] || mv -f target/cuda/default $(BIN)/kto-train
 
-check-cuda: ## type-check and lint the feature cuda with the same toolkit; candle's own kernels are left out (minutes)
-	eval "$$(scripts/cuda-toolkit build)"; NVCC=$(CURDIR)/scripts/gpu/nvcc-check $(CARGO) clippy --release --target-dir target/cuda/check \
-	  -p kto-kernels -p kto-kernel-checks -p kto-model -p kto-train --features kto-train/cuda,kto-kernel-checks/cuda --all-targets -- -D warnings
+check-cuda: cuda ## lint and link the feature cuda, and start it without a driver
+	eval "$$(scripts/cuda-toolkit build)"; $(CARGO) clippy --release -p kto-kernels -p kto-kernel-checks -p kto-model -p kto-train \
+	  --features kto-train/cuda,kto-kernel-checks/cuda --all-targets -- -D warnings
+	eval "$$(scripts/cuda-toolkit build)"; $(CARGO) test --release -p kto-kernel-checks --features cuda --test device --no-run
+	scripts/gpu/no-driver
 
-check: fmt-check lint test manners faults demo ## everything CI does but gpu-kernels
+gpu-bundle: ## target/cuda/gpu-check, what scripts/gpu-check needs on a GPU machine without Rust: under 64 MB
+	scripts/gpu-check bundle
+
+gpu-rehearsal: gpu-bundle ## try gpu-check itself: every phase on the processor with tiny models, some minutes
+	scripts/gpu-check run target/cuda/gpu-check target/cuda/rehearsal --rehearse --python $(PYTHON)
+
+gpu-plans: build ## what kto-train plans to hold on a GPU for models of 7B to 32B; no GPU needed, some minutes
+	$(PYTHON) scripts/gpu/plans
+	$(PYTHON) scripts/bench/report.py
+
+check: fmt-check lint test manners faults demo ## everything CI does but gpu-kernels and check-cuda
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

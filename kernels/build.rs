@@ -1,6 +1,6 @@
 //! With the feature `cuda`: compiles the GPU kernels to PTX, one module for each element type. Otherwise does nothing.
 //!
-//! candle's own kernels need nvcc for that feature anyway. Embedding PTX spares the program NVRTC at run time.
+//! Embedding PTX spares the program NVRTC at run time.
 
 use std::{
     env, fs,
@@ -8,6 +8,10 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
 };
+
+/// The version of PTX that the modules are declared in, that of CUDA 12.0: a driver refuses one that is newer than itself, and nvcc
+/// declares its own, whatever the text uses. `scripts/gpu-kernels` assembles the text as this version.
+const PTX_VERSION: &str = ".version 8.0";
 
 fn main() {
     // Without this line every change in the crate would run the script again.
@@ -38,6 +42,12 @@ fn main() {
             }
             Ok(done) => assert!(done.status.success(), "nvcc: {}", String::from_utf8_lossy(&done.stderr)),
         }
+        let text = fs::read_to_string(&ptx).expect("what nvcc has written");
+        let declared =
+            |line: &str| if line.starts_with(".version ") { PTX_VERSION.into() } else { line.to_string() };
+        let lines: Vec<String> = text.lines().map(declared).collect();
+        assert!(lines.iter().any(|l| l == PTX_VERSION), "nvcc's PTX has no version");
+        fs::write(&ptx, lines.join("\n") + "\n").expect("OUT_DIR is writable");
     }
 }
 

@@ -178,6 +178,25 @@ def data(results):
     return "\n".join(parts)
 
 
+def gpu_plans(results):
+    """What kto-train plans for a GPU that is not there."""
+    r, rows = results["gpu-plans"], []
+    gib = lambda plan, key: f"{plan[key] / 2**30:.2f} GiB"
+    for x in r["results"]:
+        plan = x["within_aim"]
+        kept, packs, weights, head, inputs = plan["choice"].split(", ")
+        choice = f"{kept.replace(' blocks keep activations', ' blocks kept')}, {packs}, {weights}, {head}"
+        host = gib(plan, "host_bytes")
+        least = [gib(x[k], "memory") if k in x else "" for k in ("least", "least_resident")]
+        fits = gib(plan, "predicted_bytes") if plan["accepted"] else f"missed: {gib(plan, 'predicted_bytes')}"
+        rows.append([x["shape"], f"{x['batch']} × {x['prompt'] + x['completion']:,}", x["aim"], fits, choice, *least, host])
+    head = ["shape", "rows", "aim", "predicted peak within the aim", "with", "least `--memory`", "least, weights resident", "host's memory"]
+    said = (f"**Not run on a GPU**: predictions of `kto-train --dry-run --device cuda`, revision {r['revision']}, {r['date']}. NF4 with double quantization, LoRA of rank "
+            f"{r['settings']['rank']} on all linear layers, {r['settings']['element']}, KTO with its KL rows, `make gpu-plans`. The engine's own allocations, which the limit is for; "
+            "context and libraries of CUDA come on top.\n")
+    return said + "\n" + table(head, rows)
+
+
 SECTIONS = [
     ("Ours and the peer, interleaved", AIMS, lambda r: about(r) + "\n" + speed(r)),
     ("A whole epoch", {"paired-default": 0, "paired-precomputed": 0}, epoch),
@@ -187,6 +206,7 @@ SECTIONS = [
     ("Memory: predicted and measured", {"memory": 0}, memory),
     ("Kernels against their floors", {"kernels": 0}, kernels),
     ("Data tools", {"data-convert": 0, "data-tokenize": 0, "data-memory": 0}, data),
+    ("GPU: the plan's numbers", {"gpu-plans": 0}, gpu_plans),
 ]
 
 

@@ -7,7 +7,7 @@ SHARD = 2 << 30
 
 
 class Tensor:
-    """A tensor to be: name, dtype, shape, and a function that returns its bytes, in pieces."""
+    """A tensor to be: name, dtype, shape, and a function that returns its bytes, in pieces; None leaves a hole in the file."""
 
     def __init__(self, name, dtype, shape, data):
         self.name, self.dtype, self.shape, self.data = name, dtype, list(shape), data
@@ -25,8 +25,13 @@ def write_file(path, tensors):
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for t in tensors:
-            written = sum(file.write(piece) for piece in t.data())
+            pieces = t.data()
+            if pieces is None:
+                file.seek(t.bytes, 1)
+                continue
+            written = sum(file.write(piece) for piece in pieces)
             assert written == t.bytes, t.name
+        file.truncate()
 
 
 def write_model(directory, tensors):

@@ -60,9 +60,14 @@ SHAPES = {
     "smollm2-135m": Shape("llama", 30, 576, 9, 3, 1536, 49152, True, 100000.0),
     # For trying the scripts.
     "tiny": Shape("llama", 2, 64, 4, 2, 160, 512, True, 10000.0),
+    # With rows of whole NF4 blocks, as bitsandbytes wants them on a processor.
+    "tiny-nf4": Shape("llama", 2, 64, 4, 2, 192, 512, True, 10000.0),
     "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 4864, 151936, True, 1000000.0, 1e-6),
     "llama3.2-1b": Shape("llama", 16, 2048, 32, 8, 8192, 128256, True, 500000.0),
     # Mistral 7B v0.3; its decoder is Llama's.
     "mistral-7b": Shape("llama", 32, 4096, 32, 8, 14336, 32768, False, 1000000.0),
+    # Its positions are not stretched: that costs nothing.
+    "llama3.1-8b": Shape("llama", 32, 4096, 32, 8, 14336, 128256, False, 500000.0),
     "qwen2.5-14b": Shape("qwen2", 48, 5120, 40, 8, 13824, 152064, False, 1000000.0, 1e-6),
+    "qwen2.5-32b": Shape("qwen2", 64, 5120, 40, 8, 27648, 152064, False, 1000000.0, 1e-6),
 }

@@ -15,29 +15,15 @@ import json
 import random
 from pathlib import Path
 
+import decoder
+import nf4
+from safetensors_file import Tensor
 from shapes import SHAPES
-
-
-def tokenizer(vocab):
-    """tokenizer.json: the words w0, w1, …, then padding and end of text."""
-    words = {f"w{i}": i for i in range(vocab - 2)}
-    special = {"<pad>": vocab - 2, "<eos>": vocab - 1}
-    added = [{"id": i, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for word, i in special.items()]
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": words | special, "unk_token": "w0"},
-    }
 
 
 def write_model(directory, shape, dtype, seed):
     import numpy as np
 
-    import nf4
-    from safetensors_file import Tensor, write_model as write_tensors
-
-    directory.mkdir(parents=True)
     stored = "float32" if dtype == "float32" else "bfloat16"
     numbers = np.random.SeedSequence(seed)
     fresh = lambda: np.random.default_rng(numbers.spawn(1)[0])
@@ -47,7 +33,7 @@ def write_model(directory, shape, dtype, seed):
         # Cut, not rounded: the values are random anyway.
         return values.tobytes() if stored == "float32" else (values.view("<u4") >> 16).astype("<u2").tobytes()
 
-    def dense(name, dims, mean=0.0, std=0.02):
+    def dense(name, dims, mean, std):
         rng, kind = fresh(), {"float32": "F32", "bfloat16": "BF16"}[stored]
         # In pieces of 4096 rows: a head of 14B shape is 3 GB in float32.
         heights = [min(4096, dims[0] - at) for at in range(0, dims[0], 4096)]
@@ -56,31 +42,11 @@ def write_model(directory, shape, dtype, seed):
 
     def linear(name, outputs, inputs):
         if dtype == "nf4":
-            return nf4.weight(name, outputs, inputs, fresh(), 0.02)
-        return [dense(name, (outputs, inputs))]
+            rng = fresh()
+            return nf4.weight(name, outputs, inputs, lambda n: [rng.bytes(n)], 0.02)
+        return [dense(name, (outputs, inputs), 0.0, 0.02)]
 
-    norm = lambda name: dense(name, (shape.hidden,), 1.0, 0.05)
-    tensors = [dense("model.embed_tokens.weight", (shape.vocab, shape.hidden))]
-    for layer in range(shape.layers):
-        at = f"model.layers.{layer}."
-        tensors += [norm(at + "input_layernorm.weight"), norm(at + "post_attention_layernorm.weight")]
-        for name, inputs, outputs in shape.linears():
-            tensors += linear(f"{at}{name}.weight", outputs, inputs)
-            if shape.qkv_bias and name[10:] in ("q_proj", "k_proj", "v_proj"):
-                tensors.append(dense(f"{at}{name}.bias", (outputs,)))
-    tensors.append(norm("model.norm.weight"))
-    if not shape.tied:
-        tensors.append(dense("lm_head.weight", (shape.vocab, shape.hidden)))
-    config = shape.config(stored)
-    if dtype == "nf4":
-        config["quantization_config"] = nf4.QUANTIZATION
-    write_tensors(directory, tensors)
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer(shape.vocab)))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>",
-                "model_max_length": shape.positions}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    # The last file: a directory with a config.json is whole.
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    decoder.write(directory, shape, decoder.tensors(shape, dense, linear), stored, dtype == "nf4")
 
 
 def rows(vocab, steps, batch, sharing, prompt, completion, seed):

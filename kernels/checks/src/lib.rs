@@ -2,7 +2,7 @@
 //!
 //! Called by the tests, on the emulator; a back end for a GPU implements [`Machine`] and runs the same [`CHECKS`]. Every buffer has
 //! guards around it and results begin as NaN, so a kernel that leaves something out, reads or writes outside, or changes
-//! an input is noticed. Deliberately absent: timings, devices.
+//! an input is noticed. [`check_products`] does the same for a device's matrix products; [`rates`] measures what bounds its steps.
 
 mod attention;
 #[cfg(feature = "cuda")]
@@ -17,6 +17,8 @@ mod gated;
 mod gpu;
 mod logprob;
 mod machine;
+mod products;
+mod rates;
 mod rms_norm;
 mod rope;
 mod rows;
@@ -30,6 +32,8 @@ pub use emulator::Emulator;
 #[cfg(emulated)]
 pub use gpu::EmulatedGpu;
 pub use machine::{Arg, Buffer, Call, Machine, launch};
+pub use products::{LARGE, SMALL, check_products};
+pub use rates::{Rate, rates};
 
 use candle_core::Result;
 use kto_kernels::gpu::{Machine as GpuMachine, Stream};

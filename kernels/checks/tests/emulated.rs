@@ -127,3 +127,21 @@ mod defects {
         }
     }
 }
+
+#[cfg(emulated)]
+mod products {
+    use kto_kernel_checks::{SMALL, check_products, emulated_gpu, rates};
+    use kto_kernels::gpu::Stream;
+
+    #[test]
+    fn the_emulated_products_are_right() {
+        check_products(&*emulated_gpu(1 << 30, Stream::Copy).unwrap(), &SMALL).unwrap();
+    }
+
+    #[test]
+    fn every_rate_is_measured() {
+        let found = rates(&*emulated_gpu(1 << 30, Stream::Copy).unwrap(), 1024).unwrap();
+        assert_eq!(found.len(), 14);
+        assert!(found.iter().all(|r| r.per_second.is_finite() && r.per_second > 0.0));
+    }
+}

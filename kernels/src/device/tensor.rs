@@ -81,6 +81,14 @@ impl Device {
         }
     }
 
+    /// Returns the most memory in bytes that was taken of a GPU at any time; nothing on the processor.
+    pub fn peak_memory(&self) -> Option<u64> {
+        match self {
+            Self::Host(_) => None,
+            Self::Gpu(gpu, _) => Some(gpu.used().1 as u64),
+        }
+    }
+
     /// Returns the bytes of an activation.
     pub fn element_bytes(&self) -> usize {
         match self {

@@ -104,8 +104,8 @@ impl Lap {
         self.work.tokens as f64 / self.time.as_secs_f64().max(1e-9)
     }
 
-    /// Returns a line of timing.jsonl; step 0 is the reference pass.
-    pub fn line(&self, step: u64) -> Value {
+    /// Returns a line of timing.jsonl; step 0 is the reference pass. `device_peak` is the most that was taken of a GPU's memory.
+    pub fn line(&self, step: u64, device_peak: Option<u64>) -> Value {
         let mut line = Map::new();
         line.insert("step".into(), json!(step));
         line.insert("rows".into(), json!(self.work.rows));
@@ -115,20 +115,24 @@ impl Lap {
         if let Some(peak) = memory::peak_resident() {
             line.insert("peak_memory".into(), json!(peak));
         }
+        if let Some(peak) = device_peak {
+            line.insert("peak_device_memory".into(), json!(peak));
+        }
         Value::Object(line)
     }
 }
 
-/// Returns the run's last line. `reference` is the reference pass, if this process made one.
-pub fn summary(steps: u64, lap: Lap, reference: Option<Lap>) -> String {
+/// Returns the run's last line. `reference` is the reference pass, if this process made one; `device_peak` as in [`Lap::line`].
+pub fn summary(steps: u64, lap: Lap, reference: Option<Lap>, device_peak: Option<u64>) -> String {
     let Work { rows, tokens } = lap.work;
     let (time, rate) = (units::duration(lap.time.as_secs_f64()), units::rate(lap.rate()));
     let reference = reference.map_or_else(String::new, |lap| {
         format!(", after a reference pass of {}", units::duration(lap.time.as_secs_f64()))
     });
+    let on_gpu = device_peak.map_or_else(String::new, |peak| format!(", {} on the GPU", units::size(peak)));
     let plural = if steps == 1 { "" } else { "s" };
     format!(
-        "{steps} step{plural}, {rows} rows, {tokens} tokens in {time}, {rate} tokens/s{reference}{}",
+        "{steps} step{plural}, {rows} rows, {tokens} tokens in {time}, {rate} tokens/s{reference}{}{on_gpu}",
         peak()
     )
 }
@@ -162,18 +166,20 @@ mod tests {
 
     #[test]
     fn a_line_of_timing_has_the_rate_of_its_step() {
-        let line = lap(4, 1408, 20).line(3);
+        let line = lap(4, 1408, 20).line(3, None);
         let get = |key: &str| line[key].as_f64();
         assert_eq!((get("step"), get("rows"), get("tokens")), (Some(3.0), Some(4.0), Some(1408.0)));
         assert_eq!((get("seconds"), get("tokens_per_second")), (Some(20.0), Some(70.4)));
         assert_eq!(line.get("peak_memory").is_some(), cfg!(target_os = "linux"));
+        assert!(line.get("peak_device_memory").is_none());
+        assert_eq!(lap(4, 1408, 20).line(3, Some(7 << 30))["peak_device_memory"].as_u64(), Some(7 << 30));
     }
 
     #[test]
     fn the_summary_counts_what_this_process_did() {
-        let text = summary(10, lap(160, 12_000, 723), Some(lap(9, 9, 62)));
+        let text = summary(10, lap(160, 12_000, 723), Some(lap(9, 9, 62)), Some(5 << 30));
         let begin = "10 steps, 160 rows, 12000 tokens in 12 min 03 s, 16.6 tokens/s, after a reference pass of 1 min 02 s";
-        assert!(text.starts_with(begin), "{text}");
+        assert!(text.starts_with(begin) && text.ends_with(", 5.00 GiB on the GPU"), "{text}");
     }
 
     #[test]

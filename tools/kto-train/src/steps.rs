@@ -157,7 +157,8 @@ impl Steps<'_> {
         };
         next.metrics_bytes = self.logs.metrics.append(&line)?;
         self.position = next;
-        self.logs.timing.append(&Lap { work, time: began.elapsed() }.line(next.step))?;
+        let lap = Lap { work, time: began.elapsed() };
+        self.logs.timing.append(&lap.line(next.step, self.run.base.device().peak_memory()))?;
         pace.add(work, &pace::describe(&line, next.step, plan.total_steps));
         Ok(())
     }
@@ -224,7 +225,8 @@ impl Steps<'_> {
         let line = metrics::eval_line(facts, &out.blocks, run.plan.typed.loss.loss);
         let work =
             (0..held_out.tokens.len()).map(|row| Work::of(trainer.tokens, trainer.max_length, row, row));
-        let mut timing = Lap { work: work.sum(), time: began.elapsed() }.line(step);
+        let mut timing =
+            Lap { work: work.sum(), time: began.elapsed() }.line(step, run.base.device().peak_memory());
         timing["phase"] = Value::from("evaluation");
         let mut evaluated = self.position.evaluated;
         let better = evaluated.note(step, loss);

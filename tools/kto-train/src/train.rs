@@ -92,7 +92,7 @@ impl Run<'_> {
             return Ok(Ended::Paused("the reference pass is not done, what it has is saved".into()));
         };
         if let Some(lap) = scored {
-            logs.timing.append(&lap.line(0))?;
+            logs.timing.append(&lap.line(0, self.base.device().peak_memory()))?;
         }
         let mut steps = Steps {
             run: self,
@@ -107,7 +107,8 @@ impl Run<'_> {
         };
         let (why, lap) = steps.run()?;
         let Steps { logs, position, .. } = steps;
-        self.end(why, position, &logs, lora, pace::summary(position.step - start.step, lap, scored))
+        let on_gpu = self.base.device().peak_memory();
+        self.end(why, position, &logs, lora, pace::summary(position.step - start.step, lap, scored, on_gpu))
     }
 
     /// Opens the logs at `start`, and says when lines of them are missing.

@@ -54,6 +54,9 @@ impl Blas {
             check(cu::set_stream(handle, stream.cast()), "setting the stream")?;
             let set = sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE);
             check(set.result(), "setting the work space")?;
+            // Partial sums of a 16-bit result stay in f32 too.
+            let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+            check(sys::cublasSetMathMode(handle, mode).result(), "setting the sums' precision")?;
         }
         Ok(Self { handle, workspace })
     }

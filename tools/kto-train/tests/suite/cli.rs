@@ -299,3 +299,18 @@ fn a_directory_with_other_files_is_no_run_directory() {
     std::fs::write(b.out().join("config.json"), "{}").unwrap();
     refused(&b.train(&["--force"]), 73, "not a run directory: there is \"config.json\"");
 }
+
+/// Without the feature, or with it where there is no GPU: one line, what to do, and 69.
+#[test]
+fn a_device_that_is_not_there_is_one_line() {
+    if std::path::Path::new("/dev/nvidiactl").exists() {
+        return;
+    }
+    let b = Bench::new();
+    let found = if cfg!(feature = "cuda") { "NVIDIA driver" } else { "built without CUDA" };
+    refused(&kto_train(&["--check-device"]), 69, found);
+    refused(&b.train(&["--device", "cuda"]), 69, found);
+    refused(&b.train(&["--device", "cuda:1"]), 69, found);
+    assert!(!b.out().exists());
+    assert!(b.train(&["-q", "--max-steps", "1", "--device", "auto"]).status.success());
+}
