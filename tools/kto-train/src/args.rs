@@ -30,7 +30,7 @@ pub struct Args {
         value_name = "DIR|NAME",
         alias = "model-name-or-path",
         required_unless_present = "check_device",
-        default_value_if("check_device", "true", ""),
+        default_value_if("check_device", "true", "."),
         help_heading = "Input"
     )]
     pub model: PathBuf,
@@ -49,7 +49,7 @@ pub struct Args {
         value_name = "DIR",
         alias = "output-dir",
         required_unless_present = "check_device",
-        default_value_if("check_device", "true", ""),
+        default_value_if("check_device", "true", "."),
         help_heading = "Output"
     )]
     pub out: PathBuf,
