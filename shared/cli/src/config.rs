@@ -15,7 +15,8 @@ pub use resolution::{Resolution, Value};
 
 use crate::{Error, Kind, Result, manifest};
 use clap::{
-    ArgMatches, Command,
+    Arg, ArgMatches, Command, Id,
+    builder::Resettable,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use file::Origin;
@@ -111,7 +112,8 @@ fn collect(tool: &str, scope: &Scope, typed: &ArgMatches) -> Result<Layers> {
 
 /// The definition without required arguments: a lower layer may have them.
 fn relaxed(command: Command) -> Command {
-    command.mut_args(|arg| arg.required(false)).mut_subcommands(relaxed)
+    let optional = |arg: Arg| arg.required(false).required_unless_present(Resettable::<Id>::Reset);
+    command.mut_args(optional).mut_subcommands(relaxed)
 }
 
 /// Says where a wrong value stands, when it was not typed.

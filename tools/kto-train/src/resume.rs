@@ -105,11 +105,16 @@ impl Search<'_> {
         let manifest = Manifest::read(path).at(shown(path)).map_err(refused)?;
         let step = manifest.position.step;
         let mut own = path.to_path_buf();
-        if foreign(self.dir.path(), Some(&Resume::From(path.into()))).is_some() {
+        let is_copied = foreign(self.dir.path(), Some(&Resume::From(path.into()))).is_some();
+        if is_copied {
             own = checkpoint::path_of(self.dir, step);
             self.bring(path, &own, manifest.position)?;
         }
-        let position = self.read(&own, lora, optimizer).at(shown(&own)).map_err(refused)?;
+        let position = self.read(&own, lora, optimizer).at(shown(&own)).map_err(|e| match e.kind() {
+            // Our own file by now, not an input: that it cannot be opened is a failure of the disk.
+            Kind::NoInput if is_copied => e.with_kind(Kind::Io),
+            _ => refused(e),
+        })?;
         for (later, path) in checkpoint::list(&self.dir.checkpoints()) {
             if later > step {
                 fs::remove_dir_all(&path).map_err(|e| Error::writing(&path, &e))?;

@@ -116,6 +116,13 @@ fn threads_that_cannot_be_started_are_71() {
     }
 }
 
+/// It needs neither a model nor a run directory; whether there is a device is the machine's business.
+#[test]
+fn the_device_is_checked_without_inputs() {
+    let output = kto_train(&["--check-device"]);
+    assert!(matches!(output.status.code(), Some(0 | 69)), "{}", stderr(&output));
+}
+
 #[test]
 fn an_initial_adapter_may_come_from_a_4_bit_form_of_the_base() {
     let b = Bench::new();
