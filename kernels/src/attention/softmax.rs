@@ -63,7 +63,7 @@ simd! {
     pub(super) fn uncap<T: Real>(ds: &mut [T], scores: &[T], cap: T) {
         for (d, s) in ds.iter_mut().zip(scores) {
             let t = tanh::<T, FUSED>(*s / cap);
-            *d = *d * (T::ONE - t * t);
+            *d *= T::ONE - t * t;
         }
     }
 }

@@ -117,7 +117,7 @@ pub fn quantization(common: Setting, layers: &BTreeMap<String, Option<Setting>>)
 /// the blocks and of every third between, and the head. For modules outside the blocks `block` is 0.
 pub fn takes_more_bits(module: &str, block: usize, blocks: usize) -> bool {
     let eighth = blocks / 8;
-    let chosen = block < eighth || block >= 7 * blocks / 8 || block >= eighth && (block - eighth) % 3 == 2;
+    let chosen = block < eighth || block >= 7 * blocks / 8 || (block - eighth) % 3 == 2;
     module.contains("lm_head") || chosen && (module.contains("v_proj") || module.contains("down_proj"))
 }
 

@@ -74,8 +74,8 @@ pub fn from_q5(block: &[u8], out: &mut [f32], with_minimum: bool) {
     let fifth = u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]);
     for i in 0..16 {
         let byte = rest[4 + i];
-        let a = byte & 15 | (fifth >> i & 1) as u8 * 16;
-        let b = byte >> 4 | (fifth >> (i + 16) & 1) as u8 * 16;
+        let a = (byte & 15) | ((fifth >> i & 1) as u8 * 16);
+        let b = (byte >> 4) | ((fifth >> (i + 16) & 1) as u8 * 16);
         out[i] = (f32::from(a) - shift) * d + minimum;
         out[i + 16] = (f32::from(b) - shift) * d + minimum;
     }

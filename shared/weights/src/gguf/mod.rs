@@ -44,6 +44,9 @@ pub struct Gguf {
 /// What is asked of a weight by its name, beyond the type of the file.
 pub type Wish<'a> = dyn Fn(&str) -> Result<Option<Form>> + 'a;
 
+/// Hears of every tensor that was written and how far its values are off.
+pub type Report<'a> = dyn FnMut(&Tensor, &Errors) -> Result<()> + 'a;
+
 impl Gguf {
     /// Decides what the file holds. `weights` are names, shapes and dtypes; `wish` may give a weight another form. Errors (65): a decoder or
     /// tokenizer that llama.cpp's files have no name for, or that is not known here.
@@ -102,7 +105,7 @@ impl Gguf {
         path: &Path,
         ui: &Ui,
         values: &dyn Fn(&str) -> Result<Box<dyn Values + 'a>>,
-        mut report: Option<&mut dyn FnMut(&Tensor, &Errors) -> Result<()>>,
+        mut report: Option<&mut Report>,
     ) -> Result<()> {
         let made = header(&self.keys, &self.announced());
         let file = AtomicFile::create(path)?;
