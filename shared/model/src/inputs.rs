@@ -17,7 +17,7 @@ use std::{
 /// Rows by block from the lowest adapted one up.
 pub(crate) enum Inputs {
     Here(Vec<Buffer>),
-    Away(Away),
+    Away(Box<Away>),
 }
 
 /// Inputs in the host's memory.
@@ -44,7 +44,7 @@ struct State {
 impl Inputs {
     pub fn new(count: usize, width: usize, device: &Device, away: bool) -> Self {
         match device {
-            Device::Gpu(gpu, element) if away => Self::Away(Away {
+            Device::Gpu(gpu, element) if away => Self::Away(Box::new(Away {
                 gpu: gpu.clone(),
                 count,
                 width,
@@ -53,7 +53,7 @@ impl Inputs {
                 rows: Cell::new(0),
                 used: Cell::new(0),
                 state: RefCell::default(),
-            }),
+            })),
             _ => Self::Here((0..count).map(|_| Buffer::new(width, device)).collect()),
         }
     }

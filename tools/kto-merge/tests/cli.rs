@@ -321,7 +321,10 @@ fn a_quantized_result_keeps_what_the_adapter_does_not_touch() {
 fn mixtures_layers_and_scales_are_those_of_the_definition() {
     let top = tempfile::tempdir().unwrap();
     let (base, adapter) = llama();
-    let start = testdata("trl/llama/adapter_init");
+    let start = top.path().join("start");
+    let mut fresh = Adapter::read(&testdata("trl/llama/adapter_init")).unwrap();
+    fresh.tensors.values_mut().for_each(|pair| pair.b.fill(0.0));
+    fresh.write(&start, AdapterMeta::default()).unwrap();
     let b = ModelDir::open(&base).unwrap();
     let of = |name: &str, more: &[&str]| {
         let out = top.path().join(name);
@@ -335,7 +338,7 @@ fn mixtures_layers_and_scales_are_those_of_the_definition() {
     }
     let one = of("one", &["--layers", "1"]);
     assert!(values(&one, first) == values(&b, first) && values(&one, second) == values(&whole, second));
-    // The initial adapter's B is zero: it adds nothing, and of a mean of two signs nothing but the other is left.
+    // The other adapter's B is zero: it adds nothing, and of a mean of two signs nothing but the other is left.
     let more = ["--adapter", text(&start)];
     let sum = of("sum", &[&more[..], &["--weight", "2", "--weight", "5"]].concat());
     for ((w, s), b) in values(&whole, first).iter().zip(values(&sum, first)).zip(values(&b, first)) {

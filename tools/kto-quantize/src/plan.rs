@@ -72,6 +72,8 @@ impl Plan {
 
     fn decide(&mut self, ui: &Ui) -> Result<()> {
         let names: Vec<String> = weights(&self.model).map(str::to_string).collect();
+        // Said when nothing is refused any more.
+        let mut unfit = Vec::new();
         for name in names {
             let Some(weight) = Weight::find(&self.model, &name)? else {
                 self.forms.insert(name, None);
@@ -86,7 +88,7 @@ impl Plan {
                     let wanted = role.and_then(|role| choice.form(module, role, weight.dtype));
                     match wanted.map(|form| (form, form.unfit(&weight.shape))) {
                         Some((_, Some(why))) => {
-                            ui.warn(format_args!("\"{}\" stays as it is: {why}", escape(&name)));
+                            unfit.push(format!("\"{}\" stays as it is: {why}", escape(&name)));
                             kept
                         }
                         Some((form, None)) => form,
@@ -115,6 +117,7 @@ impl Plan {
                 place(&self.model)
             )));
         }
+        unfit.iter().for_each(|text| ui.warn(text));
         Ok(())
     }
 

@@ -33,7 +33,7 @@ pub struct ParquetFile {
 
 impl ParquetFile {
     /// Reads the footer. Errors are 65.
-    pub fn open(name: String, file: File) -> Result<Self> {
+    pub fn new(name: String, file: File) -> Result<Self> {
         let open = || {
             let options = ArrowReaderOptions::new().with_skip_arrow_metadata(false);
             let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options)?;

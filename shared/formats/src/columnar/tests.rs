@@ -90,7 +90,7 @@ fn read_ipc(bytes: &[u8], file: bool) -> Result<Vec<(u64, Value)>> {
 fn read_parquet(bytes: &[u8]) -> Result<Vec<(u64, Value)>> {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
-    read(ParquetFile::open("f".into(), file)?)
+    read(ParquetFile::new("f".into(), file)?)
 }
 
 #[test]

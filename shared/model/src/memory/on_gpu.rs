@@ -63,17 +63,17 @@ impl GpuWeights {
         let (mut blocks, mut this) = (vec![0u64; architecture.layers], Self::default());
         let mut widened = [0u64; 7];
         let is_float = |d: Dtype| matches!(d, Dtype::F32 | Dtype::F16 | Dtype::BF16);
-        for layer in 0..architecture.layers {
+        for (layer, block) in blocks.iter_mut().enumerate() {
             for module in Module::ALL {
                 let Ok(view) = model.tensors.require(&weight_name(module, layer)) else { continue };
                 let (rows, columns) = architecture.weight_shape(module);
                 let dense = (rows * columns) as u64 * size;
                 if is_float(view.dtype) {
-                    blocks[layer] += rounded(dense);
+                    *block += rounded(dense);
                 } else {
                     let place = &mut widened[module as usize];
                     *place = dense.max(*place);
-                    blocks[layer] += rounded(view.data.len() as u64);
+                    *block += rounded(view.data.len() as u64);
                 }
             }
         }

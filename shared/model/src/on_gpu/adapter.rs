@@ -21,8 +21,11 @@ use std::{cell::RefCell, sync::Arc};
 /// Distance between tensors, in bytes.
 const ALIGN: usize = 256;
 
+/// Where a tensor lies in a run of bytes, and its shape.
+type Spot = (usize, usize, usize);
+
 /// Lays the tensors of some factors out one after the other; returns their places and the size of all.
-fn places(factors: &BlockFactors, from: usize, size: usize) -> (Vec<(usize, usize, usize)>, usize) {
+fn places(factors: &BlockFactors, from: usize, size: usize) -> (Vec<Spot>, usize) {
     let (mut all, mut at) = (Vec::new(), from);
     for tensor in factors.iter().flatten().flat_map(|f| [&f.a, &f.b]) {
         let (rows, columns) = (tensor.dims()[0], tensor.dims()[1]);
@@ -36,7 +39,7 @@ fn places(factors: &BlockFactors, from: usize, size: usize) -> (Vec<(usize, usiz
 fn within(
     like: &BlockFactors,
     memory: &Arc<Memory>,
-    places: &[(usize, usize, usize)],
+    places: &[Spot],
     element: Dense,
 ) -> BlockFactors<Tensor> {
     let mut places = places.iter();
@@ -104,7 +107,7 @@ pub(crate) struct GpuGradient<'a> {
     gpu: Arc<Gpu>,
     lora: &'a Lora,
     /// Places of each block's tensors in its own run, the run's size and its place in the host's memory.
-    blocks: Vec<(Vec<(usize, usize, usize)>, usize, usize)>,
+    blocks: Vec<(Vec<Spot>, usize, usize)>,
     memory: GradientMemory,
     copied: [Option<Mark>; 2],
 }

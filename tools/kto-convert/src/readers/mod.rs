@@ -94,7 +94,7 @@ fn open_part(part: &Part, plan: &Plan) -> Result<Open> {
         sniff::Form::Table(usual) => Box::new(Table::new(input.name, bytes, plan.dialect(usual), read)),
         sniff::Form::Parquet => {
             let file = seekable(path, bytes, &input.name)?;
-            trees::grouped(ParquetFile::open(input.name, file)?, plan)?
+            trees::grouped(ParquetFile::new(input.name, file)?, plan)?
         }
         sniff::Form::Arrow { file } => trees::grouped(ArrowStream::open(input.name, bytes, file)?, plan)?,
     };
