@@ -1,7 +1,7 @@
 //! LLM.int8() of bitsandbytes: one signed byte a value, one f32 scale a row. Bit exact with `int8_vectorwise_quant`.
 //!
 //! transformers rounds a weight to f16 before it hands it over, so values are rounded first.
-//! Formula: scale = largest magnitude of the row; code = rint(x · (127 / scale)); a row of zeros has codes 0.
+//! Formula: scale = largest magnitude of the row; code = rint(x · (1/scale · 127)); a row of zeros has codes 0.
 
 use super::{Codec, PLANES, four_bit::largest};
 use half::f16;
@@ -29,7 +29,8 @@ impl Codec for Int8 {
             let absmax = largest(&row);
             sound &= absmax.is_finite();
             *scale = absmax.to_le_bytes();
-            let factor = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
+            // torch divides a number by a tensor as the number times the reciprocals.
+            let factor = if absmax > 0.0 { 1.0 / absmax * 127.0 } else { 0.0 };
             for (code, v) in codes.iter_mut().zip(&row) {
                 *code = (v * factor).round_ties_even() as i8 as u8;
             }

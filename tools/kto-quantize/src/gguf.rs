@@ -42,8 +42,10 @@ pub fn run(args: &Args, ui: &Ui) -> Result<Exit> {
     let wishes = Wishes::new(args)?;
     let file = FileType::from(args.r#type.unwrap_or(GgufType::Q4KM));
     let wish = |name: &str| wishes.of(name, &all);
-    let gguf = Gguf::new(&model, &all, file, &wish, ui)?;
+    // What is refused is refused before anything is said.
+    all.iter().try_for_each(|(name, ..)| wish(name).map(|_| ()))?;
     wishes.check_used()?;
+    let gguf = Gguf::new(&model, &all, file, &wish, ui)?;
     if args.dry_run {
         let mut out = Output::create(None)?;
         out.write(describe(args, &model, &gguf).as_bytes())?;
