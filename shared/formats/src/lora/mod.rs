@@ -5,7 +5,6 @@
 //! that training starts from and writes. Invariant: matrices fit each other and hold finite values.
 
 mod mlx;
-mod pattern;
 mod peft;
 
 use crate::{

@@ -4,12 +4,13 @@
 //! `lora_magnitude_vector` (out); an embedding `lora_embedding_A` (R, vocabulary) and `lora_embedding_B` (hidden, R); modules of
 //! `modules_to_save` their plain names.
 
-use super::{Ecosystem, LoraModule, LoraSet, Saved, pattern::Pattern};
+use super::{Ecosystem, LoraModule, LoraSet, Saved};
 use crate::{
     adapter::{self, PREFIX, WEIGHTS},
     adapter_config::{self, AdapterConfig},
     mmap::shown,
     model_dir::read_json,
+    peft::PeftConfig,
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata, standard_order},
     tensors::{TensorStore, TensorView, check_finite, push_floats},
 };
@@ -28,9 +29,7 @@ const MORE: [&str; 6] =
 pub fn read(dir: &Path) -> Result<LoraSet> {
     let place = shown(&dir.join(adapter::CONFIG));
     let mut settings = read_json(&dir.join(adapter::CONFIG))?;
-    let ranks = Pattern::read(&settings, "rank_pattern").at(&place)?;
-    let alphas = Pattern::read(&settings, "alpha_pattern").at(&place)?;
-    let dora = settings.get("use_dora") == Some(&Value::Bool(true));
+    let peft = PeftConfig::read(&settings).at(&place)?;
     if settings.get("trainable_token_indices").is_some_and(|v| !v.is_null()) {
         return Err(Error::data(format!("{place}: trainable_token_indices is not supported")));
     }
@@ -44,7 +43,7 @@ pub fn read(dir: &Path) -> Result<LoraSet> {
         )));
     }
     let store = TensorStore::open_file(&path)?;
-    let (modules, saved) = tensors(&store, &config, &ranks, &alphas, dora).at(shown(&path))?;
+    let (modules, saved) = tensors(&store, &peft).at(shown(&path))?;
     Ok(LoraSet {
         modules,
         saved,
@@ -67,13 +66,7 @@ const PARTS: [&str; 6] = [
 
 type Tensors = (BTreeMap<String, LoraModule>, BTreeMap<String, Saved>);
 
-fn tensors(
-    store: &TensorStore,
-    config: &AdapterConfig,
-    ranks: &Pattern,
-    alphas: &Pattern,
-    dora: bool,
-) -> Result<Tensors> {
+fn tensors(store: &TensorStore, peft: &PeftConfig) -> Result<Tensors> {
     let (mut names, mut saved) = (BTreeSet::new(), BTreeMap::new());
     for view in store.views() {
         let Some(rest) = view.name.strip_prefix(PREFIX) else {
@@ -101,19 +94,12 @@ fn tensors(
     }
     let mut modules = BTreeMap::new();
     for module in names {
-        modules.insert(module.to_string(), read_module(store, module, config, ranks, alphas, dora)?);
+        modules.insert(module.to_string(), read_module(store, module, peft)?);
     }
     Ok((modules, saved))
 }
 
-fn read_module(
-    store: &TensorStore,
-    module: &str,
-    config: &AdapterConfig,
-    ranks: &Pattern,
-    alphas: &Pattern,
-    dora: bool,
-) -> Result<LoraModule> {
+fn read_module(store: &TensorStore, module: &str, peft: &PeftConfig) -> Result<LoraModule> {
     let get = |part: &str| store.get(&format!("{PREFIX}{module}{part}"));
     let linear = get(".lora_A.weight").is_some() || get(".lora_B.weight").is_some();
     let (a_name, b_name) = if linear {
@@ -141,18 +127,17 @@ fn read_module(
             b.shape
         )));
     };
-    let stated = ranks.of(module).map_or(config.r, |r| r as usize);
+    let stated = peft.rank(module)?;
     if r != stated {
         a.expect_shape(&[stated, columns])?;
     }
     if other != r {
         b.expect_shape(&[rows, r])?;
     }
-    let alpha = alphas.of(module).unwrap_or(config.lora_alpha);
-    let scale = alpha / if config.use_rslora { (r as f64).sqrt() } else { r as f64 };
+    let scale = peft.scale(module)?;
     let (a_values, b_values) = (finite(&a)?, finite(&b)?);
     let magnitude = get(".lora_magnitude_vector").or_else(|| get(".lora_magnitude_vector.weight"));
-    let magnitude = match (magnitude, dora) {
+    let magnitude = match (magnitude, peft.use_dora) {
         (Some(view), true) if linear => {
             if view.len() != rows {
                 view.expect_shape(&[rows])?;
