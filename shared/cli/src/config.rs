@@ -113,7 +113,9 @@ fn collect(tool: &str, scope: &Scope, typed: &ArgMatches) -> Result<Layers> {
 /// The definition without required arguments: a lower layer may have them.
 fn relaxed(command: Command) -> Command {
     let optional = |arg: Arg| arg.required(false).required_unless_present(Resettable::<Id>::Reset);
-    command.mut_args(optional).mut_subcommands(relaxed)
+    let groups: Vec<Id> = command.get_groups().map(|group| group.get_id().clone()).collect();
+    let of_args = command.mut_args(optional).mut_subcommands(relaxed);
+    groups.into_iter().fold(of_args, |command, id| command.mut_group(id, |group| group.required(false)))
 }
 
 /// Says where a wrong value stands, when it was not typed.
