@@ -65,10 +65,8 @@ impl Blas {
     pub fn version(&self) -> Result<String> {
         let mut version = 0;
         // SAFETY: writes the integer.
-        check(
-            unsafe { sys::cublasGetVersion_v2(self.handle, &mut version) }.result(),
-            "asking for the version",
-        )?;
+        let asked = unsafe { sys::cublasGetVersion_v2(self.handle, &mut version) };
+        check(asked.result(), "asking for the version")?;
         Ok(format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100))
     }
 

@@ -41,10 +41,8 @@ impl Ring {
                 unsafe { std::slice::from_raw_parts_mut(self.memory.add(self.half * HALF + self.at), n) };
             place.copy_from_slice(&from[done..][..n]);
             // SAFETY: memory of the device that the caller owns; the place is not written before the copy is done.
-            check(
-                unsafe { cu::memcpy_htod_async(to + done as u64, place, stream) },
-                "copying to the device",
-            )?;
+            let copied = unsafe { cu::memcpy_htod_async(to + done as u64, place, stream) };
+            check(copied, "copying to the device")?;
             (self.at, done) = (self.at + n, done + n);
         }
         Ok(())
