@@ -14,9 +14,10 @@ SCRIPTS = ["gpu-check", "gpu/*.py", "bench/contenders.py", "bench/decoder.py", "
 
 
 def cargo(*arguments):
-    """Runs cargo with nvcc; returns the executables that it made."""
+    """Runs cargo with the private nvcc; returns the executables that it made."""
     command = [os.environ.get("CARGO", "cargo"), *arguments, "--message-format", "json-render-diagnostics"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    toolkit = 'eval "$(scripts/cuda-toolkit build)" && exec "$@"'
+    done = subprocess.run(["bash", "-c", toolkit, "bash", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise Fault(f"cargo {arguments[0]} failed")
     made = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
@@ -26,7 +27,8 @@ def cargo(*arguments):
 def binaries(folder):
     """kto-train for GPUs as `make cuda` leaves it, the kernel checks, and the tools that prepare rows; stripped."""
     subprocess.run([os.environ.get("MAKE", "make"), "-s", "cuda"], cwd=ROOT, check=True)
-    tools = cargo("build", "--release", "-p", "kto-tokenize", "-p", "kto-convert", "--bins")
+    # The whole workspace, as `make build` does it: the same objects serve both.
+    tools = cargo("build", "--release", "--workspace", "--bins")
     checks = cargo("test", "--release", "--no-run", "-p", "kto-kernel-checks", "--features", "cuda", "--test", "device")
     made = {"kto-train": ROOT / "target/cuda/kto-train", "kto-tokenize": tools["kto-tokenize"], "kernel-checks": checks["device"]}
     folder.mkdir(parents=True)
