@@ -30,7 +30,7 @@ fn check_case(
     let logits = rounded(source, &logits);
     let targets: Vec<u32> =
         (0..rows).map(|i| if i % 5 == 0 { columns - 1 } else { i * 31 % columns } as u32).collect();
-    let p = Logprob { rows: rows as u64, vocabulary: columns as u32, unused: 0 };
+    let p = Logprob { rows: rows as u64, vocabulary: columns as u32, first: 0 };
     let (x, index) = (buffer(source, &logits), indices(&targets));
 
     let mut found = results(Dense::F32, 4 * rows);
@@ -41,6 +41,8 @@ fn check_case(
     // The difference to the maximum (up to 16) and its exponential are rounded, and sums of as many terms.
     let tolerance = (depth(columns, grid) + 32.0) * U32;
     close(&case("logprob", source, rows, columns, grid), Dense::F32, &found, &truth, tolerance)?;
+
+    check_part(m, (source, &x), (&targets, &found), p, grid)?;
 
     let mut gradient = results(element, rows * columns);
     let kernel = format!("logprob_gradient{suffix}");
@@ -60,6 +62,29 @@ fn check_case(
     let args = &mut [Arg::Out(&mut replaced), Arg::Again(0), Arg::In(&index), Arg::In(&found)];
     launch(m, &named(&kernel, element), grid, args, &p)?;
     same_bits(&format!("{what} in place"), element, &replaced, &decode(element, gradient.content()))
+}
+
+/// The same columns as a part of a larger vocabulary: every other target is outside it, below or above.
+fn check_part(
+    m: &dyn Machine,
+    (source, x): (Dense, &Buffer),
+    (targets, whole): (&[u32], &Buffer),
+    p: Logprob,
+    grid: Grid,
+) -> Result<()> {
+    let p = Logprob { first: 1000, ..p };
+    let outside = [999, 1000 + p.vocabulary];
+    let targets: Vec<u32> =
+        (0..targets.len()).map(|i| if i % 2 == 1 { outside[i / 2 % 2] } else { 1000 + targets[i] }).collect();
+    let mut expected = decode(Dense::F32, whole.content());
+    for row in expected.chunks_mut(4).skip(1).step_by(2) {
+        row[0] = -row[3];
+    }
+    let mut found = results(Dense::F32, expected.len());
+    let index = indices(&targets);
+    launch(m, &named("logprob", source), grid, &mut [Arg::Out(&mut found), Arg::In(x), Arg::In(&index)], &p)?;
+    let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+    close("logprob of a part", Dense::F32, &found, &expected, 2.0 * U32)
 }
 
 fn numbers(s: &LogprobStats) -> [f64; 4] {

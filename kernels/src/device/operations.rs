@@ -1,13 +1,13 @@
 //! Element-wise and row-wise operations, where their tensors are.
 
 use super::{
-    Device,
+    Device, FrozenWeight,
     Tensor::{self, Gpu, Host},
     apart,
 };
 use crate::{
     DropoutKey, LogprobStats, RopeTable,
-    gpu::{self, Matrix, operations as on},
+    gpu::{self, Matrix, operations as on, products::Frozen},
 };
 use candle_core::Result;
 
@@ -216,5 +216,24 @@ pub fn logprobs(
             Ok((stats, Some(Gpu(unit))))
         }
         _ => apart("logprobs"),
+    }
+}
+
+/// As [`logprobs`] of `x · Wᵀ`, for a head W of which only tiles are on the device; the gradient of every row of x goes to `unit`.
+/// Shapes: x and unit (rows, C). Nothing for a head that is there whole.
+pub fn logprobs_in_tiles(
+    head: &FrozenWeight,
+    x: &Tensor,
+    targets: &[u32],
+    cap: Option<f64>,
+    unit: Option<&Tensor>,
+) -> Result<Option<Vec<LogprobStats>>> {
+    let FrozenWeight::Gpu(Frozen::Tiles(tiles)) = head else { return Ok(None) };
+    match (x, unit) {
+        (Gpu(x), None) => gpu::head::logprobs_in_tiles(tiles, x, targets, cap, None).map(Some),
+        (Gpu(x), Some(Gpu(unit))) => {
+            gpu::head::logprobs_in_tiles(tiles, x, targets, cap, Some(unit)).map(Some)
+        }
+        _ => apart("logprobs_in_tiles"),
     }
 }

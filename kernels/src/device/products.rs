@@ -61,7 +61,7 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         (Tensor::Host(a), Tensor::Host(b)) => Ok(Tensor::Host(crate::matmul(a, b)?)),
         (Tensor::Gpu(a), Tensor::Gpu(b)) => {
             let out = Matrix::short(a.gpu(), a.dims().0, b.dims().1, a.element())?;
-            on::multiply(&out, Base::Zero, &[Term { a, b: b.clone(), scale: 1.0 }])?;
+            on::multiply(&out, Base::Zero, [Ok(Term { a, b: b.clone(), scale: 1.0 })])?;
             Ok(Tensor::Gpu(out))
         }
         _ => apart("matmul"),
@@ -111,16 +111,12 @@ fn on_gpu(out: &Matrix, onto: Onto, products: &[Product]) -> Result<()> {
         Tensor::Gpu(m) => Ok(m.clone()),
         Tensor::Host(_) => apart("multiply"),
     };
-    if let ([Product { a, b: Factor::Linear(w) | Factor::Weight(w), scale }], Onto::Zero) = (products, onto)
-        && let FrozenWeight::Gpu(Frozen::Tiles(tiles)) = w
+    if let (
+        [Product { a, b: Factor::Linear(FrozenWeight::Gpu(Frozen::Tiles(tiles))), scale: 1.0 }],
+        Onto::Zero,
+    ) = (products, onto)
     {
-        if *scale != 1.0 {
-            bail!("multiply: a scaled product with a tiled matrix");
-        }
-        return match products[0].b {
-            Factor::Linear(_) => tiles.linear(out, &matrix(a)?),
-            _ => tiles.plain(out, &matrix(a)?),
-        };
+        return tiles.linear(out, &matrix(a)?);
     }
     let start = match onto {
         Onto::Row(t) | Onto::Matrix(t) => Some(matrix(t)?),
@@ -133,8 +129,7 @@ fn on_gpu(out: &Matrix, onto: Onto, products: &[Product]) -> Result<()> {
         _ => Base::Zero,
     };
     let whole = |w: &FrozenWeight| match w {
-        FrozenWeight::Gpu(Frozen::Whole(m)) => Ok(m.clone()),
-        FrozenWeight::Gpu(Frozen::Tiles(_)) => bail!("multiply: a tiled matrix among other terms"),
+        FrozenWeight::Gpu(frozen) => frozen.whole(),
         FrozenWeight::Host(_) => apart("multiply"),
     };
     let left = products.iter().map(|p| matrix(p.a)).collect::<Result<Vec<_>>>()?;
@@ -147,5 +142,5 @@ fn on_gpu(out: &Matrix, onto: Onto, products: &[Product]) -> Result<()> {
         };
         Ok(Term { a, b, scale: p.scale })
     });
-    on::multiply(out, base, &terms.collect::<Result<Vec<_>>>()?)
+    on::multiply(out, base, terms)
 }

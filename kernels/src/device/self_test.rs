@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     AttentionLayout, Dense, HeadShape, Nf4Parts, Nf4Scales, ScoreRule, Segment, Stored, Weight,
-    gpu::{Gpu, Machine, Matrix, Packed, products::Frozen},
+    gpu::{Gpu, Machine, Packed, products::Frozen},
     quant::nf4::CODE,
     random,
 };
@@ -65,7 +65,7 @@ fn weight(device: &Device) -> Result<FrozenWeight> {
     packed.write(&mut run);
     let memory = Arc::new(gpu.take(run.len())?);
     gpu.machine().upload(memory.address(), &run)?;
-    let matrix = packed.matrix(&memory, 0, || Matrix::new(gpu, WIDE, WIDTH, *element))?;
+    let matrix = packed.matrix(&memory, 0, || Ok(Arc::new(gpu.take(packed.widened_bytes(0))?)))?;
     Ok(FrozenWeight::Gpu(Frozen::Whole(matrix)))
 }
 

@@ -7,6 +7,7 @@
 pub mod attention;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod head;
 mod machine;
 mod matrix;
 mod memory;

@@ -20,7 +20,7 @@ fn same(what: &str, dims: (usize, usize), element: Dense, all: &[&Matrix]) -> Re
     Ok(())
 }
 
-fn width(columns: usize) -> Result<u32> {
+pub(super) fn width(columns: usize) -> Result<u32> {
     u32::try_from(columns).map_err(candle_core::Error::wrap)
 }
 
@@ -34,11 +34,11 @@ fn numbers<const N: usize>(gpu: &Arc<Gpu>, numbers: impl Iterator<Item = [u8; N]
     Ok(memory)
 }
 
-fn indices(gpu: &Arc<Gpu>, index: &[u32]) -> Result<Memory> {
+pub(super) fn indices(gpu: &Arc<Gpu>, index: &[u32]) -> Result<Memory> {
     numbers(gpu, index.iter().map(|i| i.to_le_bytes()))
 }
 
-fn check_index(what: &str, index: &[u32], rows: usize) -> Result<()> {
+pub(super) fn check_index(what: &str, index: &[u32], rows: usize) -> Result<()> {
     match index.iter().find(|i| **i as usize >= rows) {
         Some(i) => bail!("{what}: row {i} of {rows}"),
         None => Ok(()),
@@ -236,7 +236,7 @@ pub fn logprob_stats(logits: &Matrix, targets: &[u32]) -> Result<(Vec<LogprobSta
     }
     let gpu = logits.gpu();
     let (stats, targets) = (Matrix::short(gpu, rows, 4, Dense::F32)?, indices(gpu, targets)?);
-    let p = Logprob { rows: rows as u64, vocabulary: width(vocabulary)?, unused: 0 };
+    let p = Logprob { rows: rows as u64, vocabulary: width(vocabulary)?, first: 0 };
     if rows > 0 {
         let at = [stats.address(), logits.address(), targets.address()];
         gpu.launch("logprob", logits.element(), Grid::rows(rows, vocabulary), &at, &p)?;
@@ -261,12 +261,25 @@ pub struct Kept {
 /// As [`crate::logprob_unit_gradient`], but the result is a short-lived matrix of type `element`. Logits are f32.
 pub fn logprob_unit_gradient(logits: &Matrix, kept: &Kept, element: Dense) -> Result<Matrix> {
     let (rows, vocabulary) = logits.dims();
-    same("logprob_unit_gradient", (kept.p.rows as usize, kept.p.vocabulary as usize), Dense::F32, &[logits])?;
     let out = Matrix::short(logits.gpu(), rows, vocabulary, element)?;
-    if rows > 0 {
-        let at = [out.address(), logits.address(), kept.targets.address(), kept.stats.address()];
-        let grid = Grid::rows(rows, vocabulary);
-        logits.gpu().launch("logprob_gradient_of_f32", element, grid, &at, &kept.p)?;
-    }
+    logprob_gradient(&out, logits, (&kept.targets, &kept.stats), &kept.p)?;
     Ok(out)
+}
+
+/// Writes the gradient of rows of logits (f32), given all targets and the statistics (rows, 4) of whole rows.
+pub(super) fn logprob_gradient(
+    out: &Matrix,
+    logits: &Matrix,
+    (targets, stats): (&Memory, &Matrix),
+    p: &Logprob,
+) -> Result<()> {
+    let dims = (p.rows as usize, p.vocabulary as usize);
+    same("logprob_gradient", dims, Dense::F32, &[logits])?;
+    same("logprob_gradient", dims, out.element(), &[out])?;
+    if dims.0 == 0 {
+        return Ok(());
+    }
+    let at = [out.address(), logits.address(), targets.address(), stats.address()];
+    let grid = Grid::rows(dims.0, dims.1);
+    logits.gpu().launch("logprob_gradient_of_f32", out.element(), grid, &at, p)
 }

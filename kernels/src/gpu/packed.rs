@@ -61,6 +61,12 @@ impl Packed {
         !matches!(self.matrices[matrix].parts().0, Widening::Dense(_))
     }
 
+    /// Returns the size of a matrix in the computation's type.
+    pub fn widened_bytes(&self, matrix: usize) -> usize {
+        let (rows, columns) = self.dims(matrix);
+        rows * columns * self.element.size()
+    }
+
     /// Writes the run, on all cores.
     pub fn write(&self, run: &mut [u8]) {
         for (matrix, places) in self.matrices.iter().zip(&self.places) {
@@ -78,22 +84,23 @@ impl Packed {
         }
     }
 
-    /// Returns a matrix of the run that lies in `memory`: where it lies, if it is not quantized, else widened to `out`.
+    /// Returns a matrix of the run that lies in `memory`: where it lies, if it is not quantized, else widened to the memory `to`.
     pub fn matrix(
         &self,
         memory: &Arc<Memory>,
         matrix: usize,
-        out: impl FnOnce() -> Result<Matrix>,
+        to: impl FnOnce() -> Result<Arc<Memory>>,
     ) -> Result<Matrix> {
         let (places, (rows, columns)) = (&self.places[matrix], self.dims(matrix));
         let widening = self.matrices[matrix].parts().0;
         if let Widening::Dense(_) = widening {
             return Ok(Matrix::in_memory(memory.clone(), places[0].start, rows, columns, self.element));
         }
-        let out = out()?;
-        if (out.dims(), out.element()) != ((rows, columns), self.element) || out.is_transposed() {
-            bail!("a matrix of {rows} × {columns} widened to {:?}", out.dims());
+        let to = to()?;
+        if to.bytes() < self.widened_bytes(matrix) {
+            bail!("a matrix of {rows} × {columns} widened to {} bytes", to.bytes());
         }
+        let out = Matrix::in_memory(to, 0, rows, columns, self.element);
         let at = |part: usize| memory.address() + places[part].start as u64;
         let (gpu, n) = (memory.gpu(), rows * columns);
         let (to, pairs) = (out.address(), Grid::elements(n.div_ceil(2)));

@@ -95,8 +95,8 @@ params!(
         rows: u64,
         /// Columns of logits.
         vocabulary: u32,
-        /// Zero.
-        unused: u32,
+        /// Number of the first column in the vocabulary.
+        first: u32,
     }
 );
 params!(

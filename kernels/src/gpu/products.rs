@@ -6,7 +6,8 @@
 use super::{
     machine::{Gemm, Side},
     matrix::Matrix,
-    operations::{add_bias, cast},
+    memory::Memory,
+    operations::add_bias,
     packed::Packed,
 };
 use crate::Dense;
@@ -18,8 +19,23 @@ use std::sync::Arc;
 pub enum Frozen {
     /// Whole, in the computation's type.
     Whole(Matrix),
+    /// As stored, widened for every product.
+    Shared(SharedPlace),
     /// On the host; its rows come in tiles when they are used.
     Tiles(Arc<Tiles>),
+}
+
+/// A matrix of a packed run whose widened form has a place in common with others: it is good until another one is widened.
+#[derive(Clone, Debug)]
+pub struct SharedPlace {
+    /// The run's layout.
+    pub packed: Arc<Packed>,
+    /// The run.
+    pub run: Arc<Memory>,
+    /// Number of the matrix in the run.
+    pub matrix: usize,
+    /// Where it is widened.
+    pub place: Arc<Memory>,
 }
 
 /// A matrix on the host, in runs of rows that are uploaded one after the other.
@@ -59,8 +75,12 @@ pub enum Base<'a> {
     Matrix(&'a Matrix),
 }
 
-/// Computes `out = base + Σ terms`.
-pub fn multiply(out: &Matrix, base: Base, terms: &[Term]) -> Result<()> {
+/// Computes `out = base + Σ terms`. A term is asked for when the one before it is queued: their factors may share a place.
+pub fn multiply<'a>(
+    out: &Matrix,
+    base: Base,
+    terms: impl IntoIterator<Item = Result<Term<'a>>>,
+) -> Result<()> {
     let (m, n) = out.dims();
     if m == 0 || n == 0 {
         return Ok(());
@@ -70,7 +90,7 @@ pub fn multiply(out: &Matrix, base: Base, terms: &[Term]) -> Result<()> {
     }
     let mut written = matches!(base, Base::Itself | Base::Matrix(_));
     for term in terms {
-        written |= one(out, term, written)?;
+        written |= one(out, &term?, written)?;
     }
     if !written {
         out.clear()?;
@@ -122,7 +142,19 @@ impl Frozen {
     pub fn dims(&self) -> (usize, usize) {
         match self {
             Self::Whole(matrix) => matrix.dims(),
+            Self::Shared(shared) => shared.packed.dims(shared.matrix),
             Self::Tiles(tiles) => (tiles.rows, tiles.columns),
+        }
+    }
+
+    /// Returns it as one matrix for the product that is queued next.
+    pub fn whole(&self) -> Result<Matrix> {
+        match self {
+            Self::Whole(matrix) => Ok(matrix.clone()),
+            Self::Shared(shared) => {
+                shared.packed.matrix(&shared.run, shared.matrix, || Ok(shared.place.clone()))
+            }
+            Self::Tiles(_) => bail!("a matrix in tiles where a whole one is needed"),
         }
     }
 }
@@ -170,43 +202,20 @@ impl Tiles {
         })
     }
 
-    /// Computes `out = x · W`, summed over the tiles in f32. Shapes: x (m, rows), out (m, columns).
-    pub fn plain(&self, out: &Matrix, x: &Matrix) -> Result<()> {
-        let (m, c) = out.dims();
-        if x.dims() != (m, self.rows) || c != self.columns {
-            bail!("product of {:?} and ({}, {}) for ({m}, {c})", x.dims(), self.rows, self.columns);
-        }
-        let sum = Matrix::short(out.gpu(), m, c, Dense::F32)?;
-        self.each(x, |start, tile| {
-            let address = x.address() + (start * x.element().size()) as u64;
-            let gemm = Gemm {
-                m,
-                n: c,
-                k: tile.dims().0,
-                a: Side { address, stride: self.rows, transposed: false, batch: 0 },
-                b: Side { address: tile.address(), stride: c, transposed: false, batch: 0 },
-                c: Side { address: sum.address(), stride: c, transposed: false, batch: 0 },
-                factors: x.element(),
-                result: Dense::F32,
-                alpha: 1.0,
-                beta: if start == 0 { 0.0 } else { 1.0 },
-                batch: 1,
-            };
-            out.gpu().machine().gemm(&gemm)
-        })?;
-        cast(out, &sum)
+    /// Returns the rows of a tile.
+    pub(super) fn rows_of(&self, tile: usize) -> usize {
+        self.tile_rows.min(self.rows - tile * self.tile_rows)
     }
 
     /// Runs `f` with the first row of every tile and the tile.
-    fn each(&self, like: &Matrix, mut f: impl FnMut(usize, Matrix) -> Result<()>) -> Result<()> {
+    pub(super) fn each(&self, like: &Matrix, mut f: impl FnMut(usize, Matrix) -> Result<()>) -> Result<()> {
         let gpu = like.gpu();
         let mut staged = vec![0u8; self.tiles.iter().map(Packed::bytes).max().unwrap_or(0)];
         for (i, tile) in self.tiles.iter().enumerate() {
             let memory = Arc::new(gpu.borrow(tile.bytes())?);
             tile.write(&mut staged[..tile.bytes()]);
             gpu.machine().upload(memory.address(), &staged[..tile.bytes()])?;
-            let (rows, columns) = tile.dims(0);
-            let whole = tile.matrix(&memory, 0, || Matrix::short(gpu, rows, columns, like.element()))?;
+            let whole = tile.matrix(&memory, 0, || Ok(Arc::new(gpu.borrow(tile.widened_bytes(0))?)))?;
             f(i * self.tile_rows, whole)?;
         }
         Ok(())

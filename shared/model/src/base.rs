@@ -77,6 +77,8 @@ struct Placed {
 pub struct Placement {
     /// Whether blocks come when they are needed.
     pub streamed: bool,
+    /// Whether a block's quantized matrices are widened one at a time, for every product, instead of all at once.
+    pub share_widened: bool,
     /// Rows of a tile of the head, which then stays on the host.
     pub head_tile: Option<usize>,
 }
@@ -164,7 +166,7 @@ impl BaseModel {
             norms: &l.norms,
             linears: l.linears.iter().map(|(w, b)| (w, b.as_ref())).collect(),
         });
-        let layers = GpuLayers::new(device, &self.architecture, host, placement.streamed, uploaded)?;
+        let layers = GpuLayers::new(device, &self.architecture, host, placement, uploaded)?;
         let own = self.head.as_ref().unwrap_or(&self.embedding).checked().at(self.shown())?;
         let head = frozen(device, own, placement.head_tile)?;
         self.placed = Placed {

@@ -215,7 +215,9 @@ pub struct Workspace {
     pub(crate) kept: Vec<(Activations, KeyValues)>,
     /// Rows of a chunk of the head.
     pub(crate) head_rows: usize,
-    /// Logits of a chunk of the head.
+    /// Whether the head is on the device a tile at a time.
+    pub(crate) head_in_tiles: bool,
+    /// Logits of a chunk of the head, unless it is in tiles.
     pub(crate) logits: Buffer,
     /// Lowest adapted block.
     pub(crate) first: usize,
@@ -232,6 +234,8 @@ pub struct WorkspaceSpec {
     pub kept_layers: usize,
     /// Rows of a chunk of logits.
     pub head_rows: usize,
+    /// Whether the head is on the device a tile at a time.
+    pub head_in_tiles: bool,
     /// Whether the inputs of blocks are kept in the host's memory, of a sweep on a GPU.
     pub offload_inputs: bool,
 }
@@ -282,6 +286,7 @@ impl Workspace {
             gradient: (buffer(hidden), buffer(hidden)),
             kept: (0..spec.kept_layers.min(above)).map(|_| (activations(), key_values())).collect(),
             head_rows: spec.head_rows.max(1),
+            head_in_tiles: spec.head_in_tiles,
             logits: Buffer::of_logits(architecture.vocab_size, device),
             first,
             gradient_memory: RefCell::new(None),
@@ -305,7 +310,9 @@ impl Workspace {
         self.rest.reserve(all.rest_rows)?;
         self.last.0.reserve(all.head_rows)?;
         self.last.1.reserve(largest.head_rows)?;
-        self.logits.reserve(self.head_rows.min(largest.entries))?;
+        if !self.head_in_tiles {
+            self.logits.reserve(self.head_rows.min(largest.entries))?;
+        }
         if !keep {
             return Ok(());
         }

@@ -1,14 +1,17 @@
 //! The language-model head on completion positions only, a few rows at a time.
 //!
 //! Log-probabilities and their unit-coefficient gradient come from one pass over a (chunk × V) buffer;
-//! the head itself is frozen, so no gradient of its size exists.
+//! the head itself is frozen, so no gradient of its size exists. A head of which a GPU holds one tile at a time is gone through once
+//! for the rows of all packs, and once more for their gradients.
 
 use crate::{buffers::Buffer, numeric::Numeric, pack::Entry};
-use kto_cli::Result;
+use candle_core::Result as Computed;
+use kto_cli::{Error, Result};
 use kto_kernels::{
     LogprobStats,
     device::{
-        Device, Factor, FrozenWeight, Onto, Product, Tensor, gather_rows, logprobs, multiply, soft_cap,
+        Device, Factor, FrozenWeight, Onto, Product, Tensor, gather_rows, logprobs, logprobs_in_tiles,
+        multiply, soft_cap,
     },
 };
 
@@ -56,6 +59,35 @@ pub(crate) fn run(
         };
         chunk().numeric()?;
         start = end;
+    }
+    Ok(stats)
+}
+
+/// As [`run`], with the head in tiles and `rows` rows at a time: `entries` are (row of `last`, target) of all packs, the trained ones
+/// first; `norm` writes rows of `last` (rows, C) normed.
+pub(crate) fn run_in_tiles(
+    (head, rows, cap): (&FrozenWeight, usize, Option<f64>),
+    last: &Tensor,
+    norm: impl Fn(&Tensor, &Tensor) -> Computed<()>,
+    entries: &[(u32, u32)],
+    unit: Option<&Tensor>,
+) -> Result<Vec<LogprobStats>> {
+    let mut stats = Vec::with_capacity(entries.len());
+    let trained = unit.map_or(Ok(0), |u| u.dims2().map(|(rows, _)| rows)).numeric()?;
+    let parts = [(&entries[..trained], unit), (&entries[trained..], None)];
+    for (entries, unit) in parts {
+        for (number, part) in entries.chunks(rows).enumerate() {
+            let (of_last, targets): (Vec<u32>, Vec<u32>) = part.iter().copied().unzip();
+            let chunk = || {
+                let picked = gather_rows(last, &of_last)?;
+                let normed = picked.zeros_like()?;
+                norm(&normed, &picked)?;
+                let unit = unit.map(|u| u.narrow(number * rows, part.len())).transpose()?;
+                logprobs_in_tiles(head, &normed, &targets, cap, unit.as_ref())
+            };
+            let found = chunk().numeric()?;
+            stats.extend(found.ok_or_else(|| Error::internal("a whole head taken for one in tiles"))?);
+        }
     }
     Ok(stats)
 }

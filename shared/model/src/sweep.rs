@@ -12,7 +12,7 @@ use crate::{
     lora::Lora,
     numeric::Numeric,
     on_gpu::adapter::{self, Gradient},
-    pack::{Pack, Part},
+    pack::{Entry, Pack, Part},
 };
 use kto_cli::{Error, Result};
 use kto_kernels::{
@@ -129,10 +129,12 @@ impl Sweep<'_> {
             self.base.release(index)?;
             self.tell(index + 1, layers + 1);
         }
-        let mut branches = Vec::with_capacity(packs.len());
-        for (pack, place) in packs.iter().zip(&places) {
-            branches.push(self.head(pack, *place, keep)?);
-        }
+        let branches = match w.head_in_tiles {
+            true => self.head_in_tiles(packs, &places, keep)?,
+            false => {
+                packs.iter().zip(&places).map(|(p, at)| self.head(p, *at, keep)).collect::<Result<_>>()?
+            }
+        };
         self.base.release_head();
         Ok(Forward { branches, factors, sweep: w.sweeps.get(), kept: keep })
     }
@@ -210,6 +212,35 @@ impl Sweep<'_> {
         let chunks = head::Chunks { device, logits: &w.logits, rows: w.head_rows, cap };
         let stats = head::run(&chunks, &normed, self.base.head()?, &pack.entries, unit.as_ref())?;
         Ok(branch_stats(pack, &stats))
+    }
+
+    /// As [`Sweep::head`] for all packs together.
+    fn head_in_tiles(&self, packs: &[Pack], places: &[Place], keep: bool) -> Result<Vec<Vec<BranchStats>>> {
+        let (w, a) = (self.workspace, &self.base.architecture);
+        let trained_of = |pack: &Pack| if keep { pack.gradient_entries } else { 0 };
+        let entry = |place: &Place, e: &Entry| (place.heads as u32 + e.head_row, e.target);
+        let all = || packs.iter().zip(places);
+        let mut entries: Vec<(u32, u32)> = Vec::new();
+        for (pack, place) in all() {
+            entries.extend(pack.entries[..trained_of(pack)].iter().map(|e| entry(place, e)));
+        }
+        let trained = entries.len();
+        for (pack, place) in all() {
+            entries.extend(pack.entries[trained_of(pack)..].iter().map(|e| entry(place, e)));
+        }
+        let unit = if trained > 0 { Some(w.unit.rows(0, trained)?) } else { None };
+        let last = w.last.0.rows(0, packs.iter().map(Pack::head_rows).sum())?;
+        let norm = |out: &Tensor, x: &Tensor| rms_norm(out, x, self.base.final_norm(), a.rms_eps);
+        let head = (self.base.head()?, w.head_rows, a.logit_cap);
+        let stats = head::run_in_tiles(head, &last, norm, &entries, unit.as_ref())?;
+        let (mut trained, mut rest) = stats.split_at(trained);
+        let mut take = |pack: &Pack| {
+            let (own, others) = trained.split_at(trained_of(pack));
+            let (more, left) = rest.split_at(pack.entries.len() - own.len());
+            (trained, rest) = (others, left);
+            branch_stats(pack, &[own, more].concat())
+        };
+        Ok(packs.iter().map(&mut take).collect())
     }
 
     /// Runs the batch backward: adds `coefficient · ∇Σlogp` of every trained branch to `gradients`.

@@ -126,7 +126,7 @@ fn check_step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize
     let store = golden(name);
     let tokens = tokens(&store, base.architecture.vocab_size);
     let lora = adapter(&store, &base.architecture);
-    let spec = WorkspaceSpec { kept_layers, head_rows: 5, offload_inputs: false };
+    let spec = WorkspaceSpec { kept_layers, head_rows: 5, ..Default::default() };
     let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     let job = |prompt, completion, gradient| Job { prompt, completion, gradient };
     let jobs = [job(0, 0, true), job(1, 1, true), job(0, 1, false), job(1, 0, false)];

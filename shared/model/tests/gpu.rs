@@ -71,8 +71,8 @@ struct Form {
 }
 
 const WHOLE: Form = Form {
-    placement: Placement { streamed: false, head_tile: None },
-    spec: WorkspaceSpec { kept_layers: 1, head_rows: 13, offload_inputs: false },
+    placement: Placement { streamed: false, share_widened: false, head_tile: None },
+    spec: WorkspaceSpec { kept_layers: 1, head_rows: 13, head_in_tiles: false, offload_inputs: false },
     packing: Packing::Shared(4096),
     dropout: None,
     modules: &Module::ALL,
@@ -233,9 +233,10 @@ fn streams_change_no_bit() {
         let plain = run_in(dir.path(), Some(&gpu), WHOLE);
         for lazy in [Stream::Copy, Stream::Compute] {
             let gpu = device(Dense::Bf16, lazy).unwrap();
-            for (streamed, offload_inputs) in [(true, true), (true, false), (false, true)] {
+            let forms = [(true, true, false), (true, false, true), (false, true, true), (false, true, false)];
+            for (streamed, offload_inputs, share_widened) in forms {
                 let spec = WorkspaceSpec { offload_inputs, ..WHOLE.spec };
-                let placement = Placement { streamed, head_tile: None };
+                let placement = Placement { streamed, share_widened, head_tile: None };
                 let found = run_in(dir.path(), Some(&gpu), Form { placement, spec, ..WHOLE });
                 assert!(found == plain, "{model}, {lazy:?} lazy: {:?}", differences(&found, &plain));
             }
@@ -243,14 +244,24 @@ fn streams_change_no_bit() {
     }
 }
 
-/// A head in tiles sums the way back in another order.
+/// A head in tiles sums in another order. Chunks of 13 rows end within packs, those of 500 hold several packs.
 #[test]
 fn a_head_in_tiles_computes_the_same() {
     let Some(gpu) = device(Dense::F32, Stream::Copy) else { return };
-    let placement = Placement { head_tile: Some(37), ..WHOLE.placement };
-    let found = run("bnb/tiny_llama_bnb4", Some(&gpu), Form { placement, ..WHOLE });
-    let (scores, gradients) = differences(&found, &run("bnb/tiny_llama_bnb4", Some(&gpu), WHOLE));
-    assert!(scores < 1e-7 && gradients < 1e-6, "scores {scores:.1e}, gradients {gradients:.1e}");
+    let gemma = testdata("families/gemma2/model");
+    for (model, head_rows, packing) in [
+        (testdata("bnb/tiny_llama_bnb4"), 13, Packing::Shared(20)),
+        (testdata("bnb/tiny_llama_bnb4"), 500, Packing::Shared(20)),
+        // A soft cap of the logits.
+        (gemma, 500, Packing::Shared(4096)),
+    ] {
+        let whole = Form { packing, ..WHOLE };
+        let placement = Placement { head_tile: Some(37), ..WHOLE.placement };
+        let spec = WorkspaceSpec { head_in_tiles: true, head_rows, ..WHOLE.spec };
+        let found = run_in(&model, Some(&gpu), Form { placement, spec, ..whole });
+        let (scores, gradients) = differences(&found, &run_in(&model, Some(&gpu), whole));
+        assert!(scores < 2e-7 && gradients < 1e-6, "scores {scores:.1e}, gradients {gradients:.1e}");
+    }
 }
 
 #[test]

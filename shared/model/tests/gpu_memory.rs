@@ -119,7 +119,8 @@ fn measured(dir: &Path, plan: &MemoryPlan, batches: &One, limit: usize) -> usize
     let spec = LoraSpec { rank: 8, alpha: 8.0, modules: Module::ALL.to_vec() };
     let lora = Lora::fresh(&base.architecture, &spec, 7, DType::F32).unwrap();
     let MemoryPlan { kept_layers, head_rows, .. } = *plan;
-    let spec = WorkspaceSpec { kept_layers, head_rows, offload_inputs: on_gpu.offload_inputs };
+    let (head_in_tiles, offload_inputs) = (on_gpu.placement.head_tile.is_some(), on_gpu.offload_inputs);
+    let spec = WorkspaceSpec { kept_layers, head_rows, head_in_tiles, offload_inputs };
     let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     workspace.reserve_shape(&plan.steps, true).unwrap();
     let sweep = Sweep { base: &base, lora: Some(&lora), dropout: None, workspace: &workspace, watch: None };

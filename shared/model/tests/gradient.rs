@@ -106,7 +106,7 @@ fn check(packing: Packing, dropout: Option<DropoutKey>, modules: &[Module], kept
     }
     let tokens = tokens();
     let packs = Batch::new(&tokens, 100, &jobs(), packing).packs;
-    let spec = WorkspaceSpec { kept_layers, head_rows: 17, offload_inputs: false };
+    let spec = WorkspaceSpec { kept_layers, head_rows: 17, ..Default::default() };
     let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     let sweep = Sweep { base: &base, lora: Some(&lora), dropout, workspace: &workspace, watch: None };
     let gradients = lora.zeros_like().unwrap();

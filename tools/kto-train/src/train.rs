@@ -83,7 +83,8 @@ impl Run<'_> {
         let mut logs = self.open_logs(&mut start)?;
         let MemoryPlan { kept_layers, head_rows, ref on_gpu, .. } = *self.memory;
         let offload_inputs = on_gpu.as_ref().is_some_and(|g| g.offload_inputs);
-        let spec = WorkspaceSpec { kept_layers, head_rows, offload_inputs };
+        let head_in_tiles = on_gpu.as_ref().is_some_and(|g| g.placement.head_tile.is_some());
+        let spec = WorkspaceSpec { kept_layers, head_rows, head_in_tiles, offload_inputs };
         let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, self.base.device());
         workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
         workspace.reserve_shape(&self.memory.steps, true)?;

@@ -41,8 +41,10 @@ pub struct GpuWeights {
     pub blocks: u64,
     /// The largest block.
     pub block: u64,
-    /// The places where matrices are widened.
+    /// The places where the matrices of a block are widened.
     pub widened: u64,
+    /// The largest of them.
+    pub widest: u64,
     /// Norms and biases.
     pub vectors: u64,
     /// The head as stored, if it is quantized: it then lies there beside its widened form, and not in tiles.
@@ -96,6 +98,7 @@ impl GpuWeights {
         this.blocks = blocks.iter().sum();
         this.block = blocks.into_iter().max().unwrap_or(0);
         this.widened = widened.into_iter().map(rounded).sum();
+        this.widest = widened.into_iter().map(rounded).max().unwrap_or(0);
         this
     }
 }
@@ -139,30 +142,39 @@ const FULL: usize = 1024;
 const TILE: usize = 1 << 24;
 
 /// Returns the plan that keeps most on the device within its limit. It gives up, in this order: kept activations, packs beyond
-/// [`FULL`], the head, inputs of blocks, the other weights; then smaller packs. `Err` is the smallest plan, when even that is too large.
+/// [`FULL`], the head, inputs of blocks, places for widened weights, the other weights; then smaller packs. `Err` is the smallest plan,
+/// when even that is too large.
 pub fn plan_on_gpu(demand: &Demand, gpu: &GpuDemand) -> Result<MemoryPlan, Box<MemoryPlan>> {
     let a = demand.architecture;
     let rows = (TILE / a.hidden.max(1)).min(a.vocab_size.div_ceil(4)).max(1);
     let tile = Some(rows).filter(|_| gpu.weights.packed_head == 0);
-    let places = [(false, None, false), (false, tile, false), (false, tile, true), (true, tile, true)];
+    let at = |streamed, share_widened, head_tile| Placement { streamed, share_widened, head_tile };
+    let places = [
+        (at(false, false, None), false),
+        (at(false, false, tile), false),
+        (at(false, false, tile), true),
+        (at(false, true, tile), true),
+        (at(true, false, tile), true),
+        (at(true, true, tile), true),
+    ];
     let levels = LEVELS.map(|level| demand.pack_rows.map_or(level, |pack_rows| Level { pack_rows, ..level }));
     let sized: [OnceCell<(BatchShape, BatchShape)>; LEVELS.len()] = Default::default();
     let mut smallest: Option<MemoryPlan> = None;
     let (large, small): (Vec<usize>, Vec<usize>) =
         (0..levels.len()).partition(|l| LEVELS[*l].pack_rows >= FULL || demand.pack_rows.is_some());
     for wanted in [large, small] {
-        for (streamed, head_tile, offload_inputs) in places {
+        for (placement, offload_inputs) in places {
             for &l in &wanted {
                 let (steps, reference) = *sized[l].get_or_init(|| {
                     let steps = demand.batches.steps(levels[l].pack_rows);
                     (steps, demand.batches.reference(levels[l].pack_rows, levels[l].reference_rows))
                 });
-                let placement = Placement { streamed, head_tile };
+                let columns = placement.head_tile.unwrap_or(a.vocab_size).max(1);
                 let at = |kept_layers: usize| {
                     let choice = MemoryPlan {
                         kept_layers,
                         pack_rows: levels[l].pack_rows,
-                        head_rows: (levels[l].logits / demand.architecture.vocab_size).clamp(16, 4096),
+                        head_rows: (levels[l].logits / columns).clamp(16, 4096),
                         reference_rows: levels[l].reference_rows,
                         steps,
                         reference,
@@ -204,7 +216,7 @@ fn with_items(
     offload_inputs: bool,
 ) -> MemoryPlan {
     let mut items = fixed(demand, gpu, placement);
-    items.extend(buffers(demand, gpu, &choice, offload_inputs));
+    items.extend(buffers(demand, gpu, &choice, placement, offload_inputs));
     items.extend(borrowed(demand, gpu, &choice, placement));
     items.retain(|item| item.bytes > 0);
     let peak = total(&items);
@@ -230,13 +242,22 @@ fn fixed(demand: &Demand, gpu: &GpuDemand, placement: Placement) -> Vec<Item> {
     };
     vec![
         item(if placement.streamed { "weights of two blocks" } else { "weights as stored" }, blocks),
-        item("widened weights of a block", w.widened),
+        match placement.share_widened {
+            false => item("widened weights of a block", w.widened),
+            true => item("a widened weight", w.widest),
+        },
         item("head", head),
         item("norms, biases and rotary tables", w.vectors + (demand.positions * a.shape.dim) as u64 * F32),
     ]
 }
 
-fn buffers(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, offload_inputs: bool) -> Vec<Item> {
+fn buffers(
+    demand: &Demand,
+    gpu: &GpuDemand,
+    choice: &MemoryPlan,
+    placement: Placement,
+    offload_inputs: bool,
+) -> Vec<Item> {
     let (a, size) = (demand.architecture, gpu.element.size() as u64);
     let (w, blocks) = (Widths::with_ranks(a, demand.adapter.ranks).on_gpu(), demand.adapter.blocks(a));
     let MemoryPlan { steps, reference, .. } = *choice;
@@ -253,7 +274,10 @@ fn buffers(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, offload_inputs
         + both.largest.head_rows
         + steps.all.gradient_entries
         + steps.all.gradient_head_rows;
-    let chunk = choice.head_rows.min(both.largest.entries);
+    let logits = match placement.head_tile {
+        None => (choice.head_rows.min(both.largest.entries), a.vocab_size),
+        Some(tile) => (choice.head_rows.min(both.all.entries), tile),
+    };
     vec![
         item(
             if offload_inputs {
@@ -267,7 +291,7 @@ fn buffers(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, offload_inputs
         item("streams up and down", of(both.all.rest_rows, w.hidden) + of(trained, w.hidden)),
         item("one block at work", work),
         item("rows of the head", of(head, w.hidden)),
-        item(format!("logits of {chunk} rows"), chunk as u64 * a.vocab_size as u64 * F32),
+        item(format!("logits of {} rows", logits.0), logits.0 as u64 * logits.1 as u64 * F32),
     ]
 }
 
@@ -288,11 +312,21 @@ fn borrowed(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, placement: Pl
         steps.largest.gradient_rows,
         true,
     ));
-    let chunk = choice.head_rows.min(steps.largest.gradient_entries) as u64;
-    let picked = choice.head_rows.min(both.largest.entries) as u64 * w.hidden as u64 * size;
-    let tile = placement.head_tile.map_or(0, |rows| products::tile_bytes(rows, a.hidden, gpu.element) as u64);
-    let sums = if placement.head_tile.is_some() { chunk * w.hidden as u64 * F32 } else { 0 };
-    let head = chunk * a.vocab_size as u64 * size + picked + tile + sums;
+    let head = match placement.head_tile {
+        None => {
+            let trained = choice.head_rows.min(steps.largest.gradient_entries) as u64;
+            let picked = choice.head_rows.min(both.largest.entries) as u64;
+            trained * a.vocab_size as u64 * size + picked * w.hidden as u64 * size
+        }
+        Some(tile) => {
+            let trained = choice.head_rows.min(steps.all.gradient_entries) as u64;
+            let picked = choice.head_rows.min(both.all.entries) as u64;
+            let statistics = (a.vocab_size.div_ceil(tile) as u64 + 1) * picked * 4 * F32;
+            let of_trained = tile as u64 * size + w.hidden as u64 * F32;
+            let weights = products::tile_bytes(tile, a.hidden, gpu.element) as u64;
+            picked * 2 * w.hidden as u64 * size + trained * of_trained + weights + statistics
+        }
+    };
     // Of the last block only the selected rows get past keys and values: copies of both.
     let selected = both.largest.head_rows as u64 * (w.hidden + w.queries) as u64 * size;
     let dropped = if gpu.dropout { 2 * rows * widest * size } else { 0 };

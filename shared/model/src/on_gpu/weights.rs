@@ -1,11 +1,12 @@
 //! The frozen base on a GPU: every block as a run of bytes as the file holds it, widened when the sweep comes to it.
 //!
 //! Resident runs are uploaded once. Streamed ones take turns in two places: while a block computes, the next one is copied from
-//! the page cache to page-locked memory and from there to the device. Widened matrices share one place a module.
+//! the page cache to page-locked memory and from there to the device. Quantized matrices are widened once a block, each to the place
+//! of its module; or, to save memory, for every product, all to one place.
 
 use crate::{
     architecture::{Architecture, Module},
-    base::LayerWeights,
+    base::{LayerWeights, Placement},
     numeric::Numeric,
     projection::Linear,
     weights::Norms,
@@ -13,11 +14,11 @@ use crate::{
 use candle_core::Tensor as HostTensor;
 use kto_cli::{Error, Result};
 use kto_kernels::{
-    Dense, Stored, Weight,
+    Stored, Weight,
     device::{Device, FrozenWeight, Tensor},
     gpu::{
-        Gpu, Mark, Matrix, Memory, Packed, Pinned, Stream,
-        products::{Frozen, Tiles},
+        Gpu, Mark, Memory, Packed, Pinned, Stream,
+        products::{Frozen, SharedPlace, Tiles},
     },
 };
 use std::{cell::RefCell, sync::Arc};
@@ -32,17 +33,23 @@ pub(crate) struct HostLayer<'a> {
 /// The blocks on a GPU.
 pub(crate) struct GpuLayers {
     gpu: Arc<Gpu>,
-    element: Dense,
     layers: Vec<GpuLayer>,
-    /// Where matrices are widened, by [`Module`].
-    widened: Vec<Arc<Memory>>,
+    widened: Widened,
     runs: Runs,
+}
+
+/// Where matrices are widened.
+enum Widened {
+    /// By [`Module`].
+    Apart(Vec<Arc<Memory>>),
+    /// One place for all.
+    Shared(Arc<Memory>),
 }
 
 struct GpuLayer {
     norms: Norms<Tensor>,
     biases: Vec<Option<Tensor>>,
-    packed: Packed,
+    packed: Arc<Packed>,
 }
 
 enum Runs {
@@ -73,7 +80,7 @@ impl GpuLayers {
         device: &Device,
         architecture: &Architecture,
         layers: impl Iterator<Item = HostLayer<'a>>,
-        streamed: bool,
+        placement: Placement,
         mut uploaded: impl FnMut(usize),
     ) -> Result<Self> {
         let Device::Gpu(gpu, element) = device else {
@@ -86,21 +93,25 @@ impl GpuLayers {
             own.push(GpuLayer {
                 norms: layer.norms.map(architecture, |norm, _| bring(norm))?,
                 biases: layer.linears.iter().map(|(_, b)| b.map(bring).transpose()).collect::<Result<_>>()?,
-                packed: Packed::new(stored, *element),
+                packed: Arc::new(Packed::new(stored, *element)),
             });
         }
         let size = |m: usize| {
             let quantized = own.iter().filter(|l| l.packed.is_quantized(m));
-            quantized.map(|l| l.packed.dims(m)).map(|(r, c)| r * c * element.size()).max().unwrap_or(0)
+            quantized.map(|l| l.packed.widened_bytes(m)).max().unwrap_or(0)
         };
-        let widened = (0..Module::ALL.len()).map(|m| Ok(Arc::new(gpu.take(size(m)).numeric()?)));
-        let widened = widened.collect::<Result<_>>()?;
+        let sizes = (0..Module::ALL.len()).map(size);
+        let place = |bytes: usize| gpu.take(bytes).map(Arc::new).numeric();
+        let widened = match placement.share_widened {
+            true => Widened::Shared(place(sizes.max().unwrap_or(0))?),
+            false => Widened::Apart(sizes.map(place).collect::<Result<_>>()?),
+        };
         let most = own.iter().map(|l| l.packed.bytes()).max().unwrap_or(0);
         let slot = || -> Result<Slot> {
             let (host, memory) = (gpu.pin(most).numeric()?, Arc::new(gpu.take(most).numeric()?));
             Ok(Slot { host, memory, holds: None, uploaded: None, used: None })
         };
-        let runs = match streamed {
+        let runs = match placement.streamed {
             true => Runs::Streamed(RefCell::new(Slots { slots: [slot()?, slot()?], last: 0, up: true })),
             false => {
                 let mut staged = gpu.pin(most).numeric()?;
@@ -117,10 +128,10 @@ impl GpuLayers {
                 Runs::Resident(resident)
             }
         };
-        Ok(Self { gpu: gpu.clone(), element: *element, layers: own, widened, runs })
+        Ok(Self { gpu: gpu.clone(), layers: own, widened, runs })
     }
 
-    /// Returns the weights of block `layer`, widened. They are good until the next block is asked for.
+    /// Returns the weights of block `layer`. They are good until the next block is asked for.
     pub fn layer(&self, layer: usize) -> Result<LayerWeights> {
         let memory = match &self.runs {
             Runs::Resident(all) => all[layer].clone(),
@@ -130,10 +141,18 @@ impl GpuLayers {
         };
         let own = &self.layers[layer];
         let linear = |m: usize| -> Result<Linear> {
-            let (rows, columns) = own.packed.dims(m);
-            let wide = || Ok(Matrix::in_memory(self.widened[m].clone(), 0, rows, columns, self.element));
-            let matrix = own.packed.matrix(&memory, m, wide).numeric()?;
-            Ok(Linear { weight: FrozenWeight::Gpu(Frozen::Whole(matrix)), bias: own.biases[m].clone() })
+            let whole = |to: &Arc<Memory>| own.packed.matrix(&memory, m, || Ok(to.clone())).numeric();
+            let weight = match &self.widened {
+                Widened::Apart(places) => Frozen::Whole(whole(&places[m])?),
+                Widened::Shared(place) if own.packed.is_quantized(m) => Frozen::Shared(SharedPlace {
+                    packed: own.packed.clone(),
+                    run: memory.clone(),
+                    matrix: m,
+                    place: place.clone(),
+                }),
+                Widened::Shared(place) => Frozen::Whole(whole(place)?),
+            };
+            Ok(Linear { weight: FrozenWeight::Gpu(weight), bias: own.biases[m].clone() })
         };
         let linears: Vec<Linear> = (0..Module::ALL.len()).map(linear).collect::<Result<_>>()?;
         let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
@@ -219,6 +238,6 @@ pub(crate) fn frozen(device: &Device, weight: &Weight, tile_rows: Option<usize>)
     let mut run = vec![0; packed.bytes()];
     packed.write(&mut run);
     gpu.machine().upload(memory.address(), &run).numeric()?;
-    let matrix = packed.matrix(&memory, 0, || Matrix::new(gpu, rows, columns, *element)).numeric()?;
+    let matrix = packed.matrix(&memory, 0, || Ok(Arc::new(gpu.take(packed.widened_bytes(0))?))).numeric()?;
     Ok(FrozenWeight::Gpu(Frozen::Whole(matrix)))
 }

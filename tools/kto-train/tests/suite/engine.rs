@@ -49,7 +49,8 @@ fn replay_on(case: &Case, dtype: DType, packing: Packing, device: Option<&Device
     let tokens = case.tokens();
     let mut base = BaseModel::load(ModelDir::open(&case.file("model")).unwrap(), dtype, 96).unwrap();
     if let Some(device) = device {
-        base.place(device, Placement { streamed: true, head_tile: Some(100) }, |_| {}).unwrap();
+        let placement = Placement { streamed: true, share_widened: true, head_tile: Some(100) };
+        base.place(device, placement, |_| {}).unwrap();
     }
     let adapter = Adapter::read(&case.file("adapter_init")).unwrap();
     let lora = Lora::from_adapter(&base.architecture, &adapter, dtype).unwrap();
@@ -63,7 +64,12 @@ fn replay_on(case: &Case, dtype: DType, packing: Packing, device: Option<&Device
         undesirable_weight: case.number("uw"),
     };
     let initial = case.reference_is_adapter().then(|| lora.deep_copy().unwrap());
-    let spec = WorkspaceSpec { kept_layers: 1, head_rows: 50, offload_inputs: device.is_some() };
+    let spec = WorkspaceSpec {
+        kept_layers: 1,
+        head_rows: 50,
+        head_in_tiles: device.is_some(),
+        offload_inputs: device.is_some(),
+    };
     let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     let reference = reference(&base, initial.as_ref(), &workspace, &tokens, &order);
     let trainer = Trainer {
