@@ -74,8 +74,15 @@ pub struct Gemm {
     pub batch: usize,
 }
 
+/// Bytes of the device that cuBLAS works in: what NVIDIA recommends for its largest cards.
+pub const PRODUCTS: usize = 32 << 20;
+
 /// A GPU, or what stands for one.
 pub trait Machine: Send + Sync + std::fmt::Debug {
+    /// Returns the bytes of the device that it holds itself, for as long as it lives.
+    fn held(&self) -> usize {
+        0
+    }
     /// Returns what the device is.
     fn info(&self) -> Result<DeviceInfo>;
     /// Returns the address of new memory, aligned to 256 bytes. Its content is arbitrary.

@@ -17,7 +17,7 @@ pub struct Gpu {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     used: usize,
     peak: usize,
@@ -29,9 +29,10 @@ struct State {
 const GRAIN: usize = 256;
 
 impl Gpu {
-    /// Returns a device of which at most `limit` bytes will be taken.
+    /// Returns a device of which at most `limit` bytes will be taken; what the machine holds itself is counted.
     pub fn new(machine: Arc<dyn Machine>, limit: usize) -> Arc<Self> {
-        Arc::new(Self { machine, limit, state: Mutex::default() })
+        let used = machine.held();
+        Arc::new(Self { machine, limit, state: Mutex::new(State { used, peak: used, spare: Vec::new() }) })
     }
 
     /// Returns the device itself.
@@ -130,8 +131,7 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        let mut state = std::mem::take(&mut *self.state());
-        self.give_back_spare(&mut state);
+        self.give_back_spare(&mut self.state());
     }
 }
 

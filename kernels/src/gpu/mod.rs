@@ -16,7 +16,7 @@ mod packed;
 mod params;
 pub mod products;
 
-pub use machine::{DeviceInfo, Failure, Gemm, Machine, Mark, Side, Stream};
+pub use machine::{DeviceInfo, Failure, Gemm, Machine, Mark, PRODUCTS, Side, Stream};
 pub use matrix::Matrix;
 pub use memory::{Gpu, Memory, Pinned};
 pub use packed::Packed;

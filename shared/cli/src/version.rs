@@ -1,5 +1,7 @@
 //! What was built and what it runs on: `--version`, run manifests.
 
+use std::sync::OnceLock;
+
 /// Returns the version of the workspace, for example `0.1.0`.
 pub fn number() -> &'static str {
     env!("CARGO_PKG_VERSION")
@@ -10,9 +12,17 @@ pub fn revision() -> &'static str {
     env!("KTO_REVISION")
 }
 
+/// Back ends that a tool was compiled with, beside the processor's.
+static MORE: OnceLock<&'static str> = OnceLock::new();
+
+/// Says, before [`crate::run`], that the tool was compiled with one more back end.
+pub fn compiled_with(feature: &'static str) {
+    let _ = MORE.set(feature);
+}
+
 /// Returns the back ends that were compiled in.
-pub fn features() -> &'static str {
-    "cpu"
+pub fn features() -> String {
+    ["cpu"].iter().chain(MORE.get()).copied().collect::<Vec<_>>().join(" ")
 }
 
 /// Returns the SIMD sets this processor has, out of those our dependencies choose at run time.

@@ -157,7 +157,7 @@ fn a_step_takes_what_the_plan_says() {
     let plan = |limit: u64| {
         plan_on_gpu(
             &demand,
-            &GpuDemand { element: Dense::Bf16, weights, dropout: false, longest: LONGEST, limit },
+            &GpuDemand { element: Dense::Bf16, weights, dropout: false, longest: LONGEST, held: 0, limit },
         )
     };
     let peak = |plan: &MemoryPlan| plan.on_gpu.as_ref().unwrap().peak;

@@ -117,6 +117,7 @@ impl Fit {
                     weights: GpuWeights::of(a, inputs.model, *element),
                     dropout: plan.lora_dropout > 0.0,
                     longest: demand.positions,
+                    held: kto_kernels::gpu::PRODUCTS as u64,
                     limit: limit.bytes,
                 };
                 planned::plan_on_gpu(&demand, &gpu)

@@ -3,7 +3,7 @@
 use super::driver;
 use crate::{
     Dense,
-    gpu::machine::{Failure, Gemm, Side},
+    gpu::machine::{Failure, Gemm, PRODUCTS, Side},
 };
 use candle_core::Result;
 use cudarc::{
@@ -14,9 +14,6 @@ use cudarc::{
     driver::{result as memory, sys as driver_sys},
 };
 use std::ffi::{c_int, c_longlong, c_void};
-
-/// What NVIDIA recommends for its largest cards.
-pub const WORKSPACE: usize = 32 << 20;
 
 /// A handle bound to one stream.
 pub struct Blas {
@@ -47,12 +44,11 @@ impl Blas {
     pub fn new(stream: driver_sys::CUstream) -> Result<Self> {
         let handle = check(cu::create_handle(), "creating a handle")?;
         // SAFETY: memory without content, given back by `close`.
-        let workspace =
-            driver::check(unsafe { memory::malloc_sync(WORKSPACE) }, "allocating the work space")?;
+        let workspace = driver::check(unsafe { memory::malloc_sync(PRODUCTS) }, "allocating the work space")?;
         // SAFETY: handle, stream and memory of this context. The stream first: it would reset the work space.
         unsafe {
             check(cu::set_stream(handle, stream.cast()), "setting the stream")?;
-            let set = sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE);
+            let set = sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, PRODUCTS);
             check(set.result(), "setting the work space")?;
             // Partial sums of a 16-bit result stay in f32 too.
             let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;

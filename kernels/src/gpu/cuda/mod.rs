@@ -9,7 +9,7 @@ mod ring;
 
 use super::{
     DeviceInfo, Failure, Gemm, Grid,
-    machine::{Machine, Mark, Stream},
+    machine::{Machine, Mark, PRODUCTS, Stream},
     type_name,
 };
 use crate::Dense;
@@ -145,6 +145,10 @@ impl Drop for Cuda {
 }
 
 impl Machine for Cuda {
+    fn held(&self) -> usize {
+        PRODUCTS
+    }
+
     fn info(&self) -> Result<DeviceInfo> {
         self.enter()?;
         let (free, all) = check(cu::mem_get_info(), "asking for free memory")?;

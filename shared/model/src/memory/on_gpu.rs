@@ -114,6 +114,8 @@ pub struct GpuDemand {
     pub dropout: bool,
     /// Longest row of tokens.
     pub longest: usize,
+    /// Bytes that the machine holds itself.
+    pub held: u64,
     /// Bytes that may be taken.
     pub limit: u64,
 }
@@ -247,6 +249,7 @@ fn fixed(demand: &Demand, gpu: &GpuDemand, placement: Placement) -> Vec<Item> {
             true => item("a widened weight", w.widest),
         },
         item("head", head),
+        item("work space of products", gpu.held),
         item("norms, biases and rotary tables", w.vectors + (demand.positions * a.shape.dim) as u64 * F32),
     ]
 }
