@@ -279,7 +279,7 @@ fn buffers(
         + steps.all.gradient_head_rows;
     let logits = match placement.head_tile {
         None => (choice.head_rows.min(both.largest.entries), a.vocab_size),
-        Some(tile) => (choice.head_rows.min(both.all.entries), tile),
+        Some(tile) => (rows_of_tiles(choice), tile),
     };
     vec![
         item(
@@ -323,7 +323,7 @@ fn borrowed(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, placement: Pl
         }
         Some(tile) => {
             let trained = choice.head_rows.min(steps.all.gradient_entries) as u64;
-            let picked = choice.head_rows.min(both.all.entries) as u64;
+            let picked = rows_of_tiles(choice) as u64;
             let statistics = (a.vocab_size.div_ceil(tile) as u64 + 1) * picked * 4 * F32;
             let of_trained = tile as u64 * size + w.hidden as u64 * F32;
             let weights = products::tile_bytes(tile, a.hidden, gpu.element) as u64;
@@ -339,6 +339,12 @@ fn borrowed(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, placement: Pl
         item("attention scores and the head's gradient", attention + head),
         item("rows picked, dropped and named", selected + dropped + rows * 16),
     ]
+}
+
+/// Rows of a chunk of a head in tiles: trained ones of all packs, then the others.
+fn rows_of_tiles(choice: &MemoryPlan) -> usize {
+    let both = choice.steps.max(choice.reference);
+    choice.head_rows.min(both.all.gradient_entries.max(both.all.rest_entries))
 }
 
 fn pinned(

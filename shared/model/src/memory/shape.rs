@@ -25,6 +25,8 @@ pub struct PackShape {
     pub entries: usize,
     /// Those of trained completions.
     pub gradient_entries: usize,
+    /// The others.
+    pub rest_entries: usize,
 }
 
 /// A batch: all packs of a step, or of a sweep of the reference pass. Or the largest of every count over many batches: a buffer
@@ -49,6 +51,7 @@ impl PackShape {
             gradient_head_rows: pack.trained.head_rows.len(),
             entries: pack.entries.len(),
             gradient_entries: pack.gradient_entries,
+            rest_entries: pack.entries.len() - pack.gradient_entries,
         }
     }
 
@@ -62,6 +65,7 @@ impl PackShape {
             }
         }
         this.rest_rows = this.rows - this.gradient_rows;
+        this.rest_entries = this.entries - this.gradient_entries;
         this.part_rows = this.gradient_rows.max(this.rest_rows);
         this
     }
@@ -88,6 +92,7 @@ impl PackShape {
             gradient_head_rows: f(self.gradient_head_rows, other.gradient_head_rows),
             entries: f(self.entries, other.entries),
             gradient_entries: f(self.gradient_entries, other.gradient_entries),
+            rest_entries: f(self.rest_entries, other.rest_entries),
         }
     }
 }

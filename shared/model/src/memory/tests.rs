@@ -49,6 +49,7 @@ impl Batches for Plain {
             gradient_head_rows: rows / 8,
             entries: rows / 4,
             gradient_entries: rows / 8,
+            rest_entries: rows / 8,
         };
         BatchShape { all: shape(self.rows), largest: shape(pack_rows.min(self.rows)) }
     }
