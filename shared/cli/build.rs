@@ -2,7 +2,7 @@
 //!
 //! `KTO_REVISION` wins (`make dist` and `make install` set it); otherwise git is asked, or its files are read where it
 //! refuses (another owner, not installed); outside a clone the answer is "unknown". A development build is not rebuilt
-//! at every commit: it shows the revision at which this crate was last compiled.
+//! at every commit: it shows the revision at which this crate was last compiled, with a + because the rest may be newer.
 
 use std::{fs, io::Write, path::Path, process::Command};
 
@@ -11,8 +11,7 @@ fn main() {
     let revision = std::env::var("KTO_REVISION")
         .ok()
         .filter(|text| !text.is_empty())
-        .or_else(ask_git)
-        .or_else(|| read_files(&git))
+        .or_else(|| ask_git().or_else(|| read_files(&git)).map(|commit| commit + "+"))
         .unwrap_or_else(|| "unknown".into());
     let target = std::env::var("TARGET").unwrap_or_default();
     let mut lines = format!("cargo:rustc-env=KTO_REVISION={revision}\ncargo:rustc-env=KTO_TARGET={target}\n");

@@ -8,11 +8,11 @@ use kto_cli::{
     lock::RunLock,
     number,
     output::Output,
-    signal,
+    signal::{self, AtOnce},
 };
 use std::{
     fs,
-    io::BufRead,
+    io::{self, BufRead, Read},
     path::{Path, PathBuf},
     process::ExitCode,
     thread::sleep,
@@ -85,6 +85,8 @@ enum Job {
     Greedy,
     /// Waits for a signal, as a training run does
     Wait,
+    /// Takes over the signals and waits for input
+    WaitForInput,
     /// Takes over the signals and never looks
     Deaf,
     /// Takes a lock, says so and sleeps
@@ -135,6 +137,11 @@ fn run(args: Args, ui: &Ui) -> Result<Exit> {
                 signal::check()?;
                 sleep(Duration::from_millis(5));
             }
+        }
+        Job::WaitForInput => {
+            signal::install();
+            let _at_once = AtOnce::begin();
+            io::stdin().read_to_end(&mut Vec::new()).map_err(|e| Error::reading("<stdin>".as_ref(), &e))?;
         }
         Job::Deaf => {
             signal::install();

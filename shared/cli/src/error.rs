@@ -30,6 +30,8 @@ pub enum Kind {
     Config,
     /// 0: the reader of our standard output went away; stop quietly.
     ClosedPipe,
+    /// 129: SIGHUP.
+    HungUp,
     /// 130: SIGINT.
     Interrupted,
     /// 143: SIGTERM.
@@ -51,6 +53,7 @@ impl Kind {
             Kind::TryAgain => 75,
             Kind::Config => 78,
             Kind::ClosedPipe => 0,
+            Kind::HungUp => 129,
             Kind::Interrupted => 130,
             Kind::Terminated => 143,
         }

@@ -34,6 +34,7 @@ Exit status:
    74  I/O error
    75  try again (lock held)
    78  configuration or resume mismatch
+  129  SIGHUP
   130  SIGINT
   143  SIGTERM";
 
@@ -57,6 +58,7 @@ mod tests {
             TryAgain,
             Config,
             ClosedPipe,
+            HungUp,
             Interrupted,
             Terminated,
         ];

@@ -50,13 +50,15 @@ impl Sha256Hex {
 
 /// Size and hash of a file; no hash for a pipe or a device, whose bytes come once, nor for what is gone by now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Hashed {
+pub struct Hashed {
+    /// Bytes.
     pub size: u64,
+    /// Lowercase hexadecimal.
     pub sha256: Option<String>,
 }
 
 /// Hashes whole files, several at a time.
-pub(crate) fn files(paths: &[PathBuf]) -> Result<Vec<Hashed>> {
+pub fn files(paths: &[PathBuf]) -> Result<Vec<Hashed>> {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::with_capacity(paths.len()));
     let work = || {

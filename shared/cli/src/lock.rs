@@ -4,6 +4,7 @@ use crate::{Error, Kind, Result, escape, number, signal, units};
 use std::{
     fs::{File, OpenOptions, TryLockError},
     io::{Read, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::Path,
     thread::sleep,
     time::{Duration, Instant},
@@ -12,6 +13,8 @@ use std::{
 /// Time between two looks at a lock that another process holds. The kernel could wake us instead, but then a signal
 /// would go unheard.
 const INTERVAL: Duration = Duration::from_millis(200);
+
+const NAME: &str = ".lock";
 
 /// How long a process waits for a lock that another one holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,18 +62,16 @@ impl RunLock {
 
     /// The same, but queues as long as `wait` allows; `waiting` hears once who has the lock. A signal ends the wait.
     pub fn acquire_within(dir: &Path, wait: Wait, mut waiting: impl FnMut(&str)) -> Result<Self> {
-        let path = dir.join(".lock");
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(|e| Error::writing(&path, &e))?;
+        let mut file = open(dir)?;
         let (began, mut told) = (Instant::now(), false);
         let enforced = loop {
             match file.try_lock() {
-                Ok(()) => break true,
+                Ok(()) if is_at(&file, dir) => break true,
+                // While this one waited, somebody has removed the directory and perhaps made it anew.
+                Ok(()) => {
+                    file = open(dir)?;
+                    continue;
+                }
                 // A file system without locks: go on, as cargo does; the caller may warn.
                 Err(TryLockError::Error(_)) => break false,
                 Err(TryLockError::WouldBlock) => {}
@@ -100,6 +101,18 @@ impl RunLock {
     pub fn is_enforced(&self) -> bool {
         self.enforced
     }
+}
+
+fn open(dir: &Path) -> Result<File> {
+    let path = dir.join(NAME);
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+    open.map_err(|e| Error::writing(&path, &e))
+}
+
+/// Whether an open file is the one that others would lock.
+fn is_at(file: &File, dir: &Path) -> bool {
+    let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+    file.metadata().map(id).ok() == std::fs::metadata(dir.join(NAME)).map(id).ok()
 }
 
 /// Returns who holds the lock, in words.
@@ -151,6 +164,22 @@ mod tests {
             first = None;
         });
         assert!(second.is_ok() && told.len() == 1 && told[0].contains("locked by pid "), "{told:?}");
+    }
+
+    #[test]
+    fn a_directory_that_was_made_anew_has_another_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        std::fs::create_dir(&run).unwrap();
+        let mut first = Some(RunLock::acquire(&run).unwrap());
+        let mut others = None;
+        let waiting = RunLock::acquire_within(&run, Wait::For(Duration::from_millis(600)), |_| {
+            std::fs::remove_dir_all(&run).unwrap();
+            std::fs::create_dir(&run).unwrap();
+            others = Some(RunLock::acquire(&run).unwrap());
+            first = None;
+        });
+        assert_eq!(waiting.unwrap_err().kind(), Kind::TryAgain);
     }
 
     #[test]

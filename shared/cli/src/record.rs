@@ -11,6 +11,7 @@ use crate::{
     hash::{self, Hashed},
     manifest,
     output::Output,
+    signal,
 };
 use serde_json::{Map, Value, json};
 use std::{
@@ -99,10 +100,15 @@ impl Record {
             return Err(Error::usage("--depfile needs an output with a name").with_hint("--output FILE"));
         }
         let named = [self.make.depfile.clone(), self.manifest_path(None)];
-        for path in named.into_iter().flatten().filter(|p| !p.exists() && !crate::output::is_stdout(p)) {
+        for path in named
+            .into_iter()
+            .flatten()
+            .filter(|p| (!p.exists() || p.is_dir()) && !crate::output::is_stdout(p))
+        {
             AtomicFile::create(&path)?;
         }
-        Ok(())
+        // Names that no rule can hold are found now too.
+        if self.make.depfile.is_some() { self.rule(&self.outputs).map(drop) } else { Ok(()) }
     }
     /// Ends the record of a run whose output files are in their place: manifest, then rule.
     pub fn finish(&self) -> Result<()> {
@@ -206,7 +212,13 @@ impl Record {
     }
 
     fn write_rule(&self, outputs: &[PathBuf]) -> Result<()> {
-        let Some(path) = &self.make.depfile else { return Ok(()) };
+        match &self.make.depfile {
+            Some(path) => self.write(path, self.rule(outputs)?.as_bytes()),
+            None => Ok(()),
+        }
+    }
+
+    fn rule(&self, outputs: &[PathBuf]) -> Result<String> {
         let steering = [&self.make.config, &self.make.from_manifest].into_iter().flatten().cloned();
         let mut inputs: Vec<PathBuf> = Vec::new();
         let all = self.inputs.iter().flat_map(Input::paths).cloned().chain(steering);
@@ -215,7 +227,7 @@ impl Record {
                 inputs.push(input);
             }
         }
-        self.write(path, depfile::rule(outputs, &inputs)?.as_bytes())
+        depfile::rule(outputs, &inputs)
     }
 
     fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
@@ -243,7 +255,7 @@ impl Input {
 
 /// Returns the entries of outputs. That they cannot be read back is a failure of the disk, not of an input.
 fn written(files: &[PathBuf], names: &[PathBuf]) -> Result<Vec<Value>> {
-    entries(files, names).map_err(|e| e.with_kind(Kind::Io))
+    entries(files, names).map_err(|e| if signal::is_stop(e.kind()) { e } else { e.with_kind(Kind::Io) })
 }
 
 /// Returns the entries of files that are called `names` there. A pipe that was an input has been read and is not hashed.

@@ -187,21 +187,32 @@ fn the_volume_is_obeyed() {
 #[test]
 fn signals_are_told_apart_and_the_second_ends_at_once() {
     let dir = tempfile::tempdir().unwrap();
-    for (name, code, line) in
-        [("-INT", 130, "probe: stopped by SIGINT\n"), ("-TERM", 143, "probe: stopped by SIGTERM\n")]
-    {
+    for (name, code, line) in [
+        ("-INT", 130, "probe: stopped by SIGINT\n"),
+        ("-TERM", 143, "probe: stopped by SIGTERM\n"),
+        ("-HUP", 129, "probe: stopped by SIGHUP\n"),
+    ] {
         let child = start(dir.path(), &["wait"]);
         signal(&child, name);
         let out = child.wait_with_output().unwrap();
         assert_eq!((out.status.code(), text(&out.stderr)), (Some(code), line));
-        // Work that does not look: the first signal is only noted, the second ends it.
+        // Work that does not look: the first signal is only noted, also when it comes twice at once, as from `timeout`; a later one
+        // ends it.
         let mut child = start(dir.path(), &["deaf"]);
         signal(&child, name);
-        std::thread::sleep(Duration::from_millis(100));
+        signal(&child, name);
+        std::thread::sleep(Duration::from_millis(500));
         assert!(child.try_wait().unwrap().is_none());
         signal(&child, name);
         assert_eq!(child.wait().unwrap().code(), Some(code));
     }
+    // Who waits for input, or was started by nohup.
+    let out = bash(
+        dir.path(),
+        "(sleep 20 & echo $! >sleeper; wait) | $P wait-for-input & sleep 0.5; kill -TERM $!; wait $!; echo $?; kill $(cat sleeper)
+         trap '' HUP; $P wait >ready & sleep 0.5; kill -HUP $!; sleep 0.2; kill -TERM $!; wait $!; echo $?",
+    );
+    assert_eq!(text(&out.stdout), "143\n143\n", "{}", text(&out.stderr));
     // Without a handler the system's default applies. SIGTERM only: a shell may have us ignore SIGINT.
     let mut child = start(dir.path(), &["half-file"]);
     signal(&child, "-TERM");

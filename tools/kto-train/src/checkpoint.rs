@@ -109,6 +109,7 @@ pub struct State<'a> {
 /// Writes a checkpoint and removes old ones.
 pub fn save(run: &RunDir, state: State, keep: Keep) -> Result<()> {
     let parent = run.checkpoints();
+    run.still_there()?;
     atomic::create_dir_all(&parent)?;
     let step = state.position.step;
     let directory = AtomicDir::create(&path_of(run, step), true)?;
@@ -169,6 +170,7 @@ pub fn list(parent: &Path) -> Vec<(u64, PathBuf)> {
         .into_iter()
         .flatten()
         .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter(|path| path.is_dir())
         .filter_map(|path| Some((step(&path)?, path)))
         .collect();
     found.sort();

@@ -1,35 +1,54 @@
 //! The token file: where it comes from, whether it fits the model, and what its user should know before hours of training.
 
-use crate::{args::Args, plan::Plan, run_dir::RunDir};
-use kto_cli::{Error, Result, Ui, atomic, input};
+use crate::{args::Args, plan::Plan, run_dir::RunDir, stored::Stored};
+use kto_cli::{Error, Kind, Result, Ui, atomic, escape, input, signal::AtOnce};
 use kto_formats::tokens::{TokenRow, TokenSet};
 use kto_model::architecture::Architecture;
-use std::path::Path;
+use std::{
+    io::{self, BufRead, IsTerminal},
+    path::Path,
+};
 
 /// Name of the copy of piped data in the run directory.
 const SPOOL: &str = "data.kto.arrow";
 
-/// Reads the token file, standard input, or on --resume the copy of it.
+/// Reads the token file, or standard input. On --resume an empty one, or a terminal, stands for the copy of what was piped before.
 pub fn read(args: &Args) -> Result<TokenSet> {
     let spooled = args.out.join(SPOOL);
-    let resumed = args.resume.is_some() && is_piped(args) && spooled.exists();
-    let paths = if resumed { vec![spooled] } else { input::or_stdin(std::slice::from_ref(&args.data))? };
-    let input = input::open(&paths[0])?;
+    let has_copy =
+        is_piped(args) && args.resume.is_some() && spooled.exists() && Stored::read(&args.out).is_some();
+    let mut input = match has_copy && io::stdin().is_terminal() {
+        true => input::open(&spooled)?,
+        false => input::open(&input::or_stdin(std::slice::from_ref(&args.data))?[0])?,
+    };
+    // Whoever pipes into it may take long, and there is nothing yet to save.
+    let _at_once = is_piped(args).then(AtOnce::begin);
+    if has_copy && input.reader.fill_buf().map_err(|e| input::error(&input.name, &e))?.is_empty() {
+        input = input::open(&spooled)?;
+    }
     TokenSet::read(&input.name, input.reader)
 }
 
-/// Copies piped data into the run directory, for --resume.
-pub fn spool(args: &Args, dir: &RunDir, tokens: &TokenSet) -> Result<()> {
-    if !is_piped(args) {
+/// Refuses (73) to overwrite a token file in `--out` that is no run's copy.
+pub fn check_spool(args: &Args) -> Result<()> {
+    let path = args.out.join(SPOOL);
+    if !is_piped(args) || !path.exists() || Stored::read(&args.out).is_some() {
         return Ok(());
     }
+    let text = format!("{}: in the way of the copy of piped data", escape(&path.display().to_string()));
+    Err(Error::new(Kind::CantCreate, text).with_hint("--data with this file, or another --out"))
+}
+
+/// Copies piped data into the run directory, for --resume.
+pub fn spool(dir: &RunDir, tokens: &TokenSet) -> Result<()> {
     let path = dir.file(SPOOL);
     let mut file = atomic::AtomicFile::create(&path)?;
     tokens.write(&mut file).map_err(|e| Error::writing(&path, &e))?;
     file.commit()
 }
 
-fn is_piped(args: &Args) -> bool {
+/// Whether the data comes through standard input.
+pub fn is_piped(args: &Args) -> bool {
     args.data == Path::new("-")
 }
 

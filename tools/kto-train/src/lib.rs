@@ -70,7 +70,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     if let Some(Resume::From(path)) = &args.resume {
         resume::peek(path)?;
     }
-    let lock = if args.dry_run { None } else { claim(&args, ui)? };
+    let lock = claim(&args, ui)?;
     set_threads(args.threads)?;
     args.model_dir = kto_hub::locate(&args.model, &Need::Weights(known), ui)?;
     let model = ModelDir::open(&args.model_dir)?;
@@ -89,8 +89,13 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     };
     let device = RunDevice::choose(&args)?;
     let mut plan = Plan::resolve(&args, &inputs, order.steps_per_epoch(), device.name())?;
-    if args.common.make.if_changed && !args.dry_run {
+    // A dry run ends as the real one would: what that goes on with is looked at now.
+    if args.common.make.if_changed || (args.dry_run && args.resume.is_some()) {
         plan.note_weights(Weights::of(&model, &args, ui)?);
+    }
+    let replaces = args.common.make.if_changed && args.force;
+    if args.dry_run && !replaces {
+        check_resume(&args, &plan)?;
     }
     match unchanged::verdict(&args, &plan)? {
         Verdict::Done => return unchanged::done(&args, &plan),
@@ -127,16 +132,23 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     planned.train(model, &lora, lock, ui)
 }
 
-/// Refuses what the run directory does not allow, before the model is loaded. Returns the lock of one that is there already.
+/// Refuses what the run directory does not allow, before the model is loaded. Returns the lock of one that is there already, of which
+/// a dry run needs none: it writes nothing.
 fn claim(args: &Args, ui: &Ui) -> Result<Option<RunLock>> {
     let wait = args.wait.unwrap_or_default();
-    let lock = if args.out.is_dir() { Some(run_dir::lock(&args.out, wait, ui)?) } else { None };
+    let lock = match args.out.is_dir() && !args.dry_run {
+        true => Some(run_dir::lock(&args.out, wait, ui)?),
+        false => None,
+    };
     let (existing, if_changed) = (existing(args), args.common.make.if_changed);
     run_dir::check(&args.out, if if_changed { Existing::Resume } else { existing })?;
     // Whether --if-changed replaces the run is known only when its plan is.
     let may_replace = existing == Existing::Replace || (if_changed && args.force);
     run_dir::check_inputs(args, if may_replace { Existing::Replace } else { existing })?;
-    unchanged::check(args)?;
+    data::check_spool(args)?;
+    if !args.dry_run {
+        unchanged::check(args)?;
+    }
     Ok(lock)
 }
 
@@ -210,13 +222,13 @@ impl Planned<'_> {
             output::print_path(&args.out)?;
             return Ok(Exit::Ok);
         }
-        data::spool(args, &dir, tokens)?;
         let keep = Keep { last: args.keep_last as usize, every: args.keep_every };
         let cadence = Cadence::new(args.checkpoint_every, keep, self.began, args.max_time);
         let skip = args.on_nonfinite == OnNonfinite::Skip;
         let base = &base;
         let dir = &dir;
-        let run = train::Run { plan, memory, base, tokens, held_out, order, dir, cadence, skip, ui };
+        let piped = data::is_piped(args);
+        let run = train::Run { plan, memory, base, tokens, piped, held_out, order, dir, cadence, skip, ui };
         match run.train(lora, args.resume.as_ref())? {
             Ended::Finished(summary) => {
                 ui.note(format_args!("{summary}; adapter in {}", shown(&dir.file("adapter"))));
@@ -243,31 +255,44 @@ fn existing(args: &Args) -> Existing {
 
 /// Locks the run directory; with --resume proves that the plan of what is gone on with is this one.
 fn open_run(args: &Args, plan: &Plan, lock: impl FnOnce(&Path) -> Result<RunLock>) -> Result<RunDir> {
-    if let Some(Resume::From(path)) = &args.resume {
-        // All of it is looked at before --force removes anything.
-        let manifest = resume::peek(path)?;
-        run_dir::refuse_differences(&manifest.plan, plan).at(shown(path))?;
-        manifest.verify(path).at(shown(path)).map_err(resume::refused)?;
+    // Of a checkpoint that is named all is looked at before --force removes anything; what stands in --out, under its lock.
+    check_named(args, plan)?;
+    let dir = RunDir::open(&args.out, existing(args), lock)?;
+    check_stored(args, plan)?;
+    Ok(dir)
+}
+
+/// Refuses (78) on --resume what has another plan than this one.
+fn check_resume(args: &Args, plan: &Plan) -> Result<()> {
+    check_named(args, plan)?;
+    check_stored(args, plan)
+}
+
+fn check_named(args: &Args, plan: &Plan) -> Result<()> {
+    let Some(Resume::From(path)) = &args.resume else { return Ok(()) };
+    let manifest = resume::peek(path)?;
+    run_dir::refuse_differences(&manifest.plan, plan).at(shown(path))?;
+    manifest.verify(path).at(shown(path)).map_err(resume::refused)
+}
+
+fn check_stored(args: &Args, plan: &Plan) -> Result<()> {
+    if existing(args) != Existing::Resume {
+        return Ok(());
     }
-    let existing = existing(args);
-    let dir = RunDir::open(&args.out, existing, lock)?;
-    if existing != Existing::Resume {
-        return Ok(dir);
-    }
-    let stored = dir.stored();
+    let stored = Stored::read(&args.out);
     if let Some(from) = stored.as_ref().and_then(Stored::copied_from) {
         let text = "a run that was killed before it had copied the checkpoint that it begins from";
         return Err(Error::config(format!("{}: {text}", shown(&args.out)))
             .with_hint(format!("--resume={}", escape(from))));
     }
     let stored = stored.as_ref().and_then(Stored::plan);
-    if stored.is_none() && dir.checkpoints().exists() {
+    if stored.is_none() && run_dir::checkpoints(&args.out).exists() {
         let text = "checkpoints, but no readable run.json that says what they are of";
-        return Err(Error::config(format!("{}: {text}", shown(&args.out)))
-            .with_hint("--force to start anew in this directory"));
+        return Err(Error::config(format!("{}: {text}", shown(&args.out))).with_hint(
+            "--out with a new directory and --resume=DIR goes on from one of them; --force here removes them",
+        ));
     }
-    stored.map_or(Ok(()), |stored| run_dir::refuse_differences(stored, plan)).at(shown(&args.out))?;
-    Ok(dir)
+    stored.map_or(Ok(()), |stored| run_dir::refuse_differences(stored, plan)).at(shown(&args.out))
 }
 
 fn set_threads(threads: Option<u32>) -> Result<()> {

@@ -61,8 +61,9 @@ pub const LOGS: [&str; 3] = ["metrics.jsonl", "eval.jsonl", "nonfinite.jsonl"];
 /// Caches that a further run can use.
 pub const REFERENCES: [&str; 2] = ["reference.safetensors", "eval_reference.safetensors"];
 
-/// What make looks at: it appears last, and whole.
-const ADAPTER: &str = "adapter_model.safetensors";
+/// What a finished run is asked about. The first one is what make looks at: it appears last, and whole.
+pub const RESULTS: [&str; 3] =
+    ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl"];
 
 /// What shows that a run is in a directory.
 const SIGNS: [&str; 3] = ["run.json", "checkpoints", "adapter"];
@@ -97,6 +98,19 @@ impl RunDir {
     /// Writes the rule for make, and with `--manifest FILE` a copy of run.json.
     pub fn finish(&self) -> Result<()> {
         self.record.as_ref().map_or(Ok(()), |record| finish(&self.path, record))
+    }
+
+    /// Fails (74) when somebody has removed or moved the directory: what is written there would be of no use.
+    pub fn still_there(&self) -> Result<()> {
+        if self.file("run.json").exists() {
+            return Ok(());
+        }
+        let text = format!(
+            "{}: removed or moved while the run was under way",
+            escape(&self.path.display().to_string())
+        );
+        Err(Error::new(Kind::Io, text)
+            .with_hint("the run can go on from what was saved before, with --out there and --resume"))
     }
 
     /// Returns what run.json says.
@@ -163,23 +177,23 @@ impl RunDir {
 
     /// Returns the files that a finished run is asked about.
     fn results(&self, finished: bool) -> Vec<PathBuf> {
-        let names =
-            [format!("adapter/{ADAPTER}"), "adapter/adapter_config.json".into(), "metrics.jsonl".into()];
-        let paths = names.iter().map(|name| self.file(name));
+        let paths = RESULTS.iter().map(|name| self.file(name));
         paths.filter(|path| finished && path.exists()).collect()
     }
 
     fn clear(&self) -> Result<()> {
-        for name in OWN {
-            let path = self.file(name);
-            let result = match fs::symlink_metadata(&path) {
-                Err(_) => Ok(()),
-                Ok(m) if m.is_dir() => fs::remove_dir_all(&path),
-                Ok(_) => fs::remove_file(&path),
-            };
-            result.map_err(|e| Error::writing(&path, &e))?;
-        }
-        Ok(())
+        OWN.iter().try_for_each(|name| self.remove(name))
+    }
+
+    /// Removes one of the run's files or directories, if it is there.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let path = self.file(name);
+        let result = match fs::symlink_metadata(&path) {
+            Err(_) => Ok(()),
+            Ok(m) if m.is_dir() => fs::remove_dir_all(&path),
+            Ok(_) => fs::remove_file(&path),
+        };
+        result.map_err(|e| Error::writing(&path, &e))
     }
 }
 
@@ -190,7 +204,7 @@ pub fn checkpoints(path: &Path) -> PathBuf {
 
 /// Writes the rule for make, and with `--manifest FILE` a copy of run.json.
 pub fn finish(path: &Path, record: &Record) -> Result<()> {
-    record.finish_with(&[path.join("adapter").join(ADAPTER)], &path.join("run.json"))
+    record.finish_with(&[path.join(RESULTS[0])], &path.join("run.json"))
 }
 
 /// Whether the directory holds no more than what a killed process has copied into it.
@@ -201,7 +215,8 @@ fn is_copying(path: &Path) -> bool {
 /// Refuses (73) a directory with a run in it, unless that is wanted. Called before the model is loaded, and under the lock.
 pub fn check(path: &Path, existing: Existing) -> Result<()> {
     let shown = escape(&path.display().to_string());
-    if let Some(foreign) = foreign(path) {
+    // Beside a run there may be anything: only what a run writes is ever touched.
+    if let Some(foreign) = foreign(path).filter(|_| Stored::read(path).is_none()) {
         let text = format!("{shown}: not a run directory: there is \"{foreign}\" in it");
         return Err(Error::new(Kind::CantCreate, text).with_hint("--out with a new directory"));
     }

@@ -19,10 +19,10 @@ pub struct RunLog {
 }
 
 impl RunLog {
-    /// Opens the file and cuts it to `bytes`: lines of steps that will be done again go. A file that someone shortened
-    /// is not filled up with NULs.
+    /// Opens the file and cuts it to `bytes`: lines of steps that will be done again go. Of a file that someone shortened
+    /// whole lines stay.
     pub fn open_at(path: PathBuf, bytes: u64) -> Result<Self> {
-        Self::open(path, |file| Ok(bytes.min(file.metadata()?.len())))
+        Self::open(path, |file| if file.metadata()?.len() < bytes { whole_lines(file) } else { Ok(bytes) })
     }
 
     /// Opens the file and keeps its lines; one that a killed run has not ended goes.
@@ -93,6 +93,7 @@ mod tests {
         std::fs::write(&path, long).unwrap();
         assert_eq!(RunLog::open_end(path.clone()).unwrap().bytes, 200_001);
         assert_eq!(RunLog::open_at(path.clone(), 5).unwrap().bytes, 5);
-        assert_eq!(RunLog::open_at(path, 50).unwrap().append(&json!(1)).unwrap(), 7);
+        std::fs::write(&path, "12345\n78").unwrap();
+        assert_eq!(RunLog::open_at(path, 50).unwrap().append(&json!(1)).unwrap(), 8);
     }
 }

@@ -56,6 +56,8 @@ pub struct Steps<'a> {
     pub failing: bool,
     /// Skipped steps that were reported.
     pub warned: u64,
+    /// The best adapter so far, when the disk would not take it.
+    pub unsaved_best: Option<Lora>,
 }
 
 /// What came of a step's rows.
@@ -91,7 +93,7 @@ impl Steps<'_> {
         if plan.evaluates_after(step) && self.position.evaluated.step != step {
             match self.evaluate(pace) {
                 // It is made anew on --resume.
-                Err(e) if matches!(e.kind(), Kind::Interrupted | Kind::Terminated) => {}
+                Err(e) if signal::is_stop(e.kind()) => {}
                 other => other?,
             }
         }
@@ -231,12 +233,25 @@ impl Steps<'_> {
         let mut evaluated = self.position.evaluated;
         let better = evaluated.note(step, loss);
         if better {
-            run.write_adapter(BEST, self.lora)?;
+            self.unsaved_best = Some(self.lora.deep_copy()?);
+            match self.save_best() {
+                Err(e) if is_of_disk(&e) => self.warn_of("best adapter", &e),
+                other => other?,
+            }
         }
         self.position.eval_bytes = self.logs.append_eval(&line)?;
         self.position.evaluated = evaluated;
         self.logs.timing.append(&timing)?;
         run.ui.note(format_args!("{}{}", describe(&line), if better { ", the best so far" } else { "" }));
+        Ok(())
+    }
+
+    /// Writes `best/`, if it is not on the disk yet.
+    pub fn save_best(&mut self) -> Result<()> {
+        if let Some(best) = &self.unsaved_best {
+            self.run.write_adapter(BEST, best)?;
+        }
+        self.unsaved_best = None;
         Ok(())
     }
 
@@ -246,6 +261,7 @@ impl Steps<'_> {
         if run.cadence.is_saved(step) {
             return Ok(());
         }
+        self.save_best()?;
         self.logs.sync()?;
         let state = State {
             position: self.position,
@@ -264,20 +280,29 @@ impl Steps<'_> {
     /// said once.
     fn save_or_warn(&mut self) -> Result<()> {
         match self.save() {
-            Err(e) if matches!(e.kind(), Kind::Io | Kind::CantCreate) => {
-                if !self.failing {
-                    let step = self.position.step;
-                    self.run.ui.warn(format_args!(
-                        "no checkpoint of step {step}: {e}; older ones stay, training goes on"
-                    ));
-                }
-                self.failing = true;
+            Err(e) if is_of_disk(&e) => {
+                self.warn_of("checkpoint", &e);
                 self.run.cadence.put_off();
                 Ok(())
             }
             other => other,
         }
     }
+
+    fn warn_of(&mut self, what: &str, error: &Error) {
+        if !self.failing {
+            let step = self.position.step;
+            self.run
+                .ui
+                .warn(format_args!("no {what} of step {step}: {error}; older ones stay, training goes on"));
+        }
+        self.failing = true;
+    }
+}
+
+/// Whether an error is of a disk that is full or fails.
+fn is_of_disk(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Io | Kind::CantCreate)
 }
 
 /// Fails (65) when a step has left the range of f32: neither a checkpoint nor the result may hold such numbers.

@@ -2,7 +2,8 @@
 //!
 //! Written by [`crate::run_dir::RunDir::write_manifest`]; read before a run goes on, and by `--if-changed`.
 
-use crate::weights::Weights;
+use crate::{run_dir::RESULTS, weights::Weights};
+use kto_cli::hash;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -49,9 +50,23 @@ impl Stored {
         self.manifest.get("plan").filter(|plan| plan.is_object())
     }
 
-    /// Returns whether the run has ended and its adapter is there.
+    /// Returns whether the run has ended and its results are there, byte for byte.
     pub fn is_finished(&self) -> bool {
-        self.is(State::Finished) && self.run.join("adapter").exists()
+        self.is(State::Finished) && RESULTS.iter().all(|name| self.has(name))
+    }
+
+    /// Whether a result is what run.json says of it. The run may have been moved since: its own part of the path counts.
+    fn has(&self, name: &str) -> bool {
+        let path = self.run.join(name);
+        let outputs = self.manifest.get("outputs").and_then(Value::as_array);
+        let is_it = |entry: &&Value| entry["path"].as_str().is_some_and(|p| Path::new(p).ends_with(name));
+        match outputs.and_then(|all| all.iter().find(is_it)) {
+            Some(entry) => match hash::files(&[path]).as_deref() {
+                Ok([found]) => found.sha256.as_deref() == entry["sha256"].as_str(),
+                _ => false,
+            },
+            None => path.exists(),
+        }
     }
 
     /// Returns the checkpoint of another run from which this one begins, when it was killed while it copied that.

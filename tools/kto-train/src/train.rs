@@ -3,6 +3,7 @@
 use crate::{
     cadence::Cadence,
     checkpoint::{Position, copy_best},
+    data,
     evaluation::HeldOut,
     logs::Logs,
     memory::pairs,
@@ -48,6 +49,8 @@ pub struct Run<'a> {
     pub order: &'a Order,
     /// Where it is written.
     pub dir: &'a RunDir,
+    /// Whether they came through a pipe.
+    pub piped: bool,
     /// When it is saved and paused.
     pub cadence: Cadence,
     /// Whether steps that are not finite are skipped.
@@ -80,6 +83,11 @@ impl Run<'_> {
         let mut start = resume.map_or(Ok(Position::default()), |how| search.load(how, lora, &optimizer))?;
         self.cadence.saved(start.step);
         self.write_state(State::Running, Value::Null)?;
+        if self.piped {
+            data::spool(self.dir, self.tokens)?;
+        }
+        // Of a run that goes back, or whose result was damaged: nobody shall take it for the result.
+        self.dir.remove("adapter")?;
         let mut logs = self.open_logs(&mut start)?;
         let MemoryPlan { kept_layers, head_rows, ref on_gpu, .. } = *self.memory;
         let offload_inputs = on_gpu.as_ref().is_some_and(|g| g.offload_inputs);
@@ -105,8 +113,10 @@ impl Run<'_> {
             position: start,
             failing: false,
             warned: 0,
+            unsaved_best: None,
         };
         let (why, lap) = steps.run()?;
+        steps.save_best()?;
         let Steps { logs, position, .. } = steps;
         let on_gpu = self.base.device().peak_memory();
         self.end(why, position, &logs, lora, pace::summary(position.step - start.step, lap, scored, on_gpu))

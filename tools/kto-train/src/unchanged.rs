@@ -18,6 +18,8 @@ pub enum Verdict {
 pub fn check(args: &Args) -> Result<()> {
     let mut record = Record::new(&args.common);
     record.output(Some(&args.out));
+    record.file(&args.data);
+    args.eval_data.iter().for_each(|path| record.file(path));
     record.check()
 }
 

@@ -212,19 +212,43 @@ fn a_dry_run_prints_the_plan_and_writes_nothing() {
 #[test]
 fn data_through_a_pipe_is_kept_in_the_run_directory() {
     let b = Bench::new();
-    let output = Command::new(env!("CARGO_BIN_EXE_kto-train"))
-        .args(["-q", "--max-steps", "1", "--model"])
-        .arg(&b.model)
-        .arg("--out")
-        .arg(b.out())
-        .stdin(std::fs::File::open(&b.data).unwrap())
-        .output()
-        .unwrap();
+    let piped = |data: &Path, more: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_kto-train"))
+            .args(["-q", "--max-steps", "1", "--model"])
+            .arg(&b.model)
+            .arg("--out")
+            .arg(b.out())
+            .args(more)
+            .stdin(std::fs::File::open(data).unwrap())
+            .output()
+            .unwrap()
+    };
+    let output = piped(&b.data, &[]);
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(output.stderr.is_empty());
     assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{}\n", b.out().display()));
     let read = |path: PathBuf| TokenSet::read("x", std::fs::File::open(path).unwrap()).unwrap();
     assert_eq!(read(b.out().join("data.kto.arrow")), read(b.data.clone()));
+
+    // To go on, the same rows or none; others are another run.
+    for data in [&b.data, Path::new("/dev/null")] {
+        let output = piped(data, &["--resume"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    let other = b.dir.path().join("other.kto.arrow");
+    let mut tokens = Case::open("llama").tokens();
+    tokens.meta.max_length -= 1;
+    write(&tokens, &other);
+    refused(&piped(&other, &["--resume"]), 78, "max_length was 96, is 95");
+    // A file of that name which is no run's copy is neither read nor lost.
+    std::fs::remove_dir_all(b.out()).unwrap();
+    std::fs::create_dir(b.out()).unwrap();
+    let copy = b.out().join("data.kto.arrow");
+    std::fs::copy(&other, &copy).unwrap();
+    for more in [&[][..], &["--resume"]] {
+        refused(&piped(&b.data, more), 73, "in the way");
+    }
+    assert_eq!(read(copy), read(other));
 }
 
 #[test]

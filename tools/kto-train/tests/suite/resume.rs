@@ -1,6 +1,6 @@
 //! A run that is interrupted and resumed ends with the bytes of one that was not.
 
-use crate::cli::{Bench, stderr};
+use crate::cli::{Bench, refused, stderr};
 use std::{
     path::Path,
     process::{Command, Stdio},
@@ -54,7 +54,7 @@ fn killed_runs_resume_to_the_same_bytes() {
         assert!(output.status.success(), "{}", stderr(&output));
         break;
     }
-    println!("{kills} kills");
+    assert!(kills > 0, "the run had ended before the first kill");
     assert!(result(&b.out()) == truth, "after {kills} kills");
 }
 
@@ -174,4 +174,84 @@ fn checkpoints_of_an_unknown_plan_are_not_used() {
         assert_eq!(b.train(&["-q", "--max-steps", "2"]).status.code(), Some(73));
         assert!(b.train(&["-q", "--max-steps", "2", "--force"]).status.success());
     }
+}
+
+/// A result that is gone, cut or another one is made again, and never called finished.
+#[test]
+fn damaged_results_are_made_again() {
+    let b = Bench::new();
+    let flags = [&FLAGS[..], &["--checkpoint-every", "10"]].concat();
+    assert!(b.train(&flags).status.success());
+    let truth = result(&b.out());
+    for (name, bytes) in [
+        ("adapter/adapter_model.safetensors", None),
+        ("adapter/adapter_model.safetensors", Some(&truth.0[..100])),
+        ("metrics.jsonl", Some(&truth.1[..700])),
+        ("metrics.jsonl", None),
+    ] {
+        for more in [&["--resume"][..], &["--resume=strict"], &["--resume", "--if-changed", "--force"]] {
+            let path = b.out().join(name);
+            match bytes {
+                None => std::fs::remove_file(&path).unwrap(),
+                Some(bytes) => std::fs::write(&path, bytes).unwrap(),
+            }
+            let output = b.train(&[&flags[..], more].concat());
+            assert!(output.status.success(), "{}", stderr(&output));
+            let again = result(&b.out());
+            assert!(again.0 == truth.0, "{name}, {more:?}");
+            // Steps before the checkpoint are not done again; what is left of their lines is whole.
+            let text = String::from_utf8(again.1.clone()).unwrap();
+            assert!(text.lines().all(|line| line.starts_with('{') && line.ends_with('}')), "{text}");
+            std::fs::write(b.out().join("metrics.jsonl"), &truth.1).unwrap();
+        }
+    }
+}
+
+/// What goes back to an earlier step has no result until it ends again.
+#[test]
+fn an_earlier_checkpoint_takes_the_result_back() {
+    let b = Bench::new();
+    let flags = [&FLAGS[..], &["--checkpoint-every", "10", "--keep-last", "9"]].concat();
+    assert!(b.train(&flags).status.success());
+    let truth = result(&b.out());
+    let from = format!("--resume={}", b.out().join("checkpoints/step-00000020").display());
+    assert!(b.train(&[&flags[..], &[&from, "--max-time", "0.00001s"]].concat()).status.success());
+    assert!(!b.out().join("adapter").exists());
+    assert!(b.train(&[&flags[..], &["--resume"]].concat()).status.success());
+    assert!(result(&b.out()) == truth);
+}
+
+#[test]
+fn a_dry_run_is_refused_as_the_real_one() {
+    let b = Bench::new();
+    assert!(b.train(&["-q", "--max-steps", "2", "--checkpoint-every", "1"]).status.success());
+    for dry in [&[][..], &["--dry-run"]] {
+        let with = |more: &[&str]| b.train(&[more, dry].concat());
+        refused(&with(&["--max-steps", "2"]), 73, "there is a run");
+        refused(&with(&["--resume", "--max-steps", "2", "--beta", "0.2"]), 78, "beta was 0.1, is 0.2");
+        let from = format!("--resume={}", b.out().join("checkpoints/step-00000001").display());
+        refused(&with(&[&from, "--max-steps", "3"]), 78, "total_steps was 2, is 3");
+    }
+}
+
+/// A directory that goes away under the run is not made anew with a checkpoint that nobody can use.
+#[test]
+fn a_run_that_was_moved_says_so() {
+    let b = Bench::new();
+    let mut child = spawn(&b);
+    let checkpoint = b.out().join("checkpoints/step-00000002");
+    let began = Instant::now();
+    while !checkpoint.exists() && began.elapsed() < Duration::from_secs(60) {
+        sleep(Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args(["-STOP", &child.id().to_string()]).status().unwrap().success());
+    assert!(child.try_wait().unwrap().is_none(), "it had ended before it was stopped");
+    let moved = b.dir.path().join("moved");
+    std::fs::rename(b.out(), &moved).unwrap();
+    for signal in ["-TERM", "-CONT"] {
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(74), "{}", stderr(&output));
+    assert!(stderr(&output).contains("removed or moved") && !b.out().exists(), "{}", stderr(&output));
 }
