@@ -11,7 +11,11 @@ use crate::{
 };
 use answer::Answer;
 use encode::Encoder;
-use kto_cli::{Common, Context, Error, Exit, Record, Result, Ui, input, output, output::Output, signal};
+use kto_cli::{
+    Common, Context, Error, Exit, Record, Result, Ui, input, output,
+    output::Output,
+    signal::{self, AtOnce},
+};
 use kto_formats::template::ChatTemplate;
 use kto_kernels::random;
 use kto_model::{
@@ -82,8 +86,14 @@ fn read_batch(
     args: &GenerateArgs,
     batch: &mut Vec<Ready>,
 ) -> Result<bool> {
+    let is_piped = args.files.is_empty() || args.files.iter().any(|p| p == Path::new("-"));
     while batch.len() < args.batch as usize {
-        let Some(prompt) = prompts.next()? else { return Ok(false) };
+        let prompt = {
+            // Whoever types or pipes prompts may take long.
+            let _at_once = is_piped.then(AtOnce::begin);
+            prompts.next()?
+        };
+        let Some(prompt) = prompt else { return Ok(false) };
         let ids = match (encoder, &prompt.ids) {
             (Some(encoder), _) => encoder.encode(&prompt).at(&prompt.place)?,
             (None, ids) => ids.clone(),
