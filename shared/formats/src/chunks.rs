@@ -6,7 +6,7 @@
 
 use crate::{
     columnar, json,
-    jsonl::line_row,
+    jsonl::{Line, line_text},
     rows::{Place, ReadOptions, Row, parse_row},
 };
 use arrow_array::RecordBatch;
@@ -21,6 +21,26 @@ pub const SIZE: usize = 512 << 10;
 pub trait Source: Send {
     /// Returns the next piece; `None` at the end. `Err` means that the input is broken behind the pieces before.
     fn next_chunk(&mut self) -> Result<Option<Chunk>>;
+}
+
+/// What takes the rows of a chunk.
+pub trait Taker {
+    /// Is shown the JSON text of the row on `line`; true when it needs nothing more.
+    fn text(&mut self, line: u64, text: &[u8]) -> bool;
+    /// Takes a row and its text (empty for a row of a column file). An error ends the chunk.
+    fn row(&mut self, row: Row, text: &[u8]) -> Result<()>;
+}
+
+/// Takes rows only.
+struct Each<F>(F);
+
+impl<F: FnMut(Row, &[u8]) -> Result<()>> Taker for Each<F> {
+    fn text(&mut self, _: u64, _: &[u8]) -> bool {
+        false
+    }
+    fn row(&mut self, row: Row, text: &[u8]) -> Result<()> {
+        (self.0)(row, text)
+    }
 }
 
 /// A piece of an input.
@@ -100,7 +120,12 @@ impl Chunk {
 
     /// Gives every row and its text (empty for a row of a column file) to `each`, in order, until one of them fails. An error
     /// of its own says that the input is broken.
-    pub fn rows(self, mut each: impl FnMut(Row, &[u8]) -> Result<()>) -> Result<()> {
+    pub fn rows(self, each: impl FnMut(Row, &[u8]) -> Result<()>) -> Result<()> {
+        self.give(&mut Each(each))
+    }
+
+    /// The same to a [`Taker`], which sees the text of a row before it is parsed.
+    pub fn give(self, taker: &mut impl Taker) -> Result<()> {
         let (name, options) = (&*self.name, self.options);
         match self.content {
             Content::Lines { text, mut place } => {
@@ -108,8 +133,14 @@ impl Chunk {
                 while !rest.is_empty() {
                     let end = memchr::memchr(b'\n', rest).map_or(rest.len(), |at| at + 1);
                     let (line, behind) = rest.split_at(end);
-                    if let Some(row) = line_row(name, place, line, options)? {
-                        each(row, line.trim_ascii_end())?;
+                    match line_text(name, place, line, options)? {
+                        Line::Blank => {}
+                        Line::Long(row) => taker.row(row, line.trim_ascii_end())?,
+                        Line::Text(at, text) => {
+                            if !taker.text(place.line, text) {
+                                taker.row(parse_row(name, at, text, options), line.trim_ascii_end())?;
+                            }
+                        }
                     }
                     place = Place { line: place.line + 1, column: 1, offset: place.offset + end as u64 };
                     rest = behind;
@@ -118,12 +149,15 @@ impl Chunk {
             }
             Content::Texts { text, rows } => rows.into_iter().try_for_each(|(place, range)| {
                 let text = &text[range];
-                each(parse_row(name, place, text, options), text)
+                if taker.text(place.line, text) {
+                    return Ok(());
+                }
+                taker.row(parse_row(name, place, text, options), text)
             }),
             Content::Rows { text, rows } => {
-                rows.into_iter().try_for_each(|(row, range)| each(row, &text[range]))
+                rows.into_iter().try_for_each(|(row, range)| taker.row(row, &text[range]))
             }
-            Content::Batch { batch, first } => columnar::rows(name, &batch, first, |row| each(row, b"")),
+            Content::Batch { batch, first } => columnar::rows(name, &batch, first, |row| taker.row(row, b"")),
         }
     }
 }

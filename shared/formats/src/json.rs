@@ -75,7 +75,7 @@ pub fn repair(text: &[u8]) -> (Vec<u8>, u64) {
 }
 
 /// The code unit of a `\uXXXX` escape at the start of `text`.
-fn escaped_unit(text: &[u8]) -> Option<u16> {
+pub(crate) fn escaped_unit(text: &[u8]) -> Option<u16> {
     let digits = text.strip_prefix(b"\\u")?.get(..4)?;
     u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }

@@ -91,23 +91,46 @@ impl<R: BufRead> JsonLines<R> {
     }
 }
 
+/// What a line holds.
+pub(crate) enum Line<'a> {
+    /// Nothing.
+    Blank,
+    /// More bytes than the cap.
+    Long(Row),
+    /// JSON, or what should be.
+    Text(Place, &'a [u8]),
+}
+
 /// Returns the row of a line (with or without its end); `None` for a blank one. A line of more bytes than the cap is a bad row,
 /// also when only its beginning is given. `Err`: this is no text at all.
 pub(crate) fn line_row(name: &str, place: Place, line: &[u8], options: ReadOptions) -> Result<Option<Row>> {
+    Ok(match line_text(name, place, line, options)? {
+        Line::Blank => None,
+        Line::Long(row) => Some(row),
+        Line::Text(place, text) => Some(parse_row(name, place, text, options)),
+    })
+}
+
+/// Returns what a line holds, without blanks and a byte-order mark around it.
+pub(crate) fn line_text<'a>(
+    name: &str,
+    place: Place,
+    line: &'a [u8],
+    options: ReadOptions,
+) -> Result<Line<'a>> {
     let first = place.line == 1;
     if let Some(what) = binary(line).filter(|_| first) {
         return Err(Error::data(format!("{name}: this is {what}, not JSON Lines")));
     }
     if line.len() as u64 > options.max_line {
-        return Ok(Some(Row::bad(place.line, too_long(name, place.line, "line", options.max_line))));
+        return Ok(Line::Long(Row::bad(place.line, too_long(name, place.line, "line", options.max_line))));
     }
     let bom = if first && line.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
     let text = line[bom..].trim_ascii_end();
     if text.trim_ascii_start().is_empty() {
-        return Ok(None);
+        return Ok(Line::Blank);
     }
-    let place = Place { offset: place.offset + bom as u64, ..place };
-    Ok(Some(parse_row(name, place, text, options)))
+    Ok(Line::Text(Place { offset: place.offset + bom as u64, ..place }, text))
 }
 
 /// JSON Lines in pieces of whole lines.

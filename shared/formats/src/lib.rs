@@ -27,6 +27,7 @@ mod safetensors_header;
 pub mod safetensors_out;
 pub mod safetensors_placed;
 pub mod shards;
+pub mod spans;
 pub mod table;
 pub mod template;
 pub mod tensors;

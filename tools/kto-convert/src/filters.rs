@@ -38,6 +38,15 @@ impl Filters {
         })
     }
 
+    /// True when every record passes.
+    pub fn are_none(&self) -> bool {
+        let lengths = [self.min_chars, self.max_chars, self.max_prompt_chars];
+        let matches = [&self.keep_match, &self.drop_match];
+        lengths.iter().all(Option::is_none)
+            && matches.iter().all(|m| m.is_none())
+            && self.drop_role.is_empty()
+    }
+
     /// Why a record is left out.
     pub fn refuses(&self, record: &Record) -> Option<Reason> {
         let said = |least: usize| self.is_longer(&record.completion, least);

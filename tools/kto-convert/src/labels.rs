@@ -92,6 +92,12 @@ impl Labels {
         self.thresholds.as_ref()
     }
 
+    /// True when a label is true or false in its usual column.
+    pub fn are_plain(&self) -> bool {
+        let unset = self.field.is_none() && self.default.is_none() && self.thresholds.is_none();
+        unset && self.map.is_empty()
+    }
+
     /// True when `row` has a label or is given one.
     pub fn is_known_for(&self, row: &Map<String, Value>) -> bool {
         self.default.is_some() || self.column(row).is_some()

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod direct;
 mod duplicates;
 mod filters;
 mod forms;

@@ -16,11 +16,11 @@ use kto_formats::{
 use serde_json::{Value, json};
 
 /// Columns of other media.
-const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
+pub const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
 /// Columns that the output uses for itself.
-const OURS: [&str; 3] = ["prompt", "completion", "label"];
+pub const OURS: [&str; 3] = ["prompt", "completion", "label"];
 /// Columns of shapes; null in them means "not this shape" and is not carried.
-const SHAPE_COLUMNS: [&str; 4] = ["chosen", "rejected", "messages", "conversations"];
+pub const SHAPE_COLUMNS: [&str; 4] = ["chosen", "rejected", "messages", "conversations"];
 
 /// A row, converted.
 pub struct Converted {

@@ -4,6 +4,7 @@
 
 use crate::{
     args::{Form, Pii, Policy},
+    direct::{self, Direct},
     forms,
     near::{self, Signature},
     pii::Finder,
@@ -16,6 +17,7 @@ use crate::{
 };
 use kto_cli::{Context, Error, Result};
 use kto_formats::{
+    chunks::Taker,
     record::{self, Record},
     rows::Row,
 };
@@ -32,6 +34,8 @@ pub struct Worker<'a> {
     finder: Option<Finder>,
     /// Records carry what the order, the duplicate check and everything that needs all of them asks for.
     metas: bool,
+    /// Rows may be copied.
+    direct: bool,
 }
 
 /// What became of a chunk.
@@ -77,15 +81,17 @@ impl<'a> Worker<'a> {
     /// Prepares what all threads share.
     pub fn new(plan: &'a Plan) -> Self {
         let metas = plan.rows.duplicates || plan.needs_all() || plan.order != crate::args::Order::Interleave;
-        Self { plan, finder: (plan.rows.pii != Pii::Off).then(Finder::new), metas }
+        let finder = (plan.rows.pii != Pii::Off).then(Finder::new);
+        Self { plan, finder, metas, direct: direct::is_enough(plan) }
     }
 
     /// Converts a chunk.
     pub fn run(&self, piece: Piece) -> Done {
         let name = piece.chunk.name().to_owned();
         let (input, table) = (piece.input, piece.table);
-        let mut chunk = Pass { worker: self, name: &name, input, table, done: Done::default() };
-        let end = piece.chunk.rows(|row, text| chunk.row(row, text));
+        let direct = (self.direct && !table).then(Direct::default);
+        let mut chunk = Pass { worker: self, name: &name, input, table, direct, done: Done::default() };
+        let end = piece.chunk.give(&mut chunk);
         Done { end: end.err(), ..chunk.done }
     }
 }
@@ -95,10 +101,19 @@ struct Pass<'a> {
     name: &'a str,
     input: u32,
     table: bool,
+    /// Takes rows that need no more than being copied.
+    direct: Option<Direct>,
     done: Done,
 }
 
-impl Pass<'_> {
+impl Taker for Pass<'_> {
+    fn text(&mut self, line: u64, text: &[u8]) -> bool {
+        let Some(direct) = &mut self.direct else { return false };
+        let Some(taken) = direct.take(text, self.worker.plan, &mut self.done.bytes) else { return false };
+        self.count(&taken, line);
+        true
+    }
+
     fn row(&mut self, row: Row, text: &[u8]) -> Result<()> {
         let plan = self.worker.plan;
         self.done.report.rows += row.rows;
@@ -125,6 +140,33 @@ impl Pass<'_> {
                 Ok(()) => Ok(()),
                 Err(error) => self.refuse(reason, error, place, text, kept, row.rows),
             },
+        }
+    }
+}
+
+impl Pass<'_> {
+    /// Counts a row that was copied.
+    fn count(&mut self, taken: &direct::Taken, line: u64) {
+        let report = &mut self.done.report;
+        report.rows += 1;
+        *report.shapes.entry(taken.shape).or_default() += 1;
+        for (i, record) in taken.records.iter().flatten().enumerate() {
+            *(if record.label { &mut report.desirable } else { &mut report.undesirable }) += 1;
+            if self.worker.metas {
+                self.done.metas.push(Meta {
+                    end: record.end,
+                    second: i == 1,
+                    ends_row: false,
+                    label: record.label,
+                    hash: XxHash3_128::oneshot(&self.done.bytes[record.start..record.said]).max(1),
+                    prompt: 0,
+                    place: (self.input, line),
+                    near: None,
+                });
+            }
+        }
+        if let Some(last) = self.done.metas.last_mut() {
+            last.ends_row = true;
         }
     }
 

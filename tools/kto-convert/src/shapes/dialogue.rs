@@ -35,8 +35,8 @@ pub fn side(prompt: Prompt, completion: &str) -> (Content, Content) {
 }
 
 fn turns(text: &str) -> Vec<Value> {
-    // One search for what all markers begin with, not one for each marker.
-    let markers = text.match_indices("\n\n").filter_map(|(at, _)| {
+    // One search for what all markers begin with, not one for each marker; a third line end before one is the turn's.
+    let markers = memchr::memchr_iter(b'\n', text.as_bytes()).filter_map(|at| {
         let found = MARKERS.iter().find(|(marker, _)| text[at..].starts_with(marker));
         found.map(|(marker, role)| (at, at + marker.len(), *role))
     });

@@ -25,7 +25,7 @@ mod votes;
 
 pub use content::parse_cells;
 pub use table::{Shape, find, named, names};
-pub use votes::number;
+pub use votes::{SCORES, number};
 
 use crate::{
     labels::Labels,

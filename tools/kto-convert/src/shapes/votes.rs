@@ -19,13 +19,16 @@ pub fn number(value: &Value) -> Option<f64> {
     }
 }
 
+/// Columns of the scores of a pair.
+pub const SCORES: [[&str; 2]; 3] = [
+    ["score_chosen", "score_rejected"],
+    ["chosen_score", "rejected_score"],
+    ["chosen_rating", "rejected_rating"],
+];
+
 /// Refuses a scored pair whose scores are equal or too near. The scores stay in the row.
 pub fn margin(row: &Fields, rules: &Rules<'_>) -> Result<(), Problem> {
-    for (good, bad) in [
-        ("score_chosen", "score_rejected"),
-        ("chosen_score", "rejected_score"),
-        ("chosen_rating", "rejected_rating"),
-    ] {
+    for [good, bad] in SCORES {
         if !has(row, good) {
             continue;
         }
