@@ -5,6 +5,7 @@
 //! chunks in order are the rows of the input, wherever it was cut. A chunk is about [`SIZE`] bytes, or one longer row.
 
 use crate::{
+    buffers::Buffer,
     columnar, json,
     jsonl::{Line, line_text},
     rows::{Place, ReadOptions, Row, parse_row},
@@ -52,7 +53,7 @@ pub struct Chunk {
 
 enum Content {
     /// Whole lines, the last one perhaps without its end.
-    Lines { text: Vec<u8>, place: Place },
+    Lines { text: Buffer, place: Place },
     /// JSON texts that lie in one buffer.
     Texts { text: Vec<u8>, rows: Vec<(Place, Range<usize>)> },
     /// Rows that are there already, each with its text in the buffer.
@@ -62,7 +63,7 @@ enum Content {
 }
 
 impl Chunk {
-    pub(crate) fn lines(name: &Arc<str>, options: ReadOptions, text: Vec<u8>, place: Place) -> Self {
+    pub(crate) fn lines(name: &Arc<str>, options: ReadOptions, text: Buffer, place: Place) -> Self {
         Self { name: Arc::clone(name), options, content: Content::Lines { text, place } }
     }
     pub(crate) fn texts(

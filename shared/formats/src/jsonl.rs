@@ -5,6 +5,7 @@
 //! before it is in memory. A bad line does not end the stream: the next call goes on behind it.
 
 use crate::{
+    buffers::{Buffer, Buffers},
     chunks::{self, Chunk, Source},
     rows::{Place, ReadOptions, Row, parse_row, too_long},
 };
@@ -141,7 +142,8 @@ pub struct LineChunks<R> {
     /// Where `held` begins.
     place: Place,
     /// Bytes behind the last piece.
-    held: Vec<u8>,
+    held: Buffer,
+    buffers: Buffers,
 }
 
 /// A reader that has given less than this at once has no more at the moment: what is there goes on.
@@ -151,7 +153,8 @@ impl<R: BufRead> LineChunks<R> {
     /// Reads any byte stream; `name` stands for it in messages.
     pub fn new(name: String, reader: R, options: ReadOptions) -> Self {
         let place = Place { line: 1, column: 1, offset: 0 };
-        Self { name: name.into(), reader, options, place, held: Vec::new() }
+        let buffers = Buffers::new(chunks::SIZE + chunks::SIZE / 2);
+        Self { name: name.into(), reader, options, place, held: buffers.take(), buffers }
     }
 
     /// Counts lines from one that has `lines` others before it.
@@ -175,7 +178,7 @@ impl<R: BufRead> LineChunks<R> {
     /// Returns the held bytes up to `end` as a piece.
     fn cut(&mut self, end: usize) -> Chunk {
         // The rest of a line goes into a buffer that will take the next piece.
-        let mut rest = Vec::with_capacity(chunks::SIZE + chunks::SIZE / 2);
+        let mut rest = self.buffers.take();
         rest.extend_from_slice(&self.held[end..]);
         let mut text = std::mem::replace(&mut self.held, rest);
         text.truncate(end);

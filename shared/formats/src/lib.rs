@@ -4,6 +4,7 @@
 pub mod adapter;
 mod adapter_config;
 pub mod bnb;
+pub mod buffers;
 pub mod chat;
 pub mod chunks;
 pub mod columnar;

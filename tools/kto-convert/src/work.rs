@@ -17,7 +17,8 @@ use crate::{
 };
 use kto_cli::{Context, Error, Result};
 use kto_formats::{
-    chunks::Taker,
+    buffers::{Buffer, Buffers},
+    chunks::{self, Taker},
     record::{self, Record},
     rows::Row,
 };
@@ -36,13 +37,15 @@ pub struct Worker<'a> {
     metas: bool,
     /// Rows may be copied.
     direct: bool,
+    /// For what is written.
+    buffers: Buffers,
 }
 
 /// What became of a chunk.
 #[derive(Default)]
 pub struct Done {
     /// The records, one a line.
-    pub bytes: Vec<u8>,
+    pub bytes: Buffer,
     /// What must be known of each.
     pub metas: Vec<Meta>,
     /// The counts.
@@ -82,7 +85,8 @@ impl<'a> Worker<'a> {
     pub fn new(plan: &'a Plan) -> Self {
         let metas = plan.rows.duplicates || plan.needs_all() || plan.order != crate::args::Order::Interleave;
         let finder = (plan.rows.pii != Pii::Off).then(Finder::new);
-        Self { plan, finder, metas, direct: direct::is_enough(plan) }
+        // Records are somewhat longer than rows, and a prompt is written for each side.
+        Self { plan, finder, metas, direct: direct::is_enough(plan), buffers: Buffers::new(2 * chunks::SIZE) }
     }
 
     /// Converts a chunk.
@@ -90,7 +94,8 @@ impl<'a> Worker<'a> {
         let name = piece.chunk.name().to_owned();
         let (input, table) = (piece.input, piece.table);
         let direct = (self.direct && !table).then(Direct::default);
-        let mut chunk = Pass { worker: self, name: &name, input, table, direct, done: Done::default() };
+        let done = Done { bytes: self.buffers.take(), ..Done::default() };
+        let mut chunk = Pass { worker: self, name: &name, input, table, direct, done };
         let end = piece.chunk.give(&mut chunk);
         Done { end: end.err(), ..chunk.done }
     }
