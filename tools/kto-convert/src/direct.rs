@@ -7,6 +7,8 @@
 
 mod dialogue;
 mod layout;
+#[cfg(test)]
+mod tests;
 
 use crate::{
     args::{Dedup, Form, Pii},

@@ -89,6 +89,12 @@ impl<'a> Worker<'a> {
         Self { plan, finder, metas, direct: direct::is_enough(plan), buffers: Buffers::new(2 * chunks::SIZE) }
     }
 
+    /// The same, with every row taken apart.
+    #[cfg(test)]
+    pub fn without_copies(self) -> Self {
+        Self { direct: false, ..self }
+    }
+
     /// Converts a chunk.
     pub fn run(&self, piece: Piece) -> Done {
         let name = piece.chunk.name().to_owned();

@@ -8,7 +8,7 @@ use kto_cli::{Context, Error, Result};
 use kto_formats::{
     record::{Content, Record},
     template::ChatTemplate,
-    tokenizer::TextTokenizer,
+    tokenizer::{Prefix, TextTokenizer},
 };
 use serde_json::Value;
 
@@ -26,6 +26,16 @@ pub struct Encoder {
     pub continue_final: bool,
 }
 
+/// What is kept of the row before: the sides of a pair come one behind the other and have one prompt.
+#[derive(Default)]
+pub struct Before {
+    /// The prompt of a text row and its ids.
+    prompt: String,
+    ids: Vec<u32>,
+    /// The beginning of a conversation.
+    prefix: Prefix,
+}
+
 /// A row as ids. Not cut.
 #[derive(Debug)]
 pub struct Ids {
@@ -40,13 +50,13 @@ pub struct Ids {
 
 impl Encoder {
     /// Returns the ids of a record's trained turns. Errors (65) lack the place.
-    pub fn encode(&self, record: &Record) -> Result<Vec<Ids>> {
+    pub fn encode(&self, record: &Record, before: &mut Before) -> Result<Vec<Ids>> {
         match (&record.prompt, &record.completion) {
             (Content::Text(prompt), Content::Text(completion)) => {
-                Ok(vec![self.ids(record, self.text(prompt, completion)?)?])
+                Ok(vec![self.ids(record, self.text(prompt, completion, before)?)?])
             }
             (Content::Chat(prompt), Content::Chat(completion)) => {
-                let turns = self.chat(record, prompt, completion)?;
+                let turns = self.chat(record, prompt, completion, &mut before.prefix)?;
                 turns.into_iter().map(|turn| self.ids(record, turn)).collect()
             }
             _ => Err(Error::data("prompt and completion must both be text or both be messages")),
@@ -85,7 +95,7 @@ impl Encoder {
     }
 
     /// Text rows: the EOS text is appended unless it is there, and BOS and the like are added.
-    fn text(&self, prompt: &str, completion: &str) -> Result<Encoded> {
+    fn text(&self, prompt: &str, completion: &str, before: &mut Before) -> Result<Encoded> {
         let eos = self.eos.as_deref().ok_or_else(|| {
             Error::data("text rows need an end-of-sequence token and the model names none")
                 .with_hint("--eos TOKEN names one")
@@ -101,12 +111,21 @@ impl Encoder {
                 return Ok((alone, shield.encode(&(covered + eos), true)?, true));
             }
         }
-        let alone = self.tokenizer.encode(prompt, true)?;
-        Ok((alone, self.tokenizer.encode(&(joined + eos), true)?, false))
+        if before.prompt != prompt || before.ids.is_empty() {
+            before.ids = self.tokenizer.encode(prompt, true)?;
+            prompt.clone_into(&mut before.prompt);
+        }
+        Ok((before.ids.clone(), self.tokenizer.encode(&(joined + eos), true)?, false))
     }
 
     /// Conversational rows: the template alone says which control tokens there are.
-    fn chat(&self, record: &Record, prompt: &[Value], completion: &[Value]) -> Result<Vec<Encoded>> {
+    fn chat(
+        &self,
+        record: &Record,
+        prompt: &[Value],
+        completion: &[Value],
+        known: &mut Prefix,
+    ) -> Result<Vec<Encoded>> {
         let template =
             self.template.as_ref().ok_or_else(|| Error::internal("no chat template was loaded"))?;
         let mut messages: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
@@ -120,10 +139,6 @@ impl Encoder {
             }
         }
         let (tools, kwargs) = (tools.as_ref(), kwargs.as_ref());
-        let encode = |text: &str| match shielded {
-            true => self.tokenizer.shield().encode(text, false),
-            false => self.tokenizer.encode(text, false),
-        };
         let prompt = prompt.len();
         let begun = messages[..prompt].to_vec();
         let continues = self.continue_final && turns::join(&mut messages, prompt)?;
@@ -134,7 +149,12 @@ impl Encoder {
                 false => template.render_here(&messages[..turn.start], tools, kwargs, true)?,
             };
             let full = template.render_here(&messages[..turn.end], tools, kwargs, false)?;
-            Ok((encode(&alone)?, encode(&full)?, shielded))
+            if shielded {
+                let shield = self.tokenizer.shield();
+                return Ok((shield.encode(&alone, false)?, shield.encode(&full, false)?, true));
+            }
+            let alone = self.tokenizer.encode_prompt(&alone, known)?;
+            Ok((alone, self.tokenizer.encode_behind(&full, known)?, false))
         });
         turns.collect()
     }

@@ -1,7 +1,7 @@
 //! The pass over the inputs: batches of rows are read in order, tokenized in parallel, appended in order.
 
 use crate::{
-    encoder::{Encoder, Ids},
+    encoder::{Before, Encoder, Ids},
     plan::Plan,
     report::Report,
     watch::Watch,
@@ -113,14 +113,15 @@ impl Pass<'_> {
     fn batch(&mut self, name: &str, rows: &mut Vec<Row>) -> Result<()> {
         self.load_template(rows)?;
         let (encoder, watch) = (&self.encoder, self.watch);
-        let encode = |row: Row| {
+        let encode = |before: &mut Before, row: Row| {
             let line = row.line;
-            let ids = watch.over(rayon::current_thread_index(), line, || encode(encoder, name, row));
+            let ids = watch.over(rayon::current_thread_index(), line, || encode(encoder, before, name, row));
             watch.add_done(1);
             (line, ids)
         };
-        let done: Vec<(u64, Result<Vec<Ids>>)> =
-            self.pool.install(|| rows.par_drain(..).with_max_len(16).map(encode).collect());
+        let done: Vec<(u64, Result<Vec<Ids>>)> = self
+            .pool
+            .install(|| rows.par_drain(..).with_max_len(16).map_init(Before::default, encode).collect());
         for (line, ids) in done {
             let place = format!("{}:{line}", escape(name));
             self.report.rows += 1;
@@ -190,10 +191,10 @@ fn spooling(error: &std::io::Error) -> Error {
 }
 
 /// Returns the rows of a record. Errors carry `name:line`.
-pub fn encode(encoder: &Encoder, name: &str, row: Row) -> Result<Vec<Ids>> {
+pub fn encode(encoder: &Encoder, before: &mut Before, name: &str, row: Row) -> Result<Vec<Ids>> {
     let line = row.line;
     let value = row.value?;
     Record::from_value(value)
-        .and_then(|record| encoder.encode(&record))
+        .and_then(|record| encoder.encode(&record, before))
         .at(format_args!("{}:{line}", escape(name)))
 }

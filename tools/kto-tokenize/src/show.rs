@@ -3,7 +3,12 @@
 //! Every token ends with a bar, so that the boundary between prompt and completion and the merged tokens show without
 //! colour too; what is text in the row is escaped, so no row can drive the terminal.
 
-use crate::{encoder::Ids, pass, plan::Plan, watch::Watch};
+use crate::{
+    encoder::{Before, Ids},
+    pass,
+    plan::Plan,
+    watch::Watch,
+};
 use kto_cli::{Result, escape, guard, input};
 use kto_formats::{jsonl::JsonLines, tokenizer::TextTokenizer};
 use std::fmt::Write as _;
@@ -23,7 +28,7 @@ const UNDESIRABLE: &str = "31";
 pub fn run(plan: &Plan, watch: &Watch) -> Result<String> {
     guard::on_big_stack(|| {
         let mut encoder = watch.over(None, 0, || pass::encoder(plan))?;
-        let mut out = String::new();
+        let (mut out, mut before) = (String::new(), Before::default());
         let mut left = plan.show.unwrap_or(0);
         for path in &plan.inputs {
             let input = input::open(path)?;
@@ -38,7 +43,7 @@ pub fn run(plan: &Plan, watch: &Watch) -> Result<String> {
                     encoder.template = Some(watch.over(None, 0, || pass::template(plan))?);
                 }
                 let place = format!("{}:{}", escape(&name), row.line);
-                match watch.over(Some(0), row.line, || pass::encode(&encoder, &name, row)) {
+                match watch.over(Some(0), row.line, || pass::encode(&encoder, &mut before, &name, row)) {
                     Ok(rows) => {
                         for ids in &rows {
                             print(&mut out, &encoder.tokenizer, plan, &place, ids)?;

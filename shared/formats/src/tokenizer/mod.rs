@@ -7,11 +7,13 @@
 
 mod class;
 mod config;
+mod prefix;
 mod shield;
 #[cfg(test)]
 mod tests;
 
 pub use config::TokenizerConfig;
+pub use prefix::Prefix;
 pub use shield::Shield;
 
 use kto_cli::{Context, Error, Kind, Result, escape, guard, hash, input};
@@ -34,6 +36,8 @@ pub struct TextTokenizer {
     vocab_size: u32,
     /// Made when the first text needs it.
     shield: OnceLock<Shield>,
+    /// The same.
+    dividers: OnceLock<prefix::Dividers>,
 }
 
 impl TextTokenizer {
@@ -50,7 +54,8 @@ impl TextTokenizer {
         let ids = check_ids(&tokenizer).at(&place)?;
         let vocab_size = model_vocab_size(&model, dir)?.unwrap_or(ids);
         let fingerprint = hash::sha256_hex(&bytes);
-        Ok(Self { tokenizer, config, fingerprint, vocab_size, shield: OnceLock::new() })
+        let (shield, dividers) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { tokenizer, config, fingerprint, vocab_size, shield, dividers })
     }
 
     /// Returns the ids of `text`; control tokens in it become control tokens, as in transformers. `add_special` adds

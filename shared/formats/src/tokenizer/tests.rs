@@ -248,3 +248,45 @@ fn a_missing_tokenizer_names_what_is_there() {
     fs::write(dir.path().join("tokenizer.model"), "").unwrap();
     assert!(missing().hint().unwrap().contains("tokenizer.model"));
 }
+
+/// A simple generator, for texts that are the same in every run.
+fn number(state: &mut u64, below: usize) -> usize {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*state >> 33) as usize % below
+}
+
+#[test]
+fn what_texts_share_changes_no_ids() {
+    let words = [" ", "\n", "word", " words", "  x", "é🤔", "1234", "<|", "|>", "_", "'s", "\u{301}", "▁"];
+    let mut divided = 0;
+    for dir in ["gpt2", "minimind", "mistral-v3", "phi-3-mini", "qwen2.5"] {
+        let tokenizer = TextTokenizer::from_model_dir(&testdata().join("tokenize").join(dir)).unwrap();
+        let added = tokenizer.tokenizer.get_added_tokens_decoder();
+        let mut tokens: Vec<&str> = added.values().map(|token| token.content.as_str()).collect();
+        tokens.sort_unstable();
+        let mut state = 7;
+        let mut text = |parts: usize| {
+            let part = |_| match number(&mut state, 4) {
+                0 => tokens[number(&mut state, tokens.len())],
+                _ => words[number(&mut state, words.len())],
+            };
+            (0..parts).map(part).collect::<String>()
+        };
+        let mut known = Prefix::default();
+        for _ in 0..300 {
+            let prompt = text(12);
+            for end in [text(6), text(3)] {
+                let full = prompt.clone() + &end;
+                let ids = |text: &str| tokenizer.encode(text, false).unwrap();
+                assert_eq!(
+                    tokenizer.encode_prompt(&prompt, &mut known).unwrap(),
+                    ids(&prompt),
+                    "{dir} {prompt:?}"
+                );
+                assert_eq!(tokenizer.encode_behind(&full, &known).unwrap(), ids(&full), "{dir} {full:?}");
+            }
+            divided += usize::from(!known.is_empty());
+        }
+    }
+    assert!(divided > 600, "{divided}: tokens are there behind which texts are cut");
+}
