@@ -3,12 +3,18 @@
 
 usage: data.py [--out DIR] [--date YYYY-MM-DD] [--rounds N] [--pairs N] [convert] [tokenize] [memory]
 
-convert   pairs of dialogues in JSON Lines to unpaired records: kto-convert (whole work: strict parsing, split, checks, duplicates),
-          `jq` (writes both sides and splits nothing), TRL (load_dataset, extract_prompt, unpair_preference_dataset, to_json). All
-          read the same file and write a file, one after the other, round after round; the order turns. TRL's time is without its imports.
+convert   pairs of dialogues in JSON Lines to unpaired records of text, which is what TRL makes of them: kto-convert (whole process and work:
+          strict parsing, split, checks, duplicates), `jq` (writes both sides as lines, splits and checks nothing), TRL (load_dataset,
+          extract_prompt, unpair_preference_dataset, to_json; with one process as it is by default, and with as many as there are cores).
+          All read the same file and write a file, one after the other, round after round; the order turns. TRL, which takes most of the time,
+          runs in every second round, and its time is without its imports. Beside it kto-convert's default, dialogues as messages,
+          which no peer makes.
 tokenize  records to token ids with one tokenizer and template: kto-tokenize (whole process), datasets.map as KTOTrainer does it, with
-          one process and with as many as there are cores. The ids must be the same.
+          one process and with as many as there are cores. The ids must be the same. Also with the records shuffled, so that the sides of a
+          pair do not follow one another.
 memory    peak resident set of kto-convert on a generated stream of 10 GB through a pipe.
+
+The files are large enough that starting a process (5 ms) does not count.
 """
 import argparse
 import datetime
@@ -73,12 +79,12 @@ def peer(script, *args):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def rounds(sides, count):
-    """Runs every side once a round, in turning order."""
+def rounds(sides, count, slow=()):
+    """Runs every side once a round, in turning order; the slow ones in every second round."""
     results = {name: [] for name in sides}
-    names = list(sides)
     for i in range(count):
-        for name in names if i % 2 == 0 else reversed(names):
+        names = [name for name in sides if i % 2 == 0 or name not in slow]
+        for name in names if i % 4 < 2 else reversed(names):
             results[name].append(sides[name]())
             print(f"  {name}: {results[name][-1]['seconds']:.2f} s", flush=True)
     return results
@@ -102,15 +108,19 @@ def convert(args, folder):
         f.writelines(pairs(rng, args.pairs))
     size = data.stat().st_size
     ours = [str(BIN / "kto-convert"), "-q", str(data)]
+    text = [*ours, "--dialogues", "text"]
+    cores = os.cpu_count()
+    many = f"TRL, {cores} processes"
     sides = {
-        "kto-convert": lambda: timed(ours, folder / "ours.jsonl"),
-        "kto-convert, dialogues as text": lambda: timed([*ours, "--dialogues", "text"], folder / "text.jsonl"),
-        "kto-convert, one thread": lambda: timed([*ours, "--threads", "1"], folder / "one.jsonl"),
+        "kto-convert, text": lambda: timed(text, folder / "text.jsonl"),
+        "kto-convert, text, one thread": lambda: timed([*text, "--threads", "1"], folder / "one.jsonl"),
+        "kto-convert, messages": lambda: timed(ours, folder / "ours.jsonl"),
         "jq": lambda: timed(["jq", "-c", JQ, str(data)], folder / "jq.jsonl"),
-        "trl": lambda: peer("peer_convert.py", data, folder / "trl.jsonl"),
+        "TRL": lambda: peer("peer_convert.py", data, folder / "trl.jsonl", 1),
+        many: lambda: peer("peer_convert.py", data, folder / "trl.jsonl", cores),
     }
-    results = rounds(sides, args.rounds)
-    assert (folder / "ours.jsonl").read_bytes() == (folder / "one.jsonl").read_bytes(), "threads changed the bytes"
+    results = rounds(sides, args.rounds, slow=("TRL", many))
+    assert (folder / "text.jsonl").read_bytes() == (folder / "one.jsonl").read_bytes(), "threads changed the bytes"
     # TRL moves what both completions begin with into the prompt; ours must give the whole completions.
     moved = 0
     with open(folder / "text.jsonl") as mine, open(folder / "trl.jsonl") as theirs:
@@ -121,20 +131,23 @@ def convert(args, folder):
 
 def tokenize(args, folder):
     model = machine.ROOT / "testdata" / "demo" / "model"
-    data, records = folder / "pairs2.jsonl", folder / "records.jsonl"
+    data, records, shuffled = folder / "pairs2.jsonl", folder / "records.jsonl", folder / "shuffled.jsonl"
     with open(data, "w") as f:
-        f.writelines(pairs(random.Random(2), args.pairs // 8))
+        f.writelines(pairs(random.Random(2), args.pairs // 16))
     subprocess.run([BIN / "kto-convert", "-q", data, "-o", records, "--manifest", "none"], check=True)
+    subprocess.run([BIN / "kto-convert", "-q", data, "--order", "shuffle", "-o", shuffled, "--manifest", "none"], check=True)
     size = records.stat().st_size
-    ours = [str(BIN / "kto-tokenize"), "-q", "--model", str(model), "--max-length", "4096", "--allow-special", str(records)]
+    ours = [str(BIN / "kto-tokenize"), "-q", "--model", str(model), "--max-length", "4096", "--allow-special"]
     cores = os.cpu_count()
+    many = f"datasets.map, {cores} processes"
     sides = {
-        "kto-tokenize": lambda: timed(ours, folder / "ours.kto.arrow"),
-        "kto-tokenize, one thread": lambda: timed([*ours, "--threads", "1"], folder / "one.kto.arrow"),
+        "kto-tokenize": lambda: timed([*ours, str(records)], folder / "ours.kto.arrow"),
+        "kto-tokenize, one thread": lambda: timed([*ours, "--threads", "1", str(records)], folder / "one.kto.arrow"),
+        "kto-tokenize, shuffled": lambda: timed([*ours, str(shuffled)], folder / "shuffled.kto.arrow"),
         "datasets.map": lambda: peer("peer_tokenize.py", model, records, folder / "ours.kto.arrow", 1),
-        f"datasets.map, {cores} processes": lambda: peer("peer_tokenize.py", model, records, folder / "ours.kto.arrow", cores),
+        many: lambda: peer("peer_tokenize.py", model, records, folder / "ours.kto.arrow", cores),
     }
-    results = rounds(sides, args.rounds)
+    results = rounds(sides, args.rounds, slow=("datasets.map", many))
     assert (folder / "ours.kto.arrow").read_bytes() == (folder / "one.kto.arrow").read_bytes(), "threads changed the bytes"
     for runs in results.values():
         assert all(r.get("different", 0) == 0 for r in runs), "the ids differ"
@@ -169,7 +182,7 @@ def main():
     parser.add_argument("--out", default=str(machine.ROOT / "bench" / "runs"))
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=24000)
+    parser.add_argument("--pairs", type=int, default=160_000)
     parser.add_argument("--gigabytes", type=float, default=10)
     args = parser.parse_args()
     for case in args.cases or ["convert", "tokenize", "memory"]:

@@ -156,12 +156,13 @@ def kernels(results):
 def data(results):
     """kto-convert and kto-tokenize beside their peers, and memory on a long stream."""
     parts = []
-    for case, ours, what in [("data-convert", "kto-convert", "pairs of dialogues to records"),
+    for case, ours, what in [("data-convert", "kto-convert, text", "pairs of dialogues to records"),
                              ("data-tokenize", "kto-tokenize", "records to token ids")]:
         if case not in results:
             continue
         result = results[case]
-        base = result["sides"][ours]["median_seconds"]
+        # A result of an older script has other names: its first side is ours.
+        base = result["sides"].get(ours, next(iter(result["sides"].values())))["median_seconds"]
         def cpu(side):
             seconds = [run["cpu_seconds"] for run in side["runs"] if "cpu_seconds" in run]
             return f"{statistics.median(seconds):.2f}" if seconds else "–"

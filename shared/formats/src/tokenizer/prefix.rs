@@ -105,20 +105,6 @@ impl Prefix {
     }
 }
 
-#[cfg(test)]
-impl Prefix {
-    pub(super) fn is_empty(&self) -> bool {
-        self.text.is_empty()
-    }
-}
-
-#[cfg(test)]
-impl Prefix {
-    pub(super) fn is_empty(&self) -> bool {
-        self.text.is_empty()
-    }
-}
-
 impl TextTokenizer {
     /// Returns what [`TextTokenizer::encode`] does without special tokens, and keeps in `known` what later texts may begin with. For a
     /// prompt.
