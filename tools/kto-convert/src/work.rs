@@ -29,6 +29,9 @@ use twox_hash::XxHash3_128;
 /// Bad rows that are named one by one when the run goes on.
 pub const NAMED: usize = 5;
 
+/// So many rows in a row that cannot be copied, and the rest of the chunk is not looked at for that.
+const GIVE_UP: u32 = 32;
+
 /// Converts chunks.
 pub struct Worker<'a> {
     plan: &'a Plan,
@@ -101,7 +104,7 @@ impl<'a> Worker<'a> {
         let (input, table) = (piece.input, piece.table);
         let direct = (self.direct && !table).then(Direct::default);
         let done = Done { bytes: self.buffers.take(), ..Done::default() };
-        let mut chunk = Pass { worker: self, name: &name, input, table, direct, done };
+        let mut chunk = Pass { worker: self, name: &name, input, table, direct, left: 0, done };
         let end = piece.chunk.give(&mut chunk);
         Done { end: end.err(), ..chunk.done }
     }
@@ -114,15 +117,28 @@ struct Pass<'a> {
     table: bool,
     /// Takes rows that need no more than being copied.
     direct: Option<Direct>,
+    /// Rows that it has left, one behind the other.
+    left: u32,
     done: Done,
 }
 
 impl Taker for Pass<'_> {
     fn text(&mut self, line: u64, text: &[u8]) -> bool {
         let Some(direct) = &mut self.direct else { return false };
-        let Some(taken) = direct.take(text, self.worker.plan, &mut self.done.bytes) else { return false };
-        self.count(&taken, line);
-        true
+        match direct.take(text, self.worker.plan, &mut self.done.bytes) {
+            Some(taken) => {
+                self.left = 0;
+                self.count(&taken, line);
+                true
+            }
+            None => {
+                self.left += 1;
+                if self.left == GIVE_UP {
+                    self.direct = None;
+                }
+                false
+            }
+        }
     }
 
     fn row(&mut self, row: Row, text: &[u8]) -> Result<()> {
