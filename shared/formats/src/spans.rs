@@ -365,7 +365,7 @@ impl Scan<'_> {
                 break;
             }
         }
-        match json::parse(text[start..self.at].as_bytes()) {
+        match json::parse(&text.as_bytes()[start..self.at]) {
             Ok(parsed) if !parsed.inexact && brackets <= MOST_BRACKETS => Ok(Field::Nested(parsed.value)),
             _ => Err(Leave::Parser),
         }
