@@ -122,7 +122,7 @@ bench-memory: build ## predicted against measured peak memory of kto-train: ten 
 bench-kernels: ## every kernel against its measured floor: a minute
 	$(CARGO) bench -p kto-kernels --bench kernels
 
-bench-data: build ## kto-convert beside jq and TRL, kto-tokenize beside datasets.map, memory on 10 GB: 15 minutes, an idle machine (PYTHON=)
+bench-data: build ## kto-convert beside jq and TRL, kto-tokenize beside datasets.map, memory on 10 GB: 10 minutes, an idle machine (PYTHON=)
 	$(PYTHON) scripts/bench/data.py
 	$(PYTHON) scripts/bench/report.py
 

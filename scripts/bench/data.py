@@ -133,7 +133,7 @@ def tokenize(args, folder):
     model = machine.ROOT / "testdata" / "demo" / "model"
     data, records, shuffled = folder / "pairs2.jsonl", folder / "records.jsonl", folder / "shuffled.jsonl"
     with open(data, "w") as f:
-        f.writelines(pairs(random.Random(2), args.pairs // 16))
+        f.writelines(pairs(random.Random(2), args.pairs // 20))
     subprocess.run([BIN / "kto-convert", "-q", data, "-o", records, "--manifest", "none"], check=True)
     subprocess.run([BIN / "kto-convert", "-q", data, "--order", "shuffle", "-o", shuffled, "--manifest", "none"], check=True)
     size = records.stat().st_size
