@@ -15,6 +15,8 @@ mod exp;
 mod gated;
 mod gemm;
 pub mod gpu;
+mod lanes;
+mod layer_norm;
 mod logprob;
 mod low_rank;
 mod matmul;
@@ -40,6 +42,7 @@ pub use elementwise::{
     add, add_bias, first_non_finite, scale_in_place, soft_cap, soft_cap_backward, sum_of_squares,
 };
 pub use gated::{geglu, geglu_backward, swiglu, swiglu_backward};
+pub use layer_norm::{layer_norm, layer_norm_backward};
 pub use logprob::{LogprobStats, logprob_stats, logprob_unit_gradient};
 pub use low_rank::add_low_rank;
 pub use matmul::{Factor, Onto, Product, matmul, multiply};

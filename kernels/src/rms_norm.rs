@@ -1,6 +1,7 @@
 //! Root-mean-square normalization, forward and backward. The weight is frozen, so it gets no gradient.
 
 use crate::{
+    lanes::lane_sum,
     parallel::for_rows,
     real::Real,
     simd::simd,
@@ -72,26 +73,4 @@ fn dims(out: &Tensor, x: &Tensor, w: &Tensor) -> Result<(usize, usize)> {
 fn inverse_rms<T: Real>(x: &[T], eps: T) -> T {
     let sum = lane_sum(x.len(), |j| x[j] * x[j]);
     T::ONE / (sum / T::of(x.len() as f64) + eps).sqrt()
-}
-
-/// Partial sums side by side, so that the loop is SIMD; the order of all additions is fixed.
-const LANES: usize = 16;
-
-#[inline(always)]
-fn lane_sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
-    let mut lanes = [T::ZERO; LANES];
-    let whole = n / LANES * LANES;
-    for at in (0..whole).step_by(LANES) {
-        for (l, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(at + l);
-        }
-    }
-    let mut sum = T::ZERO;
-    for lane in lanes {
-        sum += lane;
-    }
-    for j in whole..n {
-        sum += f(j);
-    }
-    sum
 }

@@ -15,6 +15,7 @@ mod emulator;
 mod gated;
 #[cfg(emulated)]
 mod gpu;
+mod layer_norm;
 mod logprob;
 mod machine;
 mod products;
@@ -54,13 +55,14 @@ pub fn emulated_gpu(memory: usize, lazy: Stream) -> Option<Arc<dyn GpuMachine>> 
 pub type Check = fn(&dyn Machine) -> Result<()>;
 
 /// All checks by name.
-pub const CHECKS: [(&str, Check); 12] = [
+pub const CHECKS: [(&str, Check); 13] = [
     ("attention", attention::check),
     ("casts", elementwise::check_casts),
     ("dequantize", dequantize::check),
     ("dropout", dropout::check),
     ("elementwise", elementwise::check),
     ("gated", gated::check),
+    ("layer_norm", layer_norm::check),
     ("logprob", logprob::check),
     ("rms_norm", rms_norm::check),
     ("rope", rope::check),

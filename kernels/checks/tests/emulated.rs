@@ -39,6 +39,7 @@ mod checks {
         dropout,
         elementwise,
         gated,
+        layer_norm,
         logprob,
         rms_norm,
         rope,

@@ -29,6 +29,24 @@ pub fn rms_norm_backward(dx: &Tensor, dy: &Tensor, x: &Tensor, w: &Tensor, eps: 
     }
 }
 
+/// As [`crate::layer_norm`].
+pub fn layer_norm(out: &Tensor, x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<()> {
+    match (out, x, w, b) {
+        (Host(out), Host(x), Host(w), Host(b)) => crate::layer_norm(out, x, w, b, eps),
+        (Gpu(out), Gpu(x), Gpu(w), Gpu(b)) => on::layer_norm(out, x, w, b, eps),
+        _ => apart("layer_norm"),
+    }
+}
+
+/// As [`crate::layer_norm_backward`].
+pub fn layer_norm_backward(dx: &Tensor, dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
+    match (dx, dy, x, w) {
+        (Host(dx), Host(dy), Host(x), Host(w)) => crate::layer_norm_backward(dx, dy, x, w, eps),
+        (Gpu(dx), Gpu(dy), Gpu(x), Gpu(w)) => on::layer_norm_backward(dx, dy, x, w, eps),
+        _ => apart("layer_norm_backward"),
+    }
+}
+
 /// Cosines and sines where the computation runs.
 pub enum Rotation {
     /// On the processor.

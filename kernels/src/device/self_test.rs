@@ -2,7 +2,7 @@
 
 use super::{
     AttentionGradients, AttentionInputs, AttentionOutputs, Device, Factor, FrozenWeight, Gate, Onto, Product,
-    Tensor, attention, attention_backward, gated, logprobs, multiply, rms_norm, soft_cap,
+    Tensor, attention, attention_backward, gated, layer_norm, logprobs, multiply, rms_norm, soft_cap,
 };
 use crate::{
     AttentionLayout, Dense, HeadShape, Nf4Parts, Nf4Scales, ScoreRule, Segment, Stored, Weight,
@@ -77,6 +77,8 @@ fn results(device: &Device) -> Result<Vec<(&'static str, Vec<f64>)>> {
     let normed = device.matrix(ROWS, WIDTH)?;
     rms_norm(&normed, &x, &norm, 1e-5)?;
     all.push(("rms_norm", values(&normed)?));
+    layer_norm(&normed, &x, &norm, &norm, 1e-5)?;
+    all.push(("layer_norm", values(&normed)?));
     let weight = weight(device)?;
     let (wide, active) = (device.matrix(ROWS, WIDE)?, device.matrix(ROWS, WIDE)?);
     multiply(&wide, Onto::Zero, &[Product::new(&x, Factor::Linear(&weight))])?;

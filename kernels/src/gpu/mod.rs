@@ -28,13 +28,14 @@ use crate::Dense;
 pub const DIALECT: &str = include_str!("../../gpu/dialect.h");
 
 /// The files of kernels by name.
-pub const SOURCES: [(&str, &str); 11] = [
+pub const SOURCES: [(&str, &str); 12] = [
     ("dequantize_affine", include_str!("../../gpu/dequantize_affine.kernel")),
     ("dequantize_int8", include_str!("../../gpu/dequantize_int8.kernel")),
     ("dequantize_nf4", include_str!("../../gpu/dequantize_nf4.kernel")),
     ("dropout", include_str!("../../gpu/dropout.kernel")),
     ("elementwise", include_str!("../../gpu/elementwise.kernel")),
     ("gated", include_str!("../../gpu/gated.kernel")),
+    ("layer_norm", include_str!("../../gpu/layer_norm.kernel")),
     ("logprob", include_str!("../../gpu/logprob.kernel")),
     ("rms_norm", include_str!("../../gpu/rms_norm.kernel")),
     ("rope", include_str!("../../gpu/rope.kernel")),

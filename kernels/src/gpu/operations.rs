@@ -2,7 +2,7 @@
 //! CPU operations of the same names.
 
 use super::{
-    Dropout, Elements, Gated, Grid, Logprob, RmsNorm, Rope, Rows,
+    Dropout, Elements, Gated, Grid, LayerNorm, Logprob, RmsNorm, Rope, Rows,
     matrix::Matrix,
     memory::{Gpu, Memory},
 };
@@ -69,6 +69,32 @@ pub fn rms_norm_backward(dx: &Matrix, dy: &Matrix, x: &Matrix, w: &Matrix, eps: 
     let p = RmsNorm { rows: rows as u64, columns: width(columns)?, eps: eps as f32 };
     let at = [dx.address(), dy.address(), x.address(), w.address()];
     x.gpu().launch("rms_norm_backward", x.element(), Grid::rows(rows, columns), &at, &p)
+}
+
+/// As [`crate::layer_norm`]. Shapes: w and b (1, C).
+pub fn layer_norm(out: &Matrix, x: &Matrix, w: &Matrix, b: &Matrix, eps: f64) -> Result<()> {
+    let (rows, columns) = x.dims();
+    same("layer_norm", (rows, columns), x.element(), &[x, out])?;
+    same("layer_norm", (1, columns), x.element(), &[w, b])?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let p = LayerNorm { rows: rows as u64, columns: width(columns)?, eps: eps as f32 };
+    let at = [out.address(), x.address(), w.address(), b.address()];
+    x.gpu().launch("layer_norm", x.element(), Grid::rows(rows, columns), &at, &p)
+}
+
+/// As [`crate::layer_norm_backward`]. Shape: w (1, C).
+pub fn layer_norm_backward(dx: &Matrix, dy: &Matrix, x: &Matrix, w: &Matrix, eps: f64) -> Result<()> {
+    let (rows, columns) = x.dims();
+    same("layer_norm_backward", (rows, columns), x.element(), &[x, dx, dy])?;
+    same("layer_norm_backward", (1, columns), x.element(), &[w])?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let p = LayerNorm { rows: rows as u64, columns: width(columns)?, eps: eps as f32 };
+    let at = [dx.address(), dy.address(), x.address(), w.address()];
+    x.gpu().launch("layer_norm_backward", x.element(), Grid::rows(rows, columns), &at, &p)
 }
 
 /// As [`crate::rope`]. Shapes: cosines and sines (positions, D/2) in f32.

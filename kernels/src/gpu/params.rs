@@ -33,6 +33,17 @@ macro_rules! params {
 }
 
 params!(
+    /// Of `layer_norm` and `layer_norm_backward`.
+    LayerNorm {
+        /// Rows of x.
+        rows: u64,
+        /// Columns of x.
+        columns: u32,
+        /// Added to the variance.
+        eps: f32,
+    }
+);
+params!(
     /// Of `rms_norm` and `rms_norm_backward`.
     RmsNorm {
         /// Rows of x.

@@ -15,6 +15,7 @@ mod attention_rules;
 mod dropout;
 mod elementwise;
 mod gated;
+mod layer_norm;
 mod logprob;
 mod matmul;
 mod matmul_bits;

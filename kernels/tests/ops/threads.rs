@@ -58,6 +58,7 @@ fn operations_on_rows() {
         let factors: Vec<f64> = normals(t, 5);
         assert_same_on_any_pool(&format!("({t}, {c})"), || {
             let (gradient, scaled, biased, dx, sum) = (x.copy()?, x.copy()?, x.copy()?, x.copy()?, x.copy()?);
+            let centred = x.copy()?;
             let stats = logprob_stats(&x, &targets)?;
             logprob_unit_gradient(&gradient, &targets, &stats)?;
             scale_rows(&scaled, &factors)?;
@@ -65,6 +66,7 @@ fn operations_on_rows() {
             let (result, dgate, dup, scattered) = (z.copy()?, x.copy()?, y.copy()?, x.copy()?);
             swiglu_backward(&result, &dgate, &dup)?;
             rms_norm_backward(&dx, &z, &x, &w, 1e-5)?;
+            layer_norm_backward(&centred, &z, &x, &w, 1e-5)?;
             add(&sum, &y)?;
             scatter_add_rows(&scattered, &y, &index)?;
             let logps: Vec<f64> = stats.iter().flat_map(|s| [s.logp, s.entropy, s.mean_logit]).collect();
@@ -76,6 +78,8 @@ fn operations_on_rows() {
                 biased,
                 written(&x, |out| rms_norm(out, &x, &w, 1e-5))?,
                 dx,
+                written(&x, |out| layer_norm(out, &x, &w, &w, 1e-5))?,
+                centred,
                 written(&x, |out| swiglu(out, &x, &y))?,
                 result,
                 dgate,
