@@ -40,6 +40,15 @@ impl RopeTable {
         Self { head: head_dim, half: frequencies.len(), cos, sin }
     }
 
+    /// Puts the rows of another table behind these: positions of the other one count from the number of rows here. Both must turn the
+    /// same part of the same heads.
+    pub fn followed_by(mut self, other: Self) -> Self {
+        debug_assert_eq!((self.head, self.half), (other.head, other.half));
+        self.cos.extend(other.cos);
+        self.sin.extend(other.sin);
+        self
+    }
+
     /// Returns D.
     pub fn head(&self) -> usize {
         self.head

@@ -31,6 +31,8 @@ pub struct Stored {
     rows: usize,
     columns: usize,
     form: Form,
+    /// Elements of the form before the first one of this matrix.
+    start: usize,
     /// Whether [`Stored::widen`] may use AVX2 and F16C.
     wide: bool,
 }
@@ -123,7 +125,7 @@ impl Stored {
         let wide = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
         #[cfg(not(target_arch = "x86_64"))]
         let wide = false;
-        Self { rows, columns, form, wide }
+        Self { rows, columns, form, start: 0, wide }
     }
 
     /// Returns the number of rows.
@@ -136,7 +138,7 @@ impl Stored {
         self.columns
     }
 
-    /// Returns the bytes that the matrix takes as stored, scales included.
+    /// Returns the bytes that the matrix takes as stored, scales included; of a window those of the quantized matrix that it is in.
     pub fn bytes(&self) -> usize {
         match &self.form {
             Form::Dense(_, bytes) => bytes.len(),
@@ -152,6 +154,17 @@ impl Stored {
         let (row, n) = (self.columns * dtype.size(), rows.len());
         let part = bytes.part(rows.start * row..rows.end * row)?;
         Self::dense(*dtype, part, n, self.columns).ok()
+    }
+
+    /// Returns some rows as a matrix of their own that shares the bytes; nothing when there are fewer. Of a quantized matrix it is for
+    /// the processor: a device takes the whole one and then a part of what is widened.
+    pub fn window(&self, rows: std::ops::Range<usize>) -> Option<Self> {
+        if rows.start > rows.end || rows.end > self.rows {
+            return None;
+        }
+        let start = self.start + rows.start * self.columns;
+        let quantized = || Self { rows: rows.len(), start, ..self.clone() };
+        if let Form::Dense(..) = self.form { self.rows_of(rows) } else { Some(quantized()) }
     }
 
     /// Returns all elements, if their bytes are f32 of this machine as they lie: most files align them.
@@ -192,7 +205,7 @@ impl Stored {
 
     /// Fills `out` in chunks of `length` with the elements from `start`, `start + step`, … on.
     fn pieces(&self, start: usize, step: usize, length: usize, out: &mut [f32]) {
-        let view = self.form.view();
+        let (view, start) = (self.form.view(), start + self.start);
         if self.wide {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `wide` says that the processor has AVX2 and F16C.
@@ -215,11 +228,12 @@ impl Stored {
         (0..pieces).into_par_iter().find_map_first(|piece| {
             let start = piece * SCAN;
             let end = (start + SCAN).min(self.rows * self.columns);
+            let range = self.start + start..self.start + end;
             let sound = match self.form.view() {
-                View::Dense(dtype, bytes) => dense::all_finite(dtype, bytes, start..end),
-                View::Nf4(view) => view.all_finite(start..end),
-                View::Int8(view) => view.all_finite(start..end),
-                View::Affine(view) => view.all_finite(start..end),
+                View::Dense(dtype, bytes) => dense::all_finite(dtype, bytes, range),
+                View::Nf4(view) => view.all_finite(range),
+                View::Int8(view) => view.all_finite(range),
+                View::Affine(view) => view.all_finite(range),
             };
             if sound {
                 return None;

@@ -73,6 +73,16 @@ fn check(stored: Stored, expected: &[f32], what: &str) {
             assert_eq!(bits(out), bits(&expected[at..at + width]), "{what} row {row} of many");
         }
         assert_eq!(stored.first_non_finite(), None, "{what}");
+        // A window, and a window of it.
+        let window = stored.window(first..rows).unwrap();
+        let mut out = vec![f32::NAN; window.rows() * columns];
+        window.widen_flat(0, &mut out);
+        assert_eq!(bits(&out), bits(&expected[first * columns..]), "{what} from row {first} on");
+        let last = window.window(window.rows() - 1..window.rows()).unwrap();
+        out.truncate(columns);
+        last.widen(0, 0, &mut out);
+        assert_eq!(bits(&out), bits(&expected[(rows - 1) * columns..]), "{what} last row");
+        assert!(last.first_non_finite().is_none() && last.window(0..2).is_none(), "{what}");
     }
 }
 
