@@ -12,7 +12,7 @@ use super::{
 };
 use crate::Dense;
 use candle_core::{Result, bail};
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// A frozen matrix on a device.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct SharedPlace {
     pub run: Arc<Memory>,
     /// Number of the matrix in the run.
     pub matrix: usize,
+    /// The rows of it that this is.
+    pub rows: Range<usize>,
     /// Where it is widened.
     pub place: Arc<Memory>,
 }
@@ -142,7 +144,7 @@ impl Frozen {
     pub fn dims(&self) -> (usize, usize) {
         match self {
             Self::Whole(matrix) => matrix.dims(),
-            Self::Shared(shared) => shared.packed.dims(shared.matrix),
+            Self::Shared(shared) => (shared.rows.len(), shared.packed.dims(shared.matrix).1),
             Self::Tiles(tiles) => (tiles.rows, tiles.columns),
         }
     }
@@ -152,7 +154,8 @@ impl Frozen {
         match self {
             Self::Whole(matrix) => Ok(matrix.clone()),
             Self::Shared(shared) => {
-                shared.packed.matrix(&shared.run, shared.matrix, || Ok(shared.place.clone()))
+                let whole = shared.packed.matrix(&shared.run, shared.matrix, || Ok(shared.place.clone()))?;
+                whole.narrow(shared.rows.start, shared.rows.len())
             }
             Self::Tiles(_) => bail!("a matrix in tiles where a whole one is needed"),
         }

@@ -4,8 +4,9 @@
 //! sweep leaves the block; it goes to page-locked memory while the next block computes.
 
 use crate::{
+    architecture::{Module, Parts},
     block::BlockFactors,
-    lora::{Factors, Lora},
+    lora::{Factors, LayerFactors, Lora},
     numeric::Numeric,
 };
 use candle_core::Tensor as HostTensor;
@@ -25,7 +26,7 @@ const ALIGN: usize = 256;
 type Spot = (usize, usize, usize);
 
 /// Lays the tensors of some factors out one after the other; returns their places and the size of all.
-fn places(factors: &BlockFactors, from: usize, size: usize) -> (Vec<Spot>, usize) {
+fn places(factors: &LayerFactors, from: usize, size: usize) -> (Vec<Spot>, usize) {
     let (mut all, mut at) = (Vec::new(), from);
     for tensor in factors.iter().flatten().flat_map(|f| [&f.a, &f.b]) {
         let (rows, columns) = (tensor.dims()[0], tensor.dims()[1]);
@@ -37,28 +38,37 @@ fn places(factors: &BlockFactors, from: usize, size: usize) -> (Vec<Spot>, usize
 
 /// Returns factors of the shape of `like` at some places of a memory.
 fn within(
-    like: &BlockFactors,
+    (like, parts): (&LayerFactors, Parts),
     memory: &Arc<Memory>,
     places: &[Spot],
     element: Dense,
-) -> BlockFactors<Tensor> {
+) -> Result<BlockFactors> {
     let mut places = places.iter();
     let mut next = || {
         places.next().map(|(at, r, c)| Tensor::Gpu(Matrix::in_memory(memory.clone(), *at, *r, *c, element)))
     };
     let mut out = BlockFactors::default();
-    for (to, from) in out.iter_mut().zip(like) {
-        if from.is_some() {
-            *to = next().zip(next()).map(|(a, b)| Factors { a, b });
+    for module in Module::NAMED.into_iter().filter(|m| like[*m as usize].is_some()) {
+        if let Some((a, b)) = next().zip(next()) {
+            split(&mut out, (module, parts), &a, &b)?;
         }
     }
-    out
+    Ok(out)
+}
+
+/// Gives the factors of a matrix to the modules whose rows it has: all get A, each its rows of B.
+fn split(out: &mut BlockFactors, of: (Module, Parts), a: &Tensor, b: &Tensor) -> Result<()> {
+    for (part, rows) in of.1.of(of.0) {
+        let b = b.narrow(rows.start, rows.len()).numeric()?;
+        out[part as usize] = Some(Factors { a: a.clone(), b });
+    }
+    Ok(())
 }
 
 /// Returns the factors of every block where a sweep computes; on the host they are the same memory.
-pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors<Tensor>>> {
+pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors>> {
     let Device::Gpu(gpu, element) = device else {
-        return lora.layers.iter().map(|block| on_host(device, block)).collect();
+        return lora.layers.iter().map(|block| on_host(device, block, lora.parts)).collect();
     };
     let (mut all, mut end) = (Vec::with_capacity(lora.layers.len()), 0);
     for block in &lora.layers {
@@ -72,14 +82,16 @@ pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors<Ten
         element.encode(&floats(tensor)?, &mut bytes);
         gpu.machine().upload(memory.address() + *at as u64, &bytes).numeric()
     })?;
-    Ok(lora.layers.iter().zip(&all).map(|(block, places)| within(block, &memory, places, *element)).collect())
+    let blocks = lora.layers.iter().zip(&all);
+    blocks.map(|(block, places)| within((block, lora.parts), &memory, places, *element)).collect()
 }
 
-fn on_host(device: &Device, block: &BlockFactors) -> Result<BlockFactors<Tensor>> {
+fn on_host(device: &Device, block: &LayerFactors, parts: Parts) -> Result<BlockFactors> {
     let mut out = BlockFactors::default();
-    for (to, from) in out.iter_mut().zip(block) {
-        if let Some(f) = from {
-            *to = Some(Factors { a: device.bring(&f.a).numeric()?, b: device.bring(&f.b).numeric()? });
+    for module in Module::NAMED {
+        if let Some(f) = &block[module as usize] {
+            let (a, b) = (device.bring(&f.a).numeric()?, device.bring(&f.b).numeric()?);
+            split(&mut out, (module, parts), &a, &b)?;
         }
     }
     Ok(out)
@@ -139,9 +151,9 @@ impl<'a> Gradient<'a> {
     }
 
     /// Returns where the gradient of a block is added to.
-    pub fn begin(&self, layer: usize) -> Result<BlockFactors<Tensor>> {
+    pub fn begin(&self, layer: usize) -> Result<BlockFactors> {
         match self {
-            Self::Host(lora, device) => on_host(device, &lora.layers[layer]),
+            Self::Host(lora, device) => on_host(device, &lora.layers[layer], lora.parts),
             Self::Gpu(g) => {
                 let machine = g.gpu.machine();
                 let (places, bytes, _) = &g.blocks[layer];
@@ -152,7 +164,7 @@ impl<'a> Gradient<'a> {
                 if *bytes > 0 {
                     machine.clear(memory.address(), *bytes).numeric()?;
                 }
-                Ok(within(&g.lora.layers[layer], memory, places, Dense::F32))
+                within((&g.lora.layers[layer], g.lora.parts), memory, places, Dense::F32)
             }
         }
     }

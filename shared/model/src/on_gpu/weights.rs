@@ -2,11 +2,12 @@
 //!
 //! Resident runs are uploaded once. Streamed ones take turns in two places: while a block computes, the next one is copied from
 //! the page cache to page-locked memory and from there to the device. Quantized matrices are widened once a block, each to the place
-//! of its module; or, to save memory, for every product, all to one place.
+//! of its own; or, to save memory, for every product, all to one place.
 
 use crate::{
-    architecture::{Architecture, Module},
+    architecture::{Architecture, Module, Parts},
     base::{LayerWeights, Placement},
+    norm::NormWeights,
     numeric::Numeric,
     projection::Linear,
     weights::Norms,
@@ -25,29 +26,33 @@ use std::{cell::RefCell, sync::Arc};
 
 /// One block as the host has it.
 pub(crate) struct HostLayer<'a> {
-    pub norms: &'a Norms<HostTensor>,
-    /// By [`Module`]: the matrix and its bias.
-    pub linears: Vec<(&'a Weight, Option<&'a HostTensor>)>,
+    pub norms: &'a Norms<NormWeights<HostTensor>>,
+    /// As stored, by [`Architecture::modules`].
+    pub matrices: &'a [Arc<Stored>],
+    /// By [`Module`].
+    pub biases: Vec<Option<&'a HostTensor>>,
 }
 
 /// The blocks on a GPU.
 pub(crate) struct GpuLayers {
     gpu: Arc<Gpu>,
     layers: Vec<GpuLayer>,
+    /// The matrices of a block, and which rows of them are whose.
+    modules: (&'static [Module], Parts),
     widened: Widened,
     runs: Runs,
 }
 
 /// Where matrices are widened.
 enum Widened {
-    /// By [`Module`].
+    /// By matrix.
     Apart(Vec<Arc<Memory>>),
     /// One place for all.
     Shared(Arc<Memory>),
 }
 
 struct GpuLayer {
-    norms: Norms<Tensor>,
+    norms: Norms<NormWeights<Tensor>>,
     biases: Vec<Option<Tensor>>,
     packed: Arc<Packed>,
 }
@@ -88,19 +93,19 @@ impl GpuLayers {
         };
         let mut own = Vec::new();
         for layer in layers {
-            let stored = layer.linears.iter().map(|(weight, _)| stored(weight)).collect::<Result<_>>()?;
             let bring = |t: &HostTensor| device.bring(t).numeric();
             own.push(GpuLayer {
-                norms: layer.norms.map(architecture, |norm, _| bring(norm))?,
-                biases: layer.linears.iter().map(|(_, b)| b.map(bring).transpose()).collect::<Result<_>>()?,
-                packed: Arc::new(Packed::new(stored, *element)),
+                norms: layer.norms.map(architecture, |norm, _| norm.map(bring))?,
+                biases: layer.biases.iter().map(|b| b.map(bring).transpose()).collect::<Result<_>>()?,
+                packed: Arc::new(Packed::new(layer.matrices.to_vec(), *element)),
             });
         }
         let size = |m: usize| {
             let quantized = own.iter().filter(|l| l.packed.is_quantized(m));
             quantized.map(|l| l.packed.widened_bytes(m)).max().unwrap_or(0)
         };
-        let sizes = (0..Module::ALL.len()).map(size);
+        let modules = (architecture.modules(), architecture.parts());
+        let sizes = (0..modules.0.len()).map(size);
         let place = |bytes: usize| gpu.take(bytes).map(Arc::new).numeric();
         let widened = match placement.share_widened {
             true => Widened::Shared(place(sizes.max().unwrap_or(0))?),
@@ -128,7 +133,7 @@ impl GpuLayers {
                 Runs::Resident(resident)
             }
         };
-        Ok(Self { gpu: gpu.clone(), layers: own, widened, runs })
+        Ok(Self { gpu: gpu.clone(), layers: own, modules, widened, runs })
     }
 
     /// Returns the weights of block `layer`. They are good until the next block is asked for.
@@ -140,21 +145,34 @@ impl GpuLayers {
             }
         };
         let own = &self.layers[layer];
-        let linear = |m: usize| -> Result<Linear> {
-            let whole = |to: &Arc<Memory>| own.packed.matrix(&memory, m, || Ok(to.clone())).numeric();
-            let weight = match &self.widened {
-                Widened::Apart(places) => Frozen::Whole(whole(&places[m])?),
-                Widened::Shared(place) if own.packed.is_quantized(m) => Frozen::Shared(SharedPlace {
-                    packed: own.packed.clone(),
-                    run: memory.clone(),
-                    matrix: m,
-                    place: place.clone(),
-                }),
-                Widened::Shared(place) => Frozen::Whole(whole(place)?),
+        let mut linears = Vec::with_capacity(Module::ALL.len());
+        for (i, module) in self.modules.0.iter().enumerate() {
+            let place = match &self.widened {
+                Widened::Apart(places) => &places[i],
+                Widened::Shared(place) => place,
             };
-            Ok(Linear { weight: FrozenWeight::Gpu(weight), bias: own.biases[m].clone() })
-        };
-        let linears: Vec<Linear> = (0..Module::ALL.len()).map(linear).collect::<Result<_>>()?;
+            let shared = matches!(self.widened, Widened::Shared(_)) && own.packed.is_quantized(i);
+            let whole = match shared {
+                true => None,
+                false => Some(own.packed.matrix(&memory, i, || Ok(place.clone())).numeric()?),
+            };
+            for (part, rows) in self.modules.1.of(*module) {
+                let weight = match &whole {
+                    Some(whole) => Frozen::Whole(whole.narrow(rows.start, rows.len()).numeric()?),
+                    None => Frozen::Shared(SharedPlace {
+                        packed: own.packed.clone(),
+                        run: memory.clone(),
+                        matrix: i,
+                        rows,
+                        place: place.clone(),
+                    }),
+                };
+                linears.push(Linear {
+                    weight: FrozenWeight::Gpu(weight),
+                    bias: own.biases[part as usize].clone(),
+                });
+            }
+        }
         let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
         Ok(LayerWeights { norms: own.norms.clone(), linears })
     }
