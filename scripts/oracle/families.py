@@ -38,6 +38,7 @@ def rope(kind, **fields):
 
 
 LONGROPE = rope("longrope", short_factor=[1.0, 1.1, 1.3, 1.7], long_factor=[1.2, 2.0, 4.0, 8.0])
+PARTIAL = rope("longrope", short_factor=[1.0, 1.3], long_factor=[1.5, 4.0], partial_rotary_factor=0.5)
 FAMILIES = {
     "llama3": ("llama", dict(rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                   original_max_position_embeddings=16), tie_word_embeddings=True)),
@@ -52,11 +53,14 @@ FAMILIES = {
     "phi3": ("phi3", dict(sliding_window=8)),
     "phi3-longrope": ("phi3", dict(LONGROPE, original_max_position_embeddings=16, partial_rotary_factor=1.0)),
     "phi3-partial": ("phi3", dict(rope("default", partial_rotary_factor=0.5), partial_rotary_factor=0.5)),
+    "phi4-mini": ("phi3", dict(PARTIAL, original_max_position_embeddings=16, partial_rotary_factor=0.5,
+                               tie_word_embeddings=True)),
     "gemma2": ("gemma2", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=8, attn_logit_softcapping=5.0,
                               final_logit_softcapping=3.0)),
     "gemma3": ("gemma3_text", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=8, num_hidden_layers=3,
                                    layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
     "stablelm": ("stablelm", dict(use_qkv_bias=True, partial_rotary_factor=0.5)),
+    "stablelm-plain": ("stablelm", dict(rope("default", partial_rotary_factor=0.25), num_key_value_heads=4)),
 }
 
 

@@ -3,12 +3,15 @@
 use crate::{
     family::{Activation, Family, Norm, Record},
     rotary::{Rotary, Scaling},
+    rows::Limits,
 };
 use kto_cli::{Error, Result};
 use kto_kernels::{HeadShape, ScoreRule, device::Gate};
 use serde_json::Value;
+use std::ops::Range;
 
-/// The seven linear layers of a decoder block, in the order in which they are computed.
+/// The seven linear layers of a decoder block, in the order in which they are computed; and, behind them, the matrices in which some
+/// checkpoints and adapters have the rows of several of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Module {
     /// Query projection.
@@ -25,21 +28,73 @@ pub enum Module {
     Up,
     /// MLP down projection.
     Down,
+    /// Rows of [`Module::Q`], [`Module::K`] and [`Module::V`].
+    Qkv,
+    /// Rows of [`Module::Gate`] and [`Module::Up`].
+    GateUp,
 }
 
 impl Module {
-    /// All modules; `ALL[m as usize] == m`.
+    /// All that are computed; `ALL[m as usize] == m`.
     pub const ALL: [Module; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+    /// All that have a name; `NAMED[m as usize] == m`.
+    pub const NAMED: [Module; 9] =
+        [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down, Self::Qkv, Self::GateUp];
+    /// The matrices of a block where some are fused, in the order of [`Module::ALL`].
+    const FUSED: [Module; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
 
     /// Returns the last part of the name, as `target_modules` lists it.
     pub fn name(self) -> &'static str {
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"][self as usize]
+        match self {
+            Self::Q => "q_proj",
+            Self::K => "k_proj",
+            Self::V => "v_proj",
+            Self::O => "o_proj",
+            Self::Gate => "gate_proj",
+            Self::Up => "up_proj",
+            Self::Down => "down_proj",
+            Self::Qkv => "qkv_proj",
+            Self::GateUp => "gate_up_proj",
+        }
     }
 
     /// Returns the name in a checkpoint, without `.weight`.
     pub fn path(self, layer: usize) -> String {
-        let part = if self <= Module::O { "self_attn" } else { "mlp" };
+        let part = match self {
+            Self::Q | Self::K | Self::V | Self::O | Self::Qkv => "self_attn",
+            Self::Gate | Self::Up | Self::Down | Self::GateUp => "mlp",
+        };
         format!("model.layers.{layer}.{part}.{}", self.name())
+    }
+}
+
+/// How many rows the linear layers of a block have, and so which rows of a fused matrix are whose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// C
+    hidden: usize,
+    /// H·D
+    queries: usize,
+    /// Hkv·D
+    keys: usize,
+    /// I
+    intermediate: usize,
+}
+
+impl Parts {
+    /// Returns the modules that a matrix holds, each with its rows.
+    pub fn of(self, module: Module) -> Vec<(Module, Range<usize>)> {
+        let (q, kv, i) = (self.queries, self.keys, self.intermediate);
+        match module {
+            Module::Qkv => {
+                vec![(Module::Q, 0..q), (Module::K, q..q + kv), (Module::V, q + kv..q + 2 * kv)]
+            }
+            Module::GateUp => vec![(Module::Gate, 0..i), (Module::Up, i..2 * i)],
+            Module::Q => vec![(module, 0..q)],
+            Module::K | Module::V => vec![(module, 0..kv)],
+            Module::Gate | Module::Up => vec![(module, 0..i)],
+            Module::O | Module::Down => vec![(module, 0..self.hidden)],
+        }
     }
 }
 
@@ -59,7 +114,9 @@ pub struct Architecture {
     /// Head sizes.
     pub shape: HeadShape,
     /// Epsilon of the norms.
-    pub rms_eps: f64,
+    pub norm_eps: f64,
+    /// Norms take the mean off and have a bias (LayerNorm).
+    pub norm_bias: bool,
     /// Rotation of the blocks that see everything.
     pub rotary: Rotary,
     /// Rotation of the blocks with a window, where it is another.
@@ -92,13 +149,23 @@ pub struct Architecture {
     pub o_bias: bool,
     /// Biases on gate, up, down.
     pub mlp_bias: bool,
+    /// Q, k, v are one matrix, gate and up another, in checkpoints and adapters.
+    pub fused: bool,
     /// Longest position the model was made for.
     pub max_positions: usize,
 }
 
 /// The families that the engine computes.
-const WORKS: [Family; 6] =
-    [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3, Family::Gemma2, Family::Gemma3];
+const WORKS: [Family; 8] = [
+    Family::Llama,
+    Family::Mistral,
+    Family::Qwen2,
+    Family::Qwen3,
+    Family::Phi3,
+    Family::Gemma2,
+    Family::Gemma3,
+    Family::StableLm,
+];
 
 impl Architecture {
     /// Reads a config.json. Errors (65): an unknown family or feature, one that the engine does not compute, a missing
@@ -111,7 +178,8 @@ impl Architecture {
             intermediate: record.intermediate,
             layers: record.layers,
             shape: record.shape,
-            rms_eps: record.norm_eps,
+            norm_eps: record.norm_eps,
+            norm_bias: record.norm == Norm::Layer,
             rotary: record.rotary,
             sliding_rotary: record.sliding_rotary,
             window: record.window,
@@ -131,6 +199,7 @@ impl Architecture {
             qkv_bias: record.qkv_bias,
             o_bias: record.o_bias,
             mlp_bias: record.mlp_bias,
+            fused: record.fused,
             max_positions: record.max_positions,
             family: record.family.name().into(),
         })
@@ -148,6 +217,27 @@ impl Architecture {
         }
     }
 
+    /// Returns the matrices of a block as checkpoints and adapters have them, in the order in which they are computed.
+    pub fn modules(&self) -> &'static [Module] {
+        if self.fused { &Module::FUSED } else { &Module::ALL }
+    }
+
+    /// Returns the matrix that holds a computed module.
+    pub fn matrix_of(&self, module: Module) -> Module {
+        match module {
+            Module::Q | Module::K | Module::V if self.fused => Module::Qkv,
+            Module::Gate | Module::Up if self.fused => Module::GateUp,
+            own => own,
+        }
+    }
+
+    /// Returns the rows of the linear layers.
+    pub fn parts(&self) -> Parts {
+        let HeadShape { heads, kv_heads, dim } = self.shape;
+        let (hidden, intermediate) = (self.hidden, self.intermediate);
+        Parts { hidden, queries: heads * dim, keys: kv_heads * dim, intermediate }
+    }
+
     /// Returns (rows, columns) of a module's weight.
     pub fn weight_shape(&self, module: Module) -> (usize, usize) {
         let (q, kv) = (self.shape.heads * self.shape.dim, self.shape.kv_heads * self.shape.dim);
@@ -157,6 +247,8 @@ impl Architecture {
             Module::O => (self.hidden, q),
             Module::Gate | Module::Up => (self.intermediate, self.hidden),
             Module::Down => (self.hidden, self.intermediate),
+            Module::Qkv => (q + 2 * kv, self.hidden),
+            Module::GateUp => (2 * self.intermediate, self.hidden),
         }
     }
 
@@ -172,12 +264,32 @@ impl Architecture {
         self.sliding_rotary.as_ref().filter(|_| sliding).unwrap_or(&self.rotary)
     }
 
-    /// Fails (65) when rows of `positions` tokens would turn otherwise than shorter ones: the engine turns all rows alike.
+    /// Returns the number of tokens from which on a sequence turns by the second set of divisors (LongRoPE).
+    pub fn turn(&self) -> Option<usize> {
+        match &self.rotary.scaling {
+            Scaling::Long { original, .. } => Some(*original as usize),
+            _ => None,
+        }
+    }
+
+    /// Returns how rows are cut and turned.
+    pub fn limits(&self, max_length: usize) -> Limits {
+        Limits { max_length, turn: self.turn() }
+    }
+
+    /// Returns the elements of the rotary tables for sequences of at most so many tokens.
+    pub fn rope_elements(&self, positions: usize) -> usize {
+        let first = self.turn().filter(|turn| *turn < positions).unwrap_or(0);
+        let sliding = self.sliding_rotary.as_ref().map_or(0, |rotary| positions * rotary.dim);
+        (first + positions) * self.rotary.dim + sliding
+    }
+
+    /// Fails (65) when rows of `positions` tokens would each turn in a way of their own.
     pub fn check_positions(&self, positions: usize) -> Result<()> {
         for rotary in std::iter::once(&self.rotary).chain(&self.sliding_rotary) {
             let (name, original) = match &rotary.scaling {
                 Scaling::Dynamic { original, .. } => ("dynamic", *original),
-                Scaling::Long { original, .. } => ("longrope", *original),
+                Scaling::Long { original, .. } if self.sliding_rotary.is_some() => ("longrope", *original),
                 _ => continue,
             };
             if positions as f64 > original {
@@ -193,9 +305,9 @@ impl Architecture {
     /// Returns whether a module has a bias.
     pub fn has_bias(&self, module: Module) -> bool {
         match module {
-            Module::Q | Module::K | Module::V => self.qkv_bias,
+            Module::Q | Module::K | Module::V | Module::Qkv => self.qkv_bias,
             Module::O => self.o_bias,
-            Module::Gate | Module::Up | Module::Down => self.mlp_bias,
+            Module::Gate | Module::Up | Module::Down | Module::GateUp => self.mlp_bias,
         }
     }
 
@@ -205,10 +317,11 @@ impl Architecture {
             let (rows, columns) = self.weight_shape(m);
             rows * columns + if self.has_bias(m) { rows } else { 0 }
         };
-        let norms = if self.post_norms { 4 } else { 2 } * self.hidden
-            + if self.qk_norm { 2 * self.shape.dim } else { 0 };
-        let block: usize = Module::ALL.into_iter().map(linear).sum::<usize>() + norms;
-        let ends = self.vocab_size * self.hidden * if self.tied { 1 } else { 2 } + self.hidden;
+        let norm = self.hidden * if self.norm_bias { 2 } else { 1 };
+        let norms =
+            if self.post_norms { 4 } else { 2 } * norm + if self.qk_norm { 2 * self.shape.dim } else { 0 };
+        let block: usize = self.modules().iter().copied().map(linear).sum::<usize>() + norms;
+        let ends = self.vocab_size * self.hidden * if self.tied { 1 } else { 2 } + norm;
         self.layers * block + ends
     }
 }

@@ -6,13 +6,14 @@
 //! Deliberately absent: writable weights, and any copy of a matrix.
 
 use crate::{
-    architecture::{Architecture, Module},
+    architecture::Architecture,
+    norm::NormWeights,
     numeric::Numeric,
     on_gpu::weights::{GpuLayers, HostLayer, frozen},
     projection::Linear,
     residency::Pages,
     rotary::{Rotary, Scaling},
-    weights::{self, EMBEDDING, FINAL_NORM, HEAD, Norms, bias_name, weight_name},
+    weights::{self, EMBEDDING, FINAL_NORM, HEAD, Norms, bias_name, norm_names, weight_name},
 };
 use candle_core::{DType, Tensor as HostTensor};
 use kto_cli::{Context, Error, Result, escape};
@@ -21,7 +22,7 @@ use kto_formats::{
     tensors::{check_finite, non_finite},
 };
 use kto_kernels::{
-    RopeTable, Weight,
+    RopeTable, Stored, Weight,
     device::{Device, FrozenWeight, Rotation, Tensor, scale_in_place},
 };
 use kto_weights::Source;
@@ -34,8 +35,8 @@ use std::sync::{
 #[derive(Clone, Debug)]
 pub struct LayerWeights {
     /// As the engine multiplies with them.
-    pub norms: Norms<Tensor>,
-    /// By [`Module`].
+    pub norms: Norms<NormWeights<Tensor>>,
+    /// By [`crate::architecture::Module`].
     pub linears: [Linear; 7],
 }
 
@@ -45,8 +46,7 @@ pub struct BaseModel {
     pub architecture: Architecture,
     /// Where it computes.
     device: Device,
-    /// (C)
-    final_norm: HostTensor,
+    final_norm: NormWeights<HostTensor>,
     /// Positions in use.
     positions: usize,
     placed: Placed,
@@ -64,7 +64,7 @@ pub struct BaseModel {
 
 /// What is where the sweep computes.
 struct Placed {
-    final_norm: Tensor,
+    final_norm: NormWeights<Tensor>,
     /// Of the blocks that see everything, and of those with a window where it is another.
     rope: (Rotation, Option<Rotation>),
     head: FrozenWeight,
@@ -84,8 +84,10 @@ pub struct Placement {
 }
 
 struct Layer {
-    norms: Norms<HostTensor>,
-    /// By [`Module`]: the matrix and its bias (out).
+    norms: Norms<NormWeights<HostTensor>>,
+    /// The matrices as stored, by [`Architecture::modules`].
+    stored: Vec<Arc<Stored>>,
+    /// By [`crate::architecture::Module`]: its rows of a matrix and its bias (out).
     linears: Vec<(Weight, Option<HostTensor>)>,
     use_: Use,
 }
@@ -126,7 +128,7 @@ impl BaseModel {
         let rope = rotations(&architecture, positions, &device)?;
         let own = head.as_ref().unwrap_or(&embedding).weight.clone();
         let placed = Placed {
-            final_norm: Tensor::Host(final_norm.clone()),
+            final_norm: final_norm.map(|norm| Ok::<_, Error>(Tensor::Host(norm.clone())))?,
             rope,
             head: FrozenWeight::Host(own),
             layers: None,
@@ -164,13 +166,14 @@ impl BaseModel {
         }
         let host = self.layers.iter().map(|l| HostLayer {
             norms: &l.norms,
-            linears: l.linears.iter().map(|(w, b)| (w, b.as_ref())).collect(),
+            matrices: &l.stored,
+            biases: l.linears.iter().map(|(_, b)| b.as_ref()).collect(),
         });
         let layers = GpuLayers::new(device, &self.architecture, host, placement, uploaded)?;
         let own = self.head.as_ref().unwrap_or(&self.embedding).checked().at(self.shown())?;
         let head = frozen(device, own, placement.head_tile)?;
         self.placed = Placed {
-            final_norm: device.bring(&self.final_norm).numeric()?,
+            final_norm: self.final_norm.map(|norm| device.bring(norm).numeric())?,
             rope: rotations(&self.architecture, self.positions, device)?,
             head,
             layers: Some(layers),
@@ -193,12 +196,13 @@ impl BaseModel {
         if scale == 1.0 { Ok(()) } else { scale_in_place(rows, scale).numeric() }
     }
 
-    /// Returns the weight of the last norm.
-    pub fn final_norm(&self) -> &Tensor {
+    /// Returns the last norm.
+    pub(crate) fn final_norm(&self) -> &NormWeights<Tensor> {
         &self.placed.final_norm
     }
 
-    /// Returns cosines and sines of block `layer` for every position in use.
+    /// Returns cosines and sines of block `layer` for every position in use; behind them, where sequences longer than
+    /// [`Architecture::turn`] are in use, those of all their positions.
     pub fn rope(&self, layer: usize) -> &Rotation {
         let sliding = self.architecture.sliding.get(layer).copied().unwrap_or(false);
         self.placed.rope.1.as_ref().filter(|_| sliding).unwrap_or(&self.placed.rope.0)
@@ -222,13 +226,14 @@ impl BaseModel {
         let own = &self.layers[layer];
         own.check().at(self.shown())?;
         let bring = |t: &HostTensor| Tensor::Host(t.clone());
+        let norm = |n: &NormWeights<HostTensor>| n.map(|t| Ok(bring(t)));
         let linear = |(weight, bias): &(Weight, Option<HostTensor>)| Linear {
             weight: FrozenWeight::Host(weight.clone()),
             bias: bias.as_ref().map(bring),
         };
         let linears: Vec<Linear> = own.linears.iter().map(linear).collect();
         let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
-        Ok(LayerWeights { norms: own.norms.map(&self.architecture, |norm, _| Ok(bring(norm)))?, linears })
+        Ok(LayerWeights { norms: own.norms.map(&self.architecture, |n, _| norm(n))?, linears })
     }
 
     /// Returns the embedding (V, C). A sweep begins here. Error as for [`BaseModel::layer`].
@@ -302,7 +307,11 @@ impl BaseModel {
 
     /// Returns the bytes of block `layer`'s matrices: in the mapped file, or in memory once they are dense.
     pub fn bytes_stored(&self, layer: usize) -> usize {
-        self.layers[layer].linears.iter().map(|(w, _)| bytes(w)).sum()
+        let layer = &self.layers[layer];
+        match &layer.linears[..] {
+            [(Weight::Dense(_), _), ..] => layer.linears.iter().map(|(w, _)| bytes(w)).sum(),
+            _ => layer.stored.iter().map(|matrix| matrix.bytes()).sum(),
+        }
     }
 
     /// Returns the bytes of the head beside the embedding: 0 when tied.
@@ -340,15 +349,13 @@ impl BaseModel {
 }
 
 impl Use {
-    /// Fails (65) at the first use when one of `weights`, which are [`Use::names`], is not finite.
-    fn check<'a>(&self, weights: impl Iterator<Item = &'a Weight>) -> Result<()> {
+    /// Fails (65) at the first use when one of `matrices`, which are [`Use::names`], is not finite.
+    fn check<'a>(&self, matrices: impl Iterator<Item = &'a Arc<Stored>>) -> Result<()> {
         if self.checked.load(Ordering::Relaxed) {
             return Ok(());
         }
-        for (name, weight) in self.names.iter().zip(weights) {
-            if let Weight::Stored(stored) = weight
-                && let Some((index, value)) = stored.first_non_finite()
-            {
+        for (name, stored) in self.names.iter().zip(matrices) {
+            if let Some((index, value)) = stored.first_non_finite() {
                 return Err(non_finite(name, index, value));
             }
         }
@@ -359,14 +366,16 @@ impl Use {
 
 impl Layer {
     fn check(&self) -> Result<()> {
-        self.use_.check(self.linears.iter().map(|(w, _)| w))
+        self.use_.check(self.stored.iter())
     }
 }
 
 impl Matrix {
     fn checked(&self) -> Result<&Weight> {
         if !self.use_.checked.load(Ordering::Relaxed) {
-            self.use_.check([&self.weight].into_iter())?;
+            if let Weight::Stored(stored) = &self.weight {
+                self.use_.check([stored].into_iter())?;
+            }
             // Of the embedding only a few rows will be wanted.
             self.use_.pages.release();
         }
@@ -388,13 +397,17 @@ fn rotations(
 ) -> Result<(Rotation, Option<Rotation>)> {
     let (head, positions) = (architecture.shape.dim, positions.max(1));
     let bring = |rotary: &Rotary| {
+        let scaled = |length: usize, positions: usize| {
+            let frequencies = rotary.frequencies(length);
+            RopeTable::of_frequencies(head, &frequencies, rotary.attention_factor(), positions)
+        };
         let table = match rotary.scaling {
             // Rounded as transformers rounds it, to the last bit.
             Scaling::Default if rotary.dim == head => RopeTable::new(head, rotary.theta, positions),
-            _ => {
-                let frequencies = rotary.frequencies(positions);
-                RopeTable::of_frequencies(head, &frequencies, rotary.attention_factor(), positions)
-            }
+            _ => match architecture.turn().filter(|turn| *turn < positions) {
+                Some(turn) => scaled(turn, turn).followed_by(scaled(positions, positions)),
+                None => scaled(positions, positions),
+            },
         };
         Rotation::new(table, device).numeric()
     };
@@ -417,27 +430,34 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn layer(&self, layer: usize) -> Result<Layer> {
-        let (mut names, mut parts, mut linears) = (Vec::new(), Vec::new(), Vec::new());
-        for module in Module::ALL {
+        let (mut names, mut parts) = (Vec::new(), Vec::new());
+        let (mut matrices, mut linears) = (Vec::new(), Vec::new());
+        for &module in self.architecture.modules() {
             let (rows, columns) = self.architecture.weight_shape(module);
             let name = weight_name(module, layer);
-            let (weight, of) = self.stored(&name, rows, columns)?;
+            let (matrix, of) = self.stored(&name, rows, columns)?;
             let bias = match self.architecture.has_bias(module) {
                 true => Some(self.vector(&bias_name(module, layer), rows)?),
                 false => None,
             };
-            linears.push((weight, bias));
+            for (_, rows) in self.architecture.parts().of(module) {
+                let bias =
+                    bias.as_ref().map(|b| b.narrow(0, rows.start, rows.len()).numeric()).transpose()?;
+                let part = matrix.window(rows).ok_or_else(|| Error::internal("rows outside a matrix"))?;
+                linears.push((Weight::Stored(Arc::new(part)), bias));
+            }
+            matrices.push(matrix);
             parts.extend(of);
             names.push(name);
         }
         let norms =
             Norms::names(self.architecture, layer).map(self.architecture, |name, n| self.norm(name, n))?;
-        Ok(Layer { norms, linears, use_: self.used(names, &parts) })
+        Ok(Layer { norms, stored: matrices, linears, use_: self.used(names, &parts) })
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
-        let (weight, parts) = self.stored(name, rows, columns)?;
-        Ok(Matrix { weight, use_: self.used(vec![name.into()], &parts) })
+        let (matrix, parts) = self.stored(name, rows, columns)?;
+        Ok(Matrix { weight: Weight::Stored(matrix), use_: self.used(vec![name.into()], &parts) })
     }
 
     fn used(&self, names: Vec<String>, parts: &[String]) -> Use {
@@ -446,17 +466,20 @@ impl Loader<'_> {
     }
 
     /// Returns a matrix as stored, and the tensors that it consists of.
-    fn stored(&self, name: &str, rows: usize, columns: usize) -> Result<(Weight, Vec<String>)> {
+    fn stored(&self, name: &str, rows: usize, columns: usize) -> Result<(Arc<Stored>, Vec<String>)> {
         let source = Source::find(self.directory, name)?;
         let parts = source.parts(name);
         let stored = source.wrap(&self.directory.tensors, name, rows, columns)?;
-        Ok((Weight::Stored(Arc::new(stored)), parts))
+        Ok((Arc::new(stored), parts))
     }
 
-    /// Returns the weight of a norm as it is multiplied with.
-    fn norm(&self, name: &str, length: usize) -> Result<HostTensor> {
-        let stored = self.vector(name, length)?;
-        if self.architecture.norm_plus_one { (stored + 1.0).numeric() } else { Ok(stored) }
+    /// Returns a norm with its weight as it is multiplied with.
+    fn norm(&self, name: &str, length: usize) -> Result<NormWeights<HostTensor>> {
+        let norm = norm_names(self.architecture, name).map(|name| self.vector(name, length))?;
+        match self.architecture.norm_plus_one {
+            true => Ok(NormWeights { weight: (norm.weight + 1.0).numeric()?, ..norm }),
+            false => Ok(norm),
+        }
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<HostTensor> {

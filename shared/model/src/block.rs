@@ -4,6 +4,7 @@ use crate::{
     architecture::{Architecture, Module},
     base::LayerWeights,
     buffers::{Activations, ForwardScratch, KeyValues, Scratch},
+    norm::NormWeights,
     projection::{Factors, Projection, input_gradient},
 };
 use candle_core::Result;
@@ -11,15 +12,14 @@ use kto_kernels::{
     AttentionLayout, DropoutKey, HeadShape, ScoreRule,
     device::{
         AttentionGradients, AttentionInputs, AttentionOutputs, Rotation, Tensor, add, attention,
-        attention_backward, clear, gated, gated_backward, gather_rows, rms_norm, rms_norm_backward, rope,
-        scatter_add_rows,
+        attention_backward, clear, gated, gated_backward, gather_rows, rope, scatter_add_rows,
     },
     random,
 };
 use std::borrow::Cow;
 
-/// The factors (or their gradients) of one block, by [`Module`].
-pub type BlockFactors<T = candle_core::Tensor> = [Option<Factors<T>>; 7];
+/// The factors (or their gradients) of one block where it is computed, by [`Module`]; of a fused matrix all have the same A.
+pub type BlockFactors = [Option<Factors<Tensor>>; 7];
 
 /// A block's weights and what is common to a pass.
 pub(crate) struct Block<'a> {
@@ -27,7 +27,7 @@ pub(crate) struct Block<'a> {
     pub rule: ScoreRule,
     pub rope: &'a Rotation,
     pub weights: &'a LayerWeights,
-    pub factors: Option<(&'a BlockFactors<Tensor>, f64)>,
+    pub factors: Option<(&'a BlockFactors, f64)>,
     /// Mask probability and key of this block.
     pub dropout: Option<DropoutKey>,
 }
@@ -35,7 +35,7 @@ pub(crate) struct Block<'a> {
 /// The rows that a block works on: a part of a pack.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
-    /// Position of every row.
+    /// Row of the rotary tables of every row.
     pub positions: &'a [u32],
     /// Name of every row for dropout masks.
     pub keys: &'a [u64],
@@ -94,7 +94,7 @@ impl Block<'_> {
         scratch: &ForwardScratch,
     ) -> Result<()> {
         let Pass { h, rows, a, .. } = pass;
-        rms_norm(&scratch.normed, h, &self.weights.norms.input, self.architecture.rms_eps)?;
+        self.weights.norms.input.forward(&scratch.normed, h, self.architecture.norm_eps)?;
         let project = |m: Module, y: &Tensor| {
             self.projection(m, rows.keys).forward(y, None, &scratch.normed, &a.inner[m as usize])
         };
@@ -131,12 +131,12 @@ impl Block<'_> {
             None => project(Module::O, &a.h2, Some(&residual), &a.attended)?,
             Some((norm, _)) => {
                 project(Module::O, &a.sums.0, None, &a.attended)?;
-                rms_norm(&a.h2, &a.sums.0, norm, self.architecture.rms_eps)?;
+                norm.forward(&a.h2, &a.sums.0, self.architecture.norm_eps)?;
                 add(&a.h2, &residual)?;
             }
         }
         let normed = scratch.normed.narrow(0, rows.results())?;
-        rms_norm(&normed, &a.h2, &self.weights.norms.mlp, self.architecture.rms_eps)?;
+        self.weights.norms.mlp.forward(&normed, &a.h2, self.architecture.norm_eps)?;
         project(Module::Gate, &a.gate, None, &normed)?;
         project(Module::Up, &a.up, None, &normed)?;
         gated(self.architecture.gate, &scratch.wide, &a.gate, &a.up)
@@ -151,7 +151,7 @@ impl Block<'_> {
             None => down.forward(out, Some(&pass.a.h2), &scratch.wide, inner),
             Some((_, norm)) => {
                 down.forward(&pass.a.sums.1, None, &scratch.wide, inner)?;
-                rms_norm(out, &pass.a.sums.1, norm, self.architecture.rms_eps)?;
+                norm.forward(out, &pass.a.sums.1, self.architecture.norm_eps)?;
                 add(out, &pass.a.h2)
             }
         }
@@ -170,22 +170,17 @@ impl Block<'_> {
     }
 
     /// Norms every head of queries or keys. Shapes: y and x (T, heads·D), norm (D).
-    fn norm_heads(&self, y: &Tensor, x: &Tensor, norm: &Tensor) -> Result<()> {
+    fn norm_heads(&self, y: &Tensor, x: &Tensor, norm: &NormWeights<Tensor>) -> Result<()> {
         let dim = self.architecture.shape.dim;
-        rms_norm(&y.in_rows_of(dim)?, &x.in_rows_of(dim)?, norm, self.architecture.rms_eps)
+        norm.forward(&y.in_rows_of(dim)?, &x.in_rows_of(dim)?, self.architecture.norm_eps)
     }
 
     /// Writes the gradient of heads before their norm.
-    fn unnorm_heads(&self, dx: &Tensor, dy: &Tensor, x: &Tensor, norm: &Tensor) -> Result<()> {
+    fn unnorm_heads(&self, dx: &Tensor, dy: &Tensor, x: &Tensor, norm: &NormWeights<Tensor>) -> Result<()> {
         let dim = self.architecture.shape.dim;
         clear(dx)?;
-        rms_norm_backward(
-            &dx.in_rows_of(dim)?,
-            &dy.in_rows_of(dim)?,
-            &x.in_rows_of(dim)?,
-            norm,
-            self.architecture.rms_eps,
-        )
+        let [dx, dy, x] = [dx.in_rows_of(dim)?, dy.in_rows_of(dim)?, x.in_rows_of(dim)?];
+        norm.backward(&dx, &dy, &x, self.architecture.norm_eps)
     }
 
     /// Adds to the factors' gradients. `d` is the gradient of the block's output (selected or T, C) and is used up; the gradient of
@@ -195,7 +190,7 @@ impl Block<'_> {
         (dh, d): (&Tensor, &Tensor),
         pass: Pass,
         scratch: &Scratch<Tensor>,
-        gradient: &BlockFactors<Tensor>,
+        gradient: &BlockFactors,
         need_dh: bool,
     ) -> Result<()> {
         let Pass { h, rows, a, .. } = pass;
@@ -205,14 +200,14 @@ impl Block<'_> {
             _ => self.projection(m, &keys),
         };
         let back = Back { gradient, a, scratch };
-        let eps = self.architecture.rms_eps;
+        let eps = self.architecture.norm_eps;
         let (few, dattended) = (scratch.flow.0.narrow(0, rows.results())?, &scratch.flow.1);
 
         // The gradient of an output before its norm, or `d` itself.
-        let before = |norm: Option<&Tensor>, x: &Tensor| -> Result<Tensor> {
+        let before = |norm: Option<&NormWeights<Tensor>>, x: &Tensor| -> Result<Tensor> {
             let Some(norm) = norm else { return Ok(d.clone()) };
             clear(&scratch.before.1)?;
-            rms_norm_backward(&scratch.before.1, d, x, norm, eps)?;
+            norm.backward(&scratch.before.1, d, x, eps)?;
             Ok(scratch.before.1.clone())
         };
         let post = self.weights.norms.post.as_ref();
@@ -228,10 +223,10 @@ impl Block<'_> {
         back.inner(Module::Up, &up, &a.up)?;
         back.input(&few, &[(Module::Gate, &gate, &a.gate), (Module::Up, &up, &a.up)])?;
         let normed = scratch.normed.narrow(0, rows.results())?;
-        rms_norm(&normed, &a.h2, &self.weights.norms.mlp, eps)?;
+        self.weights.norms.mlp.forward(&normed, &a.h2, eps)?;
         back.factors(Module::Gate, &gate, &a.gate, &normed)?;
         back.factors(Module::Up, &up, &a.up, &normed)?;
-        rms_norm_backward(d, &few, &a.h2, &self.weights.norms.mlp, eps)?;
+        self.weights.norms.mlp.backward(d, &few, &a.h2, eps)?;
 
         let (o, dout) = (layer(Module::O), before(post.map(|(attention, _)| attention), &a.sums.0)?);
         back.inner(Module::O, &o, &dout)?;
@@ -252,7 +247,7 @@ impl Block<'_> {
             }
         };
 
-        rms_norm(&scratch.normed, h, &self.weights.norms.input, eps)?;
+        self.weights.norms.input.forward(&scratch.normed, h, eps)?;
         let (q, k, v) = (layer(Module::Q), layer(Module::K), layer(Module::V));
         for (m, layer, dy) in [(Module::Q, &q, dq), (Module::K, &k, dk), (Module::V, &v, dv)] {
             back.inner(m, layer, dy)?;
@@ -278,7 +273,7 @@ impl Block<'_> {
                 scatter_add_rows(dh, d, index)?;
             }
         }
-        rms_norm_backward(dh, dn1, h, &self.weights.norms.input, eps)
+        self.weights.norms.input.backward(dh, dn1, h, eps)
     }
 
     fn projection<'b>(&'b self, module: Module, keys: &'b [u64]) -> Projection<'b> {
@@ -286,17 +281,19 @@ impl Block<'_> {
             Some((factors, scale)) => (factors[module as usize].as_ref(), scale),
             None => (None, 0.0),
         };
+        // The parts of a fused matrix have one mask: it is one linear layer to PEFT.
+        let name = self.architecture.matrix_of(module) as u64;
         let dropout = self
             .dropout
             .filter(|_| factors.is_some())
-            .map(|d| (DropoutKey { key: random::key(&[d.key, module as u64]), ..d }, keys));
+            .map(|d| (DropoutKey { key: random::key(&[d.key, name]), ..d }, keys));
         Projection { linear: &self.weights.linears[module as usize], factors, scale, dropout }
     }
 }
 
 /// The way back through the linear layers of a block.
 struct Back<'a> {
-    gradient: &'a BlockFactors<Tensor>,
+    gradient: &'a BlockFactors,
     a: &'a Activations<Tensor>,
     scratch: &'a Scratch<Tensor>,
 }

@@ -132,11 +132,8 @@ pub struct Widths {
 impl Widths {
     /// Returns the sizes of a decoder with an adapter on it.
     pub fn new(architecture: &Architecture, lora: Option<&Lora>) -> Self {
-        let rank = |m: usize| {
-            let blocks = lora.into_iter().flat_map(|l| &l.layers);
-            blocks.filter_map(|b| b[m].as_ref().map(|f| f.a.dims()[0])).max().unwrap_or(0)
-        };
-        Self::with_ranks(architecture, std::array::from_fn(rank))
+        let rank = |m: Module| lora.map_or(0, |lora| lora.rank_of(m));
+        Self::with_ranks(architecture, Module::ALL.map(rank))
     }
 
     /// Returns the same for an adapter that does not exist yet.

@@ -14,7 +14,7 @@ use candle_core::{DType, Tensor as HostTensor};
 use kto_cli::{Error, Result};
 use kto_kernels::{
     AttentionLayout, Segment,
-    device::{Factor, Onto, Product, Tensor, gather_rows, gather_rows_into, multiply, rms_norm, soft_cap},
+    device::{Factor, Onto, Product, Tensor, gather_rows, gather_rows_into, multiply, soft_cap},
     random,
 };
 
@@ -30,11 +30,15 @@ pub struct Sampling {
 }
 
 /// Where a sequence's keys and values lie in the caches.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Slot {
     start: usize,
     capacity: usize,
     past: usize,
+    /// Row of the rotary tables of its first token.
+    rotary: u32,
+    /// Its tokens so far, where it turns otherwise when it is long.
+    ids: Vec<u32>,
 }
 
 /// Sequences being generated together.
@@ -42,7 +46,7 @@ pub struct Generator<'a> {
     base: &'a BaseModel,
     lora: Option<&'a Lora>,
     /// The adapter's factors where the model computes, by block.
-    factors: Option<Vec<BlockFactors<Tensor>>>,
+    factors: Option<Vec<BlockFactors>>,
     /// Keys and values of each block, (sum of the capacities, Hkv·D) each.
     cache: Vec<KeyValues<Tensor>>,
     slots: Vec<Slot>,
@@ -59,7 +63,7 @@ impl<'a> Generator<'a> {
         let shape = base.architecture.shape;
         let mut rows = 0;
         let mut slot = |capacity: &usize| {
-            let slot = Slot { start: rows, capacity: *capacity, past: 0 };
+            let slot = Slot { start: rows, capacity: *capacity, past: 0, rotary: 0, ids: Vec::new() };
             rows += capacity;
             slot
         };
@@ -83,6 +87,24 @@ impl<'a> Generator<'a> {
     /// else of each sequence's last: (rows, V) in the order of `parts`.
     pub fn feed_batch(&mut self, parts: &[(usize, &[u32])], all: bool) -> Result<HostTensor> {
         self.check(parts)?;
+        let limits = self.base.architecture.limits(usize::MAX);
+        for &(i, ids) in parts {
+            let slot = &mut self.slots[i];
+            let (rotary, past) = (limits.rotary(slot.past + ids.len()), std::mem::take(&mut slot.past));
+            if rotary == slot.rotary || past == 0 {
+                (slot.rotary, slot.past) = (rotary, past);
+            } else {
+                // It has grown past the length up to which its keys were turned by the first table.
+                slot.rotary = rotary;
+                let all = std::mem::take(&mut slot.ids);
+                self.feed_rows(&[(i, &all)], false)?;
+            }
+        }
+        self.feed_rows(parts, all)
+    }
+
+    /// As [`Generator::feed_batch`], when the rotation of every sequence is settled.
+    fn feed_rows(&mut self, parts: &[(usize, &[u32])], all: bool) -> Result<HostTensor> {
         let ids: Vec<u32> = parts.iter().flat_map(|p| p.1).copied().collect();
         let (layout, positions, last) = self.lay_out(parts);
         let architecture = &self.base.architecture;
@@ -118,12 +140,15 @@ impl<'a> Generator<'a> {
         }
         for (i, ids) in parts {
             self.slots[*i].past += ids.len();
+            if architecture.turn().is_some() {
+                self.slots[*i].ids.extend_from_slice(ids);
+            }
         }
         let weight = self.base.head()?;
         let head = || {
             let h = if all || last.len() == ids.len() { h.clone() } else { gather_rows(&h, &last)? };
             let normed = h.zeros_like()?;
-            rms_norm(&normed, &h, self.base.final_norm(), architecture.rms_eps)?;
+            self.base.final_norm().forward(&normed, &h, architecture.norm_eps)?;
             let logits = device.logits(h.dims2()?.0, architecture.vocab_size)?;
             multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(weight))])?;
             architecture.logit_cap.map_or(Ok(()), |cap| soft_cap(&logits, cap))?;
@@ -134,7 +159,7 @@ impl<'a> Generator<'a> {
 
     fn check(&self, parts: &[(usize, &[u32])]) -> Result<()> {
         for (i, ids) in parts {
-            let slot = self.slots[*i];
+            let slot = &self.slots[*i];
             if ids.is_empty() || slot.past + ids.len() > slot.capacity {
                 let (place, capacity) = (slot.past + ids.len(), slot.capacity);
                 return Err(Error::internal(format!("{place} tokens in a generation cache for {capacity}")));
@@ -147,9 +172,9 @@ impl<'a> Generator<'a> {
     fn lay_out(&self, parts: &[(usize, &[u32])]) -> (AttentionLayout, Vec<u32>, Vec<u32>) {
         let (mut layout, mut positions, mut last) = (AttentionLayout::default(), Vec::new(), Vec::new());
         for (number, (i, ids)) in parts.iter().enumerate() {
-            let Slot { start, past, .. } = self.slots[*i];
+            let Slot { start, past, rotary, .. } = self.slots[*i];
             let query = positions.len();
-            positions.extend((past..past + ids.len()).map(|p| p as u32));
+            positions.extend((past..past + ids.len()).map(|p| rotary + p as u32));
             last.push((positions.len() - 1) as u32);
             layout.segments.push(Segment {
                 query,

@@ -19,6 +19,7 @@ mod inputs;
 pub mod lora;
 pub mod loss;
 pub mod memory;
+pub mod norm;
 mod numeric;
 mod on_gpu;
 pub mod pack;

@@ -1,8 +1,7 @@
 //! The trained adapter: LoRA factors of every block, their gradients, and their form on disk.
 
 use crate::{
-    architecture::{Architecture, Module},
-    block::BlockFactors,
+    architecture::{Architecture, Module, Parts},
     numeric::Numeric,
 };
 use candle_core::{DType, Device, Tensor};
@@ -13,13 +12,18 @@ use std::collections::BTreeMap;
 
 pub use crate::projection::Factors;
 
+/// The factors of one block as they are trained, by [`Module::NAMED`]: one pair for each matrix that the checkpoint has.
+pub type LayerFactors = [Option<Factors>; Module::NAMED.len()];
+
 /// LoRA factors of a whole decoder.
 #[derive(Clone, Debug)]
 pub struct Lora {
     /// Factor of `B·A`: alpha / rank (alpha / √rank with rslora).
     pub scale: f64,
     /// Factors by block and module.
-    pub layers: Vec<BlockFactors>,
+    pub layers: Vec<LayerFactors>,
+    /// Which rows of a fused matrix are whose.
+    pub parts: Parts,
 }
 
 /// What a fresh adapter looks like.
@@ -29,7 +33,7 @@ pub struct LoraSpec {
     pub rank: usize,
     /// alpha
     pub alpha: f64,
-    /// The adapted modules.
+    /// The adapted modules, as the checkpoint has them.
     pub modules: Vec<Module>,
 }
 
@@ -38,7 +42,7 @@ impl Lora {
     pub fn fresh(architecture: &Architecture, spec: &LoraSpec, seed: u64, dtype: DType) -> Result<Self> {
         let mut layers = Vec::with_capacity(architecture.layers);
         for layer in 0..architecture.layers {
-            let mut block = BlockFactors::default();
+            let mut block = LayerFactors::default();
             for &module in &spec.modules {
                 let (out, input) = architecture.weight_shape(module);
                 let stream =
@@ -51,14 +55,14 @@ impl Lora {
             }
             layers.push(block);
         }
-        Ok(Self { scale: spec.alpha / spec.rank as f64, layers })
+        Ok(Self { scale: spec.alpha / spec.rank as f64, layers, parts: architecture.parts() })
     }
 
     /// Takes an adapter read from disk. Errors (65): a tensor that fits no module of this decoder, or has another shape.
     pub fn from_adapter(architecture: &Architecture, adapter: &Adapter, dtype: DType) -> Result<Self> {
-        let mut layers = vec![BlockFactors::default(); architecture.layers];
+        let mut layers = vec![LayerFactors::default(); architecture.layers];
         let places: BTreeMap<String, (usize, Module)> = (0..architecture.layers)
-            .flat_map(|l| Module::ALL.into_iter().map(move |m| (m.path(l), (l, m))))
+            .flat_map(|l| architecture.modules().iter().map(move |m| (m.path(l), (l, *m))))
             .collect();
         for (name, pair) in &adapter.tensors {
             let Some(&(layer, module)) = places.get(name) else {
@@ -77,7 +81,7 @@ impl Lora {
             layers[layer][module as usize] =
                 Some(factors(pair.a.clone(), pair.b.clone(), pair.r, out, input, dtype)?);
         }
-        Ok(Self { scale: adapter.config.scale(), layers })
+        Ok(Self { scale: adapter.config.scale(), layers, parts: architecture.parts() })
     }
 
     /// Returns the form that goes to disk.
@@ -100,7 +104,7 @@ impl Lora {
     /// Returns the adapted modules by their names in a checkpoint.
     pub fn named(&self) -> impl Iterator<Item = (String, &Factors)> {
         self.layers.iter().enumerate().flat_map(|(l, block)| {
-            Module::ALL.into_iter().filter_map(move |m| block[m as usize].as_ref().map(|f| (m.path(l), f)))
+            Module::NAMED.into_iter().filter_map(move |m| block[m as usize].as_ref().map(|f| (m.path(l), f)))
         })
     }
 
@@ -126,7 +130,7 @@ impl Lora {
     }
 
     fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
-        let mut layers = vec![BlockFactors::default(); self.layers.len()];
+        let mut layers = vec![LayerFactors::default(); self.layers.len()];
         for (from, to) in self.layers.iter().zip(&mut layers) {
             for (from, to) in from.iter().zip(to) {
                 if let Some(x) = from {
@@ -134,12 +138,20 @@ impl Lora {
                 }
             }
         }
-        Ok(Self { scale: self.scale, layers })
+        Ok(Self { scale: self.scale, layers, parts: self.parts })
     }
 
     /// Returns the lowest block that has factors; below it nothing needs a gradient.
     pub fn first_layer(&self) -> usize {
         self.layers.iter().position(|b| b.iter().any(Option::is_some)).unwrap_or(self.layers.len())
+    }
+
+    /// Returns the largest rank of the matrix that holds a computed module; 0 where there is none.
+    pub(crate) fn rank_of(&self, module: Module) -> usize {
+        let holds = |m: &Module| self.parts.of(*m).iter().any(|(part, _)| *part == module);
+        let factors = Module::NAMED.into_iter().filter(holds);
+        let factors = factors.flat_map(|m| self.layers.iter().filter_map(move |l| l[m as usize].as_ref()));
+        factors.map(|f| f.a.dims()[0]).max().unwrap_or(0)
     }
 
     /// Returns the number of trained parameters.

@@ -22,6 +22,8 @@ pub struct BranchSpec<'a> {
 pub struct Group<'a> {
     /// Token ids, at least one.
     pub prompt: &'a [u32],
+    /// The row of the rotary tables that its first token turns by.
+    pub rotary: u32,
     /// Its completions.
     pub branches: Vec<BranchSpec<'a>>,
 }
@@ -71,7 +73,8 @@ pub struct Part {
 pub struct Pack {
     /// Token ids (T).
     pub ids: Vec<u32>,
-    /// Positions (T); every branch continues from its prompt's end.
+    /// Rows of the rotary tables (T): positions, counted from where the group's table begins; every branch continues from its
+    /// prompt's end.
     pub positions: Vec<u32>,
     /// Names of the rows for dropout masks (T).
     pub keys: Vec<u64>,
@@ -91,6 +94,7 @@ pub struct Pack {
 struct Placed {
     prompt: usize,
     prompt_len: usize,
+    rotary: u32,
     branches: Vec<PlacedBranch>,
 }
 
@@ -113,7 +117,7 @@ impl Pack {
             for (group, slot) in groups.iter().zip(&mut placed) {
                 let trained = group.branches.iter().any(|b| b.gradient);
                 if trained == pass {
-                    *slot = Some(pack.push_prompt(group.prompt, group.branches.first().map_or(0, |b| b.tag)));
+                    *slot = Some(pack.push_prompt(group));
                 }
                 if let Some(place) = slot {
                     for (spec, branch) in
@@ -140,28 +144,28 @@ impl Pack {
 
     /// Makes one pack a branch: nothing is shared. Needed with dropout, and the check of the shared form.
     pub fn split_single(groups: &[Group]) -> Vec<Self> {
-        let single = |g: &Group, b: &BranchSpec| Self::new(&[Group { prompt: g.prompt, branches: vec![*b] }]);
+        let single = |g: &Group, b: &BranchSpec| Self::new(&[Group { branches: vec![*b], ..*g }]);
         groups.iter().flat_map(|g| g.branches.iter().map(|b| single(g, b)).collect::<Vec<_>>()).collect()
     }
 
-    fn push_prompt(&mut self, ids: &[u32], tag: usize) -> Placed {
-        let prompt = self.ids.len();
-        self.push_rows(ids, 0, tag);
-        Placed { prompt, prompt_len: ids.len(), branches: Vec::new() }
+    fn push_prompt(&mut self, group: &Group) -> Placed {
+        let (prompt, rotary) = (self.ids.len(), group.rotary);
+        self.push_rows(group.prompt, (0, rotary), group.branches.first().map_or(0, |b| b.tag));
+        Placed { prompt, prompt_len: group.prompt.len(), rotary, branches: Vec::new() }
     }
 
     fn push_branch(&mut self, place: &mut Placed, branch: &BranchSpec, spec: usize) {
         let (first, len) = (self.ids.len(), branch.ids.len());
         place.branches.push(PlacedBranch { first, len, branch: self.branches.len(), spec });
-        self.push_rows(branch.ids, place.prompt_len, branch.tag);
+        self.push_rows(branch.ids, (place.prompt_len, place.rotary), branch.tag);
         self.branches.push(Branch { tag: branch.tag, gradient: branch.gradient });
     }
 
-    fn push_rows(&mut self, ids: &[u32], first_position: usize, tag: usize) {
+    fn push_rows(&mut self, ids: &[u32], (first_position, rotary): (usize, u32), tag: usize) {
         for (i, id) in ids.iter().enumerate() {
             let position = first_position + i;
             self.ids.push(*id);
-            self.positions.push(position as u32);
+            self.positions.push(rotary + position as u32);
             self.keys.push(random::key(&[tag as u64, position as u64]));
         }
     }

@@ -82,11 +82,12 @@ impl Reference {
         mut step: impl FnMut(&Self, usize) -> Result<()>,
     ) -> Result<()> {
         let pairs: Vec<Pair> = pairs.iter().copied().collect();
+        let limits = sweep.base.architecture.limits(form.max_length);
         for cut in sweeps(tokens, &pairs, form.sweep_rows) {
             let chunk = &pairs[cut];
             if !chunk.iter().all(|p| self.logps.contains_key(p)) {
                 let packing = Packing::Shared(form.pack_rows);
-                let batch = Batch::new(tokens, form.max_length, &jobs(chunk), packing);
+                let batch = Batch::new(tokens, limits, &jobs(chunk), packing);
                 let stats = batch.by_job(&sweep.forward(&batch.packs, false)?.branches);
                 self.logps.extend(chunk.iter().zip(&stats).map(|(pair, s)| (*pair, s.logps)));
             }

@@ -3,8 +3,8 @@
 //!
 //! Called by [`crate::family`]. Source of the formulas: transformers 5.23, modeling_rope_utils.py; held against it by
 //! testdata/families. Both ways of writing are read: `rope_parameters`, and `rope_theta` with `rope_scaling`.
-//! Invariant: what a sequence computes depends on its own length only. transformers' dynamic scaling also depends on the
-//! longest sequence of the process and of the batch.
+//! Invariant: what a sequence computes depends on its own length only. transformers decides by the longest sequence of the batch,
+//! and its dynamic scaling remembers the longest one of the process.
 
 use kto_cli::{Error, Result, escape};
 use serde_json::Value;

@@ -18,6 +18,22 @@ pub struct Job {
     pub gradient: bool,
 }
 
+/// How rows are cut and turned; see [`crate::architecture::Architecture::limits`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most tokens of a prompt with a completion.
+    pub max_length: usize,
+    /// A sequence of more tokens turns by the second rotary table, which lies behind so many rows of the first.
+    pub turn: Option<usize>,
+}
+
+impl Limits {
+    /// Returns the row of the rotary tables that the first token of a sequence of `length` tokens turns by.
+    pub fn rotary(&self, length: usize) -> u32 {
+        self.turn.filter(|turn| length > *turn).unwrap_or(0) as u32
+    }
+}
+
 /// Jobs laid out as packs.
 pub struct Batch {
     /// The packs; a branch's tag is the number of its job.
@@ -27,10 +43,10 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Groups `jobs` by equal prompts and lays them out. A prompt with a completion is cut from the right at `max_length`
-    /// tokens, as TRL cuts it.
-    pub fn new(tokens: &TokenSet, max_length: usize, jobs: &[Job], packing: Packing) -> Self {
-        let (groups, same) = groups(tokens, max_length, jobs, packing);
+    /// Groups `jobs` by equal prompts and lays them out. A prompt with a completion is cut from the right at
+    /// [`Limits::max_length`] tokens, as TRL cuts it.
+    pub fn new(tokens: &TokenSet, limits: Limits, jobs: &[Job], packing: Packing) -> Self {
+        let (groups, same) = groups(tokens, limits, jobs, packing);
         let packs = match packing {
             Packing::Shared(rows) => Pack::split(&groups, rows),
             Packing::Single => Pack::split_single(&groups),
@@ -50,24 +66,25 @@ impl Batch {
 
 /// Groups jobs by equal prompt ids, in the order of their first appearance, and says which job stands for which.
 /// An untrained job joins an equal one. With one branch a pack, which is for dropout, it joins no trained one: masked, that is
-/// another function.
+/// another function. Where long sequences turn otherwise, a prompt is computed for each way in which it is turned.
 pub fn groups<'a>(
     tokens: &'a TokenSet,
-    max_length: usize,
+    limits: Limits,
     jobs: &[Job],
     packing: Packing,
 ) -> (Vec<Group<'a>>, Vec<usize>) {
-    let mut places: HashMap<&[u32], usize> = HashMap::new();
+    let mut places: HashMap<(&[u32], u32), usize> = HashMap::new();
     let mut groups: Vec<Group> = Vec::new();
     let mut same = Vec::with_capacity(jobs.len());
     for (tag, job) in jobs.iter().enumerate() {
         let prompt = tokens.row(job.prompt).prompt_ids;
-        let place = *places.entry(prompt).or_insert_with(|| {
-            groups.push(Group { prompt, branches: Vec::new() });
+        let ids = tokens.row(job.completion).completion_ids;
+        let ids = &ids[..ids.len().min(limits.max_length.saturating_sub(prompt.len()))];
+        let rotary = limits.rotary(prompt.len() + ids.len());
+        let place = *places.entry((prompt, rotary)).or_insert_with(|| {
+            groups.push(Group { prompt, rotary, branches: Vec::new() });
             groups.len() - 1
         });
-        let ids = tokens.row(job.completion).completion_ids;
-        let ids = &ids[..ids.len().min(max_length.saturating_sub(prompt.len()))];
         let branches = &mut groups[place].branches;
         let equal =
             |b: &&BranchSpec| b.ids == ids && !job.gradient && (packing != Packing::Single || !b.gradient);

@@ -17,9 +17,7 @@ use crate::{
 use kto_cli::{Error, Result};
 use kto_kernels::{
     DropoutKey,
-    device::{
-        Device, Tensor, clear, gather_rows_into, rms_norm, rms_norm_backward, scale_rows, scatter_add_rows,
-    },
+    device::{Device, Tensor, clear, gather_rows_into, scale_rows, scatter_add_rows},
     random, with_team,
 };
 
@@ -59,7 +57,7 @@ pub struct Forward {
     /// By pack, then by branch.
     pub branches: Vec<Vec<BranchStats>>,
     /// The adapter's factors where the sweep computes, by block.
-    factors: Option<Vec<BlockFactors<Tensor>>>,
+    factors: Option<Vec<BlockFactors>>,
     /// Number of the sweep in its workspace.
     sweep: u64,
     kept: bool,
@@ -69,7 +67,7 @@ pub struct Forward {
 struct Layer<'a> {
     index: usize,
     weights: LayerWeights,
-    factors: Option<&'a BlockFactors<Tensor>>,
+    factors: Option<&'a BlockFactors>,
 }
 
 /// Where a pack's rows begin in the buffers of a batch.
@@ -203,7 +201,7 @@ impl Sweep<'_> {
     fn head(&self, pack: &Pack, place: Place, keep: bool) -> Result<Vec<BranchStats>> {
         let (w, n) = (self.workspace, pack.head_rows());
         let (last, normed) = (w.last.0.rows(place.heads, n)?, w.last.1.rows(0, n)?);
-        rms_norm(&normed, &last, self.base.final_norm(), self.base.architecture.rms_eps).numeric()?;
+        self.base.final_norm().forward(&normed, &last, self.base.architecture.norm_eps).numeric()?;
         let unit = match keep && pack.gradient_entries > 0 {
             true => Some(w.unit.rows(place.unit, pack.gradient_entries)?),
             false => None,
@@ -230,7 +228,7 @@ impl Sweep<'_> {
         }
         let unit = if trained > 0 { Some(w.unit.rows(0, trained)?) } else { None };
         let last = w.last.0.rows(0, packs.iter().map(Pack::head_rows).sum())?;
-        let norm = |out: &Tensor, x: &Tensor| rms_norm(out, x, self.base.final_norm(), a.rms_eps);
+        let norm = |out: &Tensor, x: &Tensor| self.base.final_norm().forward(out, x, a.norm_eps);
         let head = (self.base.head()?, w.head_rows, a.logit_cap);
         let stats = head::run_in_tiles(head, &last, norm, &entries, unit.as_ref())?;
         let (mut trained, mut rest) = stats.split_at(trained);
@@ -303,7 +301,7 @@ impl Sweep<'_> {
             clear(&dnormed)?;
             scatter_add_rows(&dnormed, &unit, &rows)?;
             clear(&d)?;
-            rms_norm_backward(&d, &dnormed, &last, self.base.final_norm(), self.base.architecture.rms_eps)
+            self.base.final_norm().backward(&d, &dnormed, &last, self.base.architecture.norm_eps)
         };
         run().numeric()
     }
@@ -314,7 +312,7 @@ impl Sweep<'_> {
         layer: &Layer,
         pack: &Pack,
         place: Place,
-        gradient: &BlockFactors<Tensor>,
+        gradient: &BlockFactors,
     ) -> Result<()> {
         let (w, part, index) = (self.workspace, &pack.trained, layer.index);
         let last = index + 1 == self.base.architecture.layers;
@@ -364,7 +362,7 @@ impl Sweep<'_> {
     }
 }
 
-fn of(factors: &Option<Vec<BlockFactors<Tensor>>>, index: usize) -> Option<&BlockFactors<Tensor>> {
+fn of(factors: &Option<Vec<BlockFactors>>, index: usize) -> Option<&BlockFactors> {
     factors.as_ref().map(|f| &f[index])
 }
 

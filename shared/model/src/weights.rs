@@ -3,7 +3,10 @@
 //! Called before anything of the promised sizes is allocated: a config.json that lies about a size must not cost memory or time.
 //! Invariant: headers only, no weight is read. Deliberately absent: finiteness, which is checked as weights are loaded.
 
-use crate::architecture::{Architecture, Module};
+use crate::{
+    architecture::{Architecture, Module},
+    norm::NormWeights,
+};
 use kto_cli::{Error, Result, escape};
 use kto_formats::model_dir::ModelDir;
 use kto_weights::Source;
@@ -12,9 +15,9 @@ use kto_weights::Source;
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 /// Name of the head (V, C), where it is not the embedding.
 pub(crate) const HEAD: &str = "lm_head.weight";
-/// Name of the norm before the head (C).
-pub(crate) const FINAL_NORM: &str = "model.norm.weight";
-/// The norms of a block, each with the name of its tensor where the block has it.
+/// Name of the norm before the head (C), without `.weight`.
+pub(crate) const FINAL_NORM: &str = "model.norm";
+/// The norms of a block, or their names.
 #[derive(Clone, Debug)]
 pub struct Norms<T> {
     /// Before attention (C).
@@ -28,9 +31,9 @@ pub struct Norms<T> {
 }
 
 impl Norms<String> {
-    /// Returns the names in a checkpoint.
+    /// Returns the names in a checkpoint, without `.weight`.
     pub(crate) fn names(architecture: &Architecture, layer: usize) -> Self {
-        let name = |norm: &str| format!("model.layers.{layer}.{norm}.weight");
+        let name = |norm: &str| format!("model.layers.{layer}.{norm}");
         let heads = architecture.qk_norm.then(|| (name("self_attn.q_norm"), name("self_attn.k_norm")));
         match architecture.post_norms {
             false => Self {
@@ -65,6 +68,12 @@ impl<T> Norms<T> {
     }
 }
 
+/// Returns the names of the tensors of the norm `name`.
+pub(crate) fn norm_names(architecture: &Architecture, name: &str) -> NormWeights<String> {
+    let bias = architecture.norm_bias.then(|| format!("{name}.bias"));
+    NormWeights { weight: format!("{name}.weight"), bias }
+}
+
 /// Returns the name of a linear layer's weight (out, in).
 pub(crate) fn weight_name(module: Module, layer: usize) -> String {
     format!("{}.weight", module.path(layer))
@@ -80,14 +89,17 @@ pub fn check(architecture: &Architecture, directory: &ModelDir) -> Result<()> {
     let (v, c) = (architecture.vocab_size, architecture.hidden);
     let vector = |name: &str, shape: &[usize]| directory.tensors.require(name)?.expect_shape(shape);
     let matrix = |name: &str, rows, columns| Source::find(directory, name)?.expect_shape(name, rows, columns);
+    let norm = |name: &str, length: usize| {
+        norm_names(architecture, name).map(|name| vector(name, &[length])).map(drop)
+    };
     matrix(EMBEDDING, v, c)?;
-    vector(FINAL_NORM, &[c])?;
+    norm(FINAL_NORM, c)?;
     if !architecture.tied {
         matrix(HEAD, v, c)?;
     }
     for layer in 0..architecture.layers {
-        Norms::names(architecture, layer).map(architecture, |name, length| vector(name, &[length]))?;
-        for module in Module::ALL {
+        Norms::names(architecture, layer).map(architecture, |name, length| norm(name, length))?;
+        for &module in architecture.modules() {
             let (rows, columns) = architecture.weight_shape(module);
             matrix(&weight_name(module, layer), rows, columns)?;
             if architecture.has_bias(module) {

@@ -111,7 +111,7 @@ fn run_in(model: &Path, device: Option<&Device>, form: Form) -> Found {
         t.slice_set(&Tensor::from_vec(values, t.shape(), t.device()).unwrap(), 0, 0).unwrap();
     }
     let tokens = tokens(base.architecture.vocab_size as u64);
-    let batch = Batch::new(&tokens, 100, &jobs(), form.packing);
+    let batch = Batch::new(&tokens, base.architecture.limits(100), &jobs(), form.packing);
     let workspace = Workspace::new(&base.architecture, Some(&lora), form.spec, base.device());
     let sweep =
         Sweep { base: &base, lora: Some(&lora), dropout: form.dropout, workspace: &workspace, watch: None };

@@ -24,7 +24,7 @@ use kto_model::{
         AdapterSize, BatchShape, Batches, Demand, GpuDemand, GpuWeights, MemoryPlan, Moments, WeightSize,
         plan_on_gpu,
     },
-    rows::{Batch, Job, Packing},
+    rows::{Batch, Job, Limits, Packing},
     sweep::Sweep,
 };
 use safetensors::Dtype;
@@ -96,7 +96,7 @@ impl One {
         main.chain((0..4).map(|i| Job { prompt: i, completion: (i + 2) % 4, gradient: false })).collect()
     }
     fn batch(&self, pack_rows: usize) -> Batch {
-        Batch::new(&self.0, 100, &Self::jobs(), Packing::Shared(pack_rows))
+        Batch::new(&self.0, Limits { max_length: 100, turn: None }, &Self::jobs(), Packing::Shared(pack_rows))
     }
 }
 

@@ -96,7 +96,18 @@ fn objective(sweep: &Sweep, packs: &[Pack]) -> f64 {
 fn check(packing: Packing, dropout: Option<DropoutKey>, modules: &[Module], kept_layers: usize) {
     let dir = tempfile::tempdir().unwrap();
     write_model(dir.path());
-    let base = BaseModel::load(ModelDir::open(dir.path()).unwrap(), DType::F64, 100).unwrap();
+    check_model(dir.path(), (packing, dropout), Some(modules), kept_layers);
+}
+
+/// Adapts `modules`, or all that the model has.
+fn check_model(
+    dir: &Path,
+    (packing, dropout): (Packing, Option<DropoutKey>),
+    modules: Option<&[Module]>,
+    kept_layers: usize,
+) {
+    let base = BaseModel::load(ModelDir::open(dir).unwrap(), DType::F64, 100).unwrap();
+    let modules = modules.unwrap_or(base.architecture.modules());
     let spec = LoraSpec { rank: 3, alpha: 5.0, modules: modules.to_vec() };
     let lora = Lora::fresh(&base.architecture, &spec, 7, DType::F64).unwrap();
     for (stream, t) in lora.tensors().enumerate() {
@@ -105,7 +116,7 @@ fn check(packing: Packing, dropout: Option<DropoutKey>, modules: &[Module], kept
         t.slice_set(&Tensor::from_vec(values, t.shape(), t.device()).unwrap(), 0, 0).unwrap();
     }
     let tokens = tokens();
-    let packs = Batch::new(&tokens, 100, &jobs(), packing).packs;
+    let packs = Batch::new(&tokens, base.architecture.limits(100), &jobs(), packing).packs;
     let spec = WorkspaceSpec { kept_layers, head_rows: 17, ..Default::default() };
     let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
     let sweep = Sweep { base: &base, lora: Some(&lora), dropout, workspace: &workspace, watch: None };
@@ -160,6 +171,17 @@ fn few_adapted_modules() {
     check(Packing::Shared(4096), None, &[Module::K, Module::Down], 1);
 }
 
+/// Fused matrices, a rotation that changes with the length, and norms with biases.
+#[test]
+fn families_of_another_form() {
+    for name in ["phi3-longrope", "stablelm"] {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/families").join(name);
+        let dropout = Some(DropoutKey { p: 0.3, key: 99 });
+        check_model(&dir, (Packing::Shared(4096), None), None, 1);
+        check_model(&dir, (Packing::Single, dropout), None, 1);
+    }
+}
+
 /// KL rows and their prompts are scored as the trained rows are.
 #[test]
 fn packing_does_not_change_scores() {
@@ -171,7 +193,7 @@ fn packing_does_not_change_scores() {
     let workspace = Workspace::new(&base.architecture, None, spec, base.device());
     let sweep = Sweep { base: &base, lora: None, dropout: None, workspace: &workspace, watch: None };
     let scores = |packing| {
-        let batch = Batch::new(&tokens, 100, &jobs(), packing);
+        let batch = Batch::new(&tokens, base.architecture.limits(100), &jobs(), packing);
         batch.by_job(&sweep.forward(&batch.packs, false).unwrap().branches)
     };
     let single = scores(Packing::Single);

@@ -3,7 +3,7 @@
 use crate::plan::Plan;
 use kto_formats::bnb;
 use kto_model::{
-    architecture::{Architecture, Module},
+    architecture::Architecture,
     memory::{AdapterSize, BatchShape, Batches, Demand, Moments, WeightSize, plan},
     pack::{BranchSpec, Group},
     rows::Packing,
@@ -20,7 +20,7 @@ const RANK: usize = 16;
 /// The memory of a run, smallest and without anything given up, in words; `None` for a decoder that kto-train does not know.
 pub fn needed(of: &Plan) -> Option<(u64, u64, String)> {
     let architecture = Architecture::from_config(&of.model.config).ok()?;
-    let adapter = AdapterSize::fresh(&architecture, RANK, &Module::ALL);
+    let adapter = AdapterSize::fresh(&architecture, RANK, architecture.modules());
     let demand = Demand {
         architecture: &architecture,
         weights: weights(of, &architecture),
@@ -78,7 +78,11 @@ impl Batches for Rows {
     fn steps(&self, pack_rows: usize) -> BatchShape {
         let ids = [0u32; TOKENS];
         let branch = |gradient, tag| BranchSpec { ids: &ids, gradient, tag };
-        let group = |i| Group { prompt: &ids, branches: vec![branch(true, 2 * i), branch(false, 2 * i + 1)] };
+        let group = |i| Group {
+            prompt: &ids,
+            rotary: 0,
+            branches: vec![branch(true, 2 * i), branch(false, 2 * i + 1)],
+        };
         let groups: Vec<Group> = (0..ROWS).map(group).collect();
         BatchShape::of(&groups, Packing::Shared(pack_rows))
     }

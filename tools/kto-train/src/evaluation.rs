@@ -118,12 +118,13 @@ pub fn evaluate(
         workspace: trainer.workspace,
         watch: None,
     };
+    let limits = trainer.base.architecture.limits(trainer.max_length);
     let pairs: Vec<Pair> = held_out.pairs().into_iter().collect();
     let mut scores: BTreeMap<Pair, BranchStats> = BTreeMap::new();
     for cut in reference::sweeps(trainer.tokens, &pairs, form.sweep_rows) {
         let chunk = &pairs[cut];
         let packing = Packing::Shared(form.pack_rows);
-        let batch = Batch::new(trainer.tokens, trainer.max_length, &reference::jobs(chunk), packing);
+        let batch = Batch::new(trainer.tokens, limits, &reference::jobs(chunk), packing);
         let stats = batch.by_job(&sweep.forward(&batch.packs, false)?.branches);
         scores.extend(chunk.iter().copied().zip(stats));
         check()?;

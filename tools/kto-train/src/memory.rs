@@ -255,18 +255,20 @@ impl Counted<'_> {
     }
 
     fn shape(&self, jobs: &[kto_model::rows::Job], packing: Packing) -> BatchShape {
-        BatchShape::of(&groups(self.inputs.tokens, self.plan.max_length, jobs, packing).0, packing)
+        let limits = self.inputs.architecture.limits(self.plan.max_length);
+        BatchShape::of(&groups(self.inputs.tokens, limits, jobs, packing).0, packing)
     }
 
     /// Returns the largest of every count over the sweeps of an evaluation, which are also those of its reference pass.
     fn evaluation(&self, pack_rows: usize, sweep_rows: usize) -> BatchShape {
         let mut most = BatchShape::default();
         let Some(held_out) = self.inputs.held_out else { return most };
-        let packing = Packing::Shared(pack_rows);
+        let (packing, limits) =
+            (Packing::Shared(pack_rows), self.inputs.architecture.limits(held_out.max_length()));
         let pairs: Vec<Pair> = held_out.pairs().into_iter().collect();
         for cut in reference::sweeps(&held_out.tokens, &pairs, sweep_rows) {
             let jobs = reference::jobs(&pairs[cut]);
-            let groups = groups(&held_out.tokens, held_out.max_length(), &jobs, packing).0;
+            let groups = groups(&held_out.tokens, limits, &jobs, packing).0;
             most = most.max(BatchShape::of(&groups, packing));
         }
         most

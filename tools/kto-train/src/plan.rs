@@ -144,7 +144,7 @@ impl Plan {
     pub fn resolve(args: &Args, inputs: &Inputs, steps_per_epoch: u64, compute: String) -> Result<Self> {
         check_fit(args, inputs)?;
         let (batch, micro) = batches(args)?;
-        let modules = modules(args.target_modules.as_deref().unwrap_or("all-linear"))?;
+        let modules = modules(args.target_modules.as_deref().unwrap_or("all-linear"), inputs.architecture)?;
         let loss = match args.loss {
             LossKind::Kto => Loss::Kto,
             LossKind::ApoZero => Loss::ApoZero,
@@ -310,15 +310,16 @@ fn check_fit(args: &Args, inputs: &Inputs) -> Result<()> {
     inputs.adapter.map_or(Ok(()), |a| fit::check_adapter(inputs.model, a, "--init-adapter"))
 }
 
-/// Returns the modules of a fresh adapter.
-fn modules(list: &str) -> Result<Vec<Module>> {
+/// Returns the modules of a fresh adapter, as the model names them.
+fn modules(list: &str, architecture: &Architecture) -> Result<Vec<Module>> {
+    let all = architecture.modules();
     if list == "all-linear" {
-        return Ok(Module::ALL.to_vec());
+        return Ok(all.to_vec());
     }
     let mut found = Vec::new();
     for name in list.split(',').map(str::trim) {
-        let Some(module) = Module::ALL.into_iter().find(|m| m.name() == name) else {
-            let known: Vec<_> = Module::ALL.iter().map(|m| m.name()).collect();
+        let Some(module) = all.iter().copied().find(|m| m.name() == name) else {
+            let known: Vec<_> = all.iter().map(|m| m.name()).collect();
             return Err(Error::usage(format!("--target-modules: unknown module \"{}\"", escape(name)))
                 .with_hint(format!("all-linear, or a list of {}", known.join(", "))));
         };

@@ -96,7 +96,8 @@ impl Trainer<'_> {
         let (base, workspace) = (self.base, self.workspace);
         let sweep = Sweep { base, lora: Some(lora), dropout, workspace, watch: Some(&up) };
         let jobs = jobs(blocks, self.loss.loss.needs_kl());
-        let batch = Batch::new(self.tokens, self.max_length, &jobs, self.packing);
+        let limits = base.architecture.limits(self.max_length);
+        let batch = Batch::new(self.tokens, limits, &jobs, self.packing);
         let forward = sweep.forward(&batch.packs, true)?;
         let scores = self.scores(blocks, &batch.by_job(&forward.branches))?;
         let (mut out, mut losses) = (StepOutput::new(), Vec::new());

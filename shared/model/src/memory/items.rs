@@ -76,8 +76,8 @@ pub(super) fn host_of_gpu(demand: &Demand, plan: MemoryPlan, pinned: Vec<Item>) 
 fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
     let a = demand.architecture;
     let parameters = demand.adapter.parameters.saturating_mul(F32);
-    let norms = ((2 * a.layers + 1) * a.hidden) as u64 * F32;
-    let rope = (demand.positions * a.shape.dim) as u64 * F32;
+    let norms = ((2 * a.layers + 1) * a.hidden) as u64 * F32 * if a.norm_bias { 2 } else { 1 };
+    let rope = a.rope_elements(demand.positions) as u64 * F32;
     let weight = (a.hidden * a.vocab_size.max(a.intermediate)) as u64 * F32;
     let weights = if stream { "weights, one block at a time" } else { "weights as stored" };
     vec![

@@ -63,10 +63,10 @@ impl GpuWeights {
     pub fn of(architecture: &Architecture, model: &ModelDir, element: Dense) -> Self {
         let size = element.size() as u64;
         let (mut blocks, mut this) = (vec![0u64; architecture.layers], Self::default());
-        let mut widened = [0u64; 7];
+        let mut widened = [0u64; Module::NAMED.len()];
         let is_float = |d: Dtype| matches!(d, Dtype::F32 | Dtype::F16 | Dtype::BF16);
         for (layer, block) in blocks.iter_mut().enumerate() {
-            for module in Module::ALL {
+            for &module in architecture.modules() {
                 let Ok(view) = model.tensors.require(&weight_name(module, layer)) else { continue };
                 let (rows, columns) = architecture.weight_shape(module);
                 let dense = (rows * columns) as u64 * size;
@@ -83,7 +83,7 @@ impl GpuWeights {
         for view in model.tensors.views() {
             let layer = view.name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
             let Some(block) = layer.and_then(|n| blocks.get_mut(n.parse::<usize>().ok()?)) else { continue };
-            if view.name.ends_with("norm.weight") || view.name.ends_with("_proj.bias") {
+            if ["norm.weight", "norm.bias", "_proj.bias"].iter().any(|end| view.name.ends_with(end)) {
                 this.vectors += rounded(view.shape.iter().product::<usize>() as u64 * size);
             } else if !view.name.ends_with("_proj.weight") {
                 *block += rounded(view.data.len() as u64);
@@ -250,7 +250,7 @@ fn fixed(demand: &Demand, gpu: &GpuDemand, placement: Placement) -> Vec<Item> {
         },
         item("head", head),
         item("work space of products", gpu.held),
-        item("norms, biases and rotary tables", w.vectors + (demand.positions * a.shape.dim) as u64 * F32),
+        item("norms, biases and rotary tables", w.vectors + a.rope_elements(demand.positions) as u64 * F32),
     ]
 }
 

@@ -110,7 +110,7 @@ impl BatchShape {
             Packing::Single => {
                 for group in groups {
                     for branch in &group.branches {
-                        let single = Group { prompt: group.prompt, branches: vec![*branch] };
+                        let single = Group { branches: vec![*branch], ..*group };
                         this.add(PackShape::of(&[single]));
                     }
                 }
@@ -150,10 +150,10 @@ mod tests {
         let ids: Vec<u32> = (0..100).collect();
         let branch = |len: usize, gradient: bool, tag: usize| BranchSpec { ids: &ids[..len], gradient, tag };
         let mut groups = vec![
-            Group { prompt: &ids[..9], branches: vec![branch(4, true, 0), branch(1, false, 1)] },
-            Group { prompt: &ids[..7], branches: vec![branch(0, true, 2), branch(6, false, 3)] },
-            Group { prompt: &ids[..5], branches: vec![branch(3, false, 4)] },
-            Group { prompt: &ids[..30], branches: vec![branch(20, true, 5), branch(10, true, 6)] },
+            Group { prompt: &ids[..9], rotary: 0, branches: vec![branch(4, true, 0), branch(1, false, 1)] },
+            Group { prompt: &ids[..7], rotary: 0, branches: vec![branch(0, true, 2), branch(6, false, 3)] },
+            Group { prompt: &ids[..5], rotary: 0, branches: vec![branch(3, false, 4)] },
+            Group { prompt: &ids[..30], rotary: 0, branches: vec![branch(20, true, 5), branch(10, true, 6)] },
         ];
         groups.push(groups[0].clone());
         for packing in [1, 20, 60, 1000].map(Packing::Shared).into_iter().chain([Packing::Single]) {

@@ -12,7 +12,8 @@ fn architecture() -> Architecture {
         intermediate: 1024,
         layers: 8,
         shape: HeadShape { heads: 8, kv_heads: 4, dim: 64 },
-        rms_eps: 1e-6,
+        norm_eps: 1e-6,
+        norm_bias: false,
         rotary: Rotary { dim: 64, theta: 1e4, scaling: Scaling::Default },
         sliding_rotary: None,
         window: None,
@@ -29,6 +30,7 @@ fn architecture() -> Architecture {
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
+        fused: false,
         max_positions: 2048,
     }
 }

@@ -85,7 +85,7 @@ pub struct AdapterSize {
 }
 
 impl AdapterSize {
-    /// Returns the size of a fresh adapter on `modules` of every block.
+    /// Returns the size of a fresh adapter on `modules` of every block, which are some of [`Architecture::modules`].
     pub fn fresh(architecture: &Architecture, rank: usize, modules: &[Module]) -> Self {
         let sides = |m: &Module| {
             let (out, input) = architecture.weight_shape(*m);
@@ -95,22 +95,26 @@ impl AdapterSize {
             let block: u64 = modules.iter().flat_map(sides).map(f).sum();
             block.saturating_mul(architecture.layers as u64)
         };
-        let ranks = Module::ALL.map(|m| if modules.contains(&m) { rank } else { 0 });
+        let adapted = |m: Module| modules.contains(&architecture.matrix_of(m));
+        let ranks = Module::ALL.map(|m| if adapted(m) { rank } else { 0 });
         Self { parameters: of_all(|n| n), moments8: of_all(moment_bytes), ranks, first: 0 }
     }
 
     /// Returns the size of a given adapter.
     pub fn given(architecture: &Architecture, adapter: &Adapter) -> Self {
         let mut this = Self { ranks: [0; 7], first: architecture.layers, ..Self::default() };
-        for (layer, module) in (0..architecture.layers).flat_map(|l| Module::ALL.map(|m| (l, m))) {
+        let modules = architecture.modules();
+        for (layer, module) in (0..architecture.layers).flat_map(|l| modules.iter().map(move |m| (l, *m))) {
             let Some(pair) = adapter.tensors.get(&module.path(layer)) else { continue };
             for factor in [&pair.a, &pair.b] {
                 this.parameters += factor.len() as u64;
                 this.moments8 += moment_bytes(factor.len() as u64);
             }
             this.first = this.first.min(layer);
-            let rank = &mut this.ranks[module as usize];
-            *rank = pair.r.max(*rank);
+            for (part, _) in architecture.parts().of(module) {
+                let rank = &mut this.ranks[part as usize];
+                *rank = pair.r.max(*rank);
+            }
         }
         this
     }

@@ -192,8 +192,8 @@ impl Scorer<'_> {
 
     /// Returns what a model says about every job.
     fn sweep(&self, base: &BaseModel, lora: Option<&Lora>, jobs: &[Job]) -> Result<Vec<BranchStats>> {
-        let max_length = self.tokens.meta.max_length as usize;
-        let batch = Batch::new(self.tokens, max_length, jobs, Packing::Shared(PACK_ROWS));
+        let limits = base.architecture.limits(self.tokens.meta.max_length as usize);
+        let batch = Batch::new(self.tokens, limits, jobs, Packing::Shared(PACK_ROWS));
         let spec = WorkspaceSpec { head_rows: HEAD_ROWS, ..Default::default() };
         let workspace = Workspace::new(&base.architecture, lora, spec, base.device());
         let sweep = Sweep { base, lora, dropout: None, workspace: &workspace, watch: None };
