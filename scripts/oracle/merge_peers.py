@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks kto-merge against PEFT: adapters of every kind, merged by both, compared tensor by tensor and in their logits.
 
-usage: merge_peers.py [MODEL_DIR...]      default: the Llama and the Qwen2 of testdata/trl
+usage: merge_peers.py [MODEL_DIR...]      default: the Llama and the Qwen2 of testdata/trl, Phi 3 and StableLM of testdata/families
 
 For each model PEFT makes random adapters (plain, rslora, DoRA, ranks and alphas by module, modules_to_save, embedding, MLP only) and merges
 them (merge_and_unload, f32). kto-merge merges the same files; then the adapter goes to MLX's form and back and is merged once more. Ends
@@ -28,6 +28,15 @@ KINDS = {
     "saved": dict(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"]),
     "embedding": dict(r=3, lora_alpha=6, target_modules=["embed_tokens", "v_proj"]),
     "some": dict(r=2, lora_alpha=1, target_modules=["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"]),
+}
+# Where q, k, v are one matrix, gate and up another.
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+FUSED_KINDS = {
+    "plain": dict(r=4, lora_alpha=8, target_modules=FUSED),
+    "rslora": dict(r=4, lora_alpha=3, use_rslora=True, target_modules=FUSED),
+    "dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=FUSED),
+    "patterns": dict(r=4, lora_alpha=8, target_modules=FUSED, rank_pattern={"gate_up_proj": 2}, alpha_pattern={"qkv_proj": 3}),
+    "saved": dict(r=3, lora_alpha=6, target_modules=["qkv_proj", "down_proj"], modules_to_save=["norm"]),
 }
 failures = []
 
@@ -60,9 +69,11 @@ def compare(name, path, expected, logits_expected, rounding=2e-6):
     check(worst < rounding and off < 10 * rounding, f"{name}: weights off by {worst:.2g} of the largest, logits by {off:.2g}")
 
 
-for folder in sys.argv[1:] or [ROOT / "testdata/trl/llama/model", ROOT / "testdata/trl/qwen2/model"]:
+DEFAULT = [ROOT / "testdata" / name for name in ("trl/llama/model", "trl/qwen2/model", "families/phi3", "families/stablelm")]
+for folder in sys.argv[1:] or DEFAULT:
     folder = Path(folder)
-    for kind, settings in KINDS.items():
+    fused = load(folder).config.model_type == "phi3"
+    for kind, settings in (FUSED_KINDS if fused else KINDS).items():
         if kind == "embedding" and load(folder).config.tie_word_embeddings:
             continue
         with tempfile.TemporaryDirectory() as work:
@@ -78,7 +89,7 @@ for folder in sys.argv[1:] or [ROOT / "testdata/trl/llama/model", ROOT / "testda
             with_adapter = logits(fresh)
             merged = fresh.merge_and_unload()
             expected = {k: v.clone() for k, v in merged.state_dict().items()}
-            name = f"{folder.parent.name} {kind}"
+            name = f"{folder.parent.name if folder.name == 'model' else folder.name} {kind}"
             check(float((logits(merged) - with_adapter).abs().max()) < 1e-4, f"{name}: PEFT's merge is its own adapter")
             merge("--base", folder, "--adapter", work / "adapter", "--dtype", "f32", "-o", work / "merged")
             compare(name, work / "merged", expected, with_adapter)

@@ -203,6 +203,24 @@ fn a_gpu_computes_every_family() {
     }
 }
 
+/// Fused matrices as bitsandbytes stores them: the parts of one lie in the middle of its codes and scales.
+#[test]
+fn quantized_families_compute_with_what_is_decoded() {
+    for name in ["phi3-longrope", "stablelm"] {
+        let folder = folder("../families-nf4").join(name);
+        let store = TensorStore::open_file(&folder.join("golden.safetensors")).unwrap();
+        let ids = ids(&golden(name), "ids.long");
+        for device in [None, gpu()] {
+            let mut base = BaseModel::load(ModelDir::open(&folder).unwrap(), DType::F32, POSITIONS).unwrap();
+            device.iter().for_each(|d| base.place(d, Placement::default(), |_| {}).unwrap());
+            let found = Generator::new(&base, None, ids.len()).unwrap().feed(&ids, true).unwrap();
+            let found = found.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let off = distance(&found, &floats(&store, "logits.long"));
+            assert!(off < 1e-5, "{name}: {off:.1e}");
+        }
+    }
+}
+
 /// Sequences that are made together pass the length from which on they turn otherwise at different steps.
 #[test]
 fn sequences_grow_long_one_by_one() {

@@ -1,7 +1,7 @@
 //! What a module is in a decoder, and the names by which users mean modules.
 
-/// The linear layers of a decoder block that are quantized.
-pub const LINEARS: [&str; 7] = [
+/// The linear layers of a decoder block that are quantized, where each is a matrix of its own.
+const SEPARATE: [&str; 7] = [
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",
@@ -10,6 +10,14 @@ pub const LINEARS: [&str; 7] = [
     "mlp.up_proj",
     "mlp.down_proj",
 ];
+
+/// The same where queries, keys and values are one matrix, gate and up another (Phi 3).
+const FUSED: [&str; 4] = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"];
+
+/// Returns the linear layers of every block of a model with these tensors.
+pub fn linears<'a>(mut names: impl Iterator<Item = &'a str>) -> &'static [&'static str] {
+    if names.any(|name| name.ends_with(".self_attn.qkv_proj.weight")) { &FUSED } else { &SEPARATE }
+}
 
 /// What a matrix is in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +37,8 @@ pub fn role(module: &str) -> Option<Role> {
         "lm_head" => Some(Role::Head),
         _ => {
             let (block, rest) = module.strip_prefix("model.layers.")?.split_once('.')?;
-            LINEARS.contains(&rest).then(|| block.parse().ok().map(Role::Linear))?
+            let linear = SEPARATE.contains(&rest) || FUSED.contains(&rest);
+            linear.then(|| block.parse().ok().map(Role::Linear))?
         }
     }
 }
@@ -57,6 +66,9 @@ mod tests {
     #[test]
     fn modules_have_roles() {
         assert_eq!(role("model.layers.3.mlp.up_proj"), Some(Role::Linear(3)));
+        assert_eq!(role("model.layers.3.self_attn.qkv_proj"), Some(Role::Linear(3)));
+        let of = |names: &[&str]| linears(names.iter().copied()).len();
+        assert_eq!((of(&["x", "model.layers.0.self_attn.qkv_proj.weight"]), of(&["x"])), (4, 7));
         assert_eq!(role("lm_head"), Some(Role::Head));
         assert_eq!(role("model.embed_tokens"), Some(Role::Embedding));
         for other in

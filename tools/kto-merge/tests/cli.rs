@@ -3,9 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use kto_formats::{
-    adapter::{Adapter, AdapterMeta},
+    adapter::{Adapter, AdapterMeta, LoraPair},
     bnb::Nf4Tensor,
     model_dir::ModelDir,
+    tensors::TensorStore,
 };
 use safetensors::Dtype;
 use std::{
@@ -133,6 +134,31 @@ fn weights_are_base_plus_product_in_every_dtype() {
                 fs::read(base.join(file)).unwrap() == fs::read(top.path().join(case).join(file)).unwrap()
             );
         }
+    }
+}
+
+/// An adapter of PEFT on fused matrices has one A and one B for each of them.
+#[test]
+fn adapters_on_fused_matrices_are_merged() {
+    let top = tempfile::tempdir().unwrap();
+    for name in ["phi3", "stablelm"] {
+        let (base, path) = (testdata(&format!("families/{name}")), top.path().join(name));
+        let golden = TensorStore::open_file(&base.join("golden.safetensors")).unwrap();
+        let mut adapter = Adapter::read(&llama().1).unwrap();
+        (adapter.config.r, adapter.config.lora_alpha) = (2, 3.0);
+        let of = |name: &str| golden.require(name).unwrap();
+        let modules = golden.names().filter_map(|n| n.strip_prefix("lora/")?.strip_suffix(".lora_A.weight"));
+        let pair = |module: &str| {
+            let [a, b] = ["A", "B"].map(|side| of(&format!("lora/{module}.lora_{side}.weight")));
+            let (in_features, out_features) = (a.shape[1], b.shape[0]);
+            LoraPair { a: a.to_f32().unwrap(), b: b.to_f32().unwrap(), r: 2, in_features, out_features }
+        };
+        adapter.tensors = modules.map(|module| (module.to_string(), pair(module))).collect();
+        assert_eq!(adapter.tensors.len(), if name == "phi3" { 8 } else { 14 });
+        adapter.write(&path, AdapterMeta::default()).unwrap();
+        let made =
+            merged(&base, &path, &top.path().join(format!("{name}-merged")), &["-q", "--dtype", "f32"]);
+        check(&made, &ModelDir::open(&base).unwrap(), &adapter, Some(Dtype::F32), 1e-6);
     }
 }
 

@@ -9,7 +9,7 @@ use kto_formats::{
 use kto_hub::Need;
 use kto_weights::{
     Content, Form, Item, Values, Weight,
-    roles::{LINEARS, Role, role},
+    roles::{Role, linears, role},
     weights,
 };
 use safetensors::Dtype;
@@ -191,7 +191,8 @@ fn place(model: &ModelDir) -> String {
 /// Returns the number of blocks, on which config.json and the weights must agree. No block may lack a layer, and a matrix in a block
 /// that is none of the known layers is an error: which of them other programs would quantize is not guessed.
 fn check_blocks(model: &ModelDir) -> Result<usize> {
-    let (mut blocks, mut linears) = (0, 0);
+    let layers = linears(model.tensors.names());
+    let (mut blocks, mut found) = (0, 0);
     for view in model.tensors.views() {
         let Some((block, rest)) = view.name.strip_prefix("model.layers.").and_then(|r| r.split_once('.'))
         else {
@@ -202,12 +203,12 @@ fn check_blocks(model: &ModelDir) -> Result<usize> {
             .parse()
             .map_err(|_| Error::data(format!("tensor \"{name}\": \"{}\" is no block number", escape(block))))
             .at(model.tensors.place_of(view.name))?;
-        let known = rest.strip_suffix(".weight").is_some_and(|module| LINEARS.contains(&module));
+        let known = rest.strip_suffix(".weight").is_some_and(|module| layers.contains(&module));
         match (known, view.shape.len()) {
             (true, 2) => {
                 view.read_f32(0, &mut []).at(model.tensors.place_of(view.name))?;
                 blocks = blocks.max(block + 1);
-                linears += 1;
+                found += 1;
             }
             (false, 0 | 1) => {}
             _ => {
@@ -228,9 +229,9 @@ fn check_blocks(model: &ModelDir) -> Result<usize> {
             "{place}: config.json says {stated} layers, the weights hold {blocks}"
         )));
     }
-    if linears != blocks * LINEARS.len() {
+    if found != blocks * layers.len() {
         let missing = (0..blocks)
-            .flat_map(|b| LINEARS.map(|l| format!("model.layers.{b}.{l}.weight")))
+            .flat_map(|b| layers.iter().map(move |l| format!("model.layers.{b}.{l}.weight")))
             .find(|n| !model.tensors.contains(n));
         return Err(Error::data(format!("{place}: no tensor \"{}\"", missing.unwrap_or_default())));
     }

@@ -90,6 +90,40 @@ fn the_result_is_what_transformers_and_bitsandbytes_saved() {
     }
 }
 
+/// Fused matrices, and norms with biases, which stay as they are.
+#[test]
+fn families_of_another_form_are_quantized_as_bitsandbytes_does() {
+    let top = tempfile::tempdir().unwrap();
+    for name in ["phi3-longrope", "stablelm"] {
+        let (source, out) = (golden("../families").join(name), top.path().join(name));
+        let output = run(&[text(&source), "-o", text(&out), "-q"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let ours = ModelDir::open(&out).unwrap();
+        let theirs = ModelDir::open(&golden("../families-nf4").join(name)).unwrap();
+        assert_eq!(ours.tensors.names().collect::<Vec<_>>(), theirs.tensors.names().collect::<Vec<_>>());
+        for view in theirs.tensors.views() {
+            let own = ours.tensors.require(view.name).unwrap();
+            let equal = (own.dtype, own.shape, own.data) == (view.dtype, view.shape, view.data);
+            assert!(equal, "{name} {}", view.name);
+        }
+        // And back: what bitsandbytes' codes decode to.
+        let back = top.path().join(format!("{name}-back"));
+        let output = run(&[text(&out), "-o", text(&back), "-q", "--dequantize"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let (back, source) = (ModelDir::open(&back).unwrap(), ModelDir::open(&source).unwrap());
+        assert_eq!(back.tensors.names().collect::<Vec<_>>(), source.tensors.names().collect::<Vec<_>>());
+    }
+}
+
+/// A model with a part of its matrices fused is no known family.
+#[test]
+fn fused_and_separate_matrices_do_not_mix() {
+    let top = tempfile::tempdir().unwrap();
+    let q = "model.layers.0.self_attn.q_proj.weight";
+    let model = edited(top.path(), &|t| find(t, q).0.name = q.replace("q_proj", "qkv_proj"), |c| c);
+    assert!(refused(&model, &[]).1.contains("_proj.weight\" of shape ["));
+}
+
 #[test]
 fn shards_threads_and_one_file_hold_the_same() {
     let top = tempfile::tempdir().unwrap();

@@ -2,7 +2,11 @@
 
 use super::{bytes, code, data, read_json, rows, run, testdata, text, token_set, trl_tokens, words};
 use candle_core::DType;
-use kto_formats::model_dir::ModelDir;
+use kto_formats::{
+    adapter::{Adapter, AdapterMeta, LoraPair},
+    model_dir::ModelDir,
+    tensors::TensorStore,
+};
 use kto_model::{base::BaseModel, generate::Generator};
 use serde_json::Value;
 
@@ -118,6 +122,41 @@ fn scores_as_its_logits_say(model: &str) {
     let args = words(&format!("score --model {} --no-kl", data(model)));
     let found = number(&rows(&args, &bytes(&set))[0], "logps");
     assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+}
+
+/// The log-probabilities of transformers with an adapter of PEFT, some of rows that have outgrown LongRoPE's first length.
+#[test]
+fn families_of_another_form_score_as_transformers_does() {
+    for name in ["phi3", "phi3-longrope", "phi4-mini", "stablelm"] {
+        let model = testdata(&format!("families/{name}"));
+        let golden = TensorStore::open_file(&model.join("golden.safetensors")).unwrap();
+        let floats = |name: &str| golden.require(name).unwrap().to_f32().unwrap();
+        let ids = |name: String| -> Vec<u32> {
+            let bytes = golden.require(&name).unwrap().data;
+            bytes.chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+        };
+        let rows_of = [0, 1].map(|i| (ids(format!("{i}.prompt")), ids(format!("{i}.completion")), i == 0));
+        let mut adapter = Adapter::read(&testdata("trl/llama/adapter_init")).unwrap();
+        (adapter.config.r, adapter.config.lora_alpha) = (2, 3.0);
+        let modules = golden.names().filter_map(|n| n.strip_prefix("lora/")?.strip_suffix(".lora_A.weight"));
+        let pair = |module: &str| {
+            let [a, b] = ["A", "B"].map(|side| floats(&format!("lora/{module}.lora_{side}.weight")));
+            let (in_features, out_features) = (a.len() / 2, b.len() / 2);
+            LoraPair { a, b, r: 2, in_features, out_features }
+        };
+        adapter.tensors = modules.map(|module| (module.to_string(), pair(module))).collect();
+        let dir = tempfile::tempdir().unwrap();
+        adapter.write(dir.path(), AdapterMeta::default()).unwrap();
+        let (model, adapter) = (model.display(), dir.path().display());
+        let args = words(&format!("score --model {model} --adapter {adapter} --no-kl"));
+        let found = rows(&args, &bytes(&token_set(&rows_of, 48, 64)));
+        for key in ["logps", "reference_logps"] {
+            for (row, expected) in found.iter().zip(floats(key)) {
+                let off = (number(row, key) - f64::from(expected)).abs();
+                assert!(off < 1e-5 * f64::from(expected).abs(), "{name} {key}: {row} {expected}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Bases in the forms that files hold: they train, and what is wrong in them is said when it is met.
 
 use crate::cli::{Bench, kto_train, rows, stderr, write};
+use kto_formats::adapter::Adapter;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -12,7 +13,11 @@ fn testdata(name: &str) -> PathBuf {
 
 /// Trains two steps of a model with 256 tokens.
 fn train(model: &Path, b: &Bench, more: &[&str]) -> std::process::Output {
-    write(&rows(&[&[1, 2, 3], &[4, 5], &[200, 31, 7, 8], &[9]], 256), &b.data);
+    train_on(model, b, (&[&[1, 2, 3], &[4, 5], &[200, 31, 7, 8], &[9]], 256), more)
+}
+
+fn train_on(model: &Path, b: &Bench, of: (&[&[u32]], u32), more: &[&str]) -> std::process::Output {
+    write(&rows(of.0, of.1), &b.data);
     let path = |p: &Path| p.display().to_string();
     let (model, data, out) = (path(model), path(&b.data), path(&b.out()));
     let args = ["--model", &model, "--data", &data, "--out", &out, "--batch", "2", "--max-steps", "2", "-q"];
@@ -27,6 +32,40 @@ fn stored_forms_train() {
         assert!(output.status.success(), "{name}: {}", stderr(&output));
         assert!(b.out().join("adapter/adapter_model.safetensors").exists());
     }
+}
+
+/// Fused matrices get one pair of factors each, as PEFT has them; rows may be longer than what LongRoPE began with.
+#[test]
+fn families_of_another_form_train() {
+    let long: Vec<u32> = (0..30).map(|i| 3 + i % 40).collect();
+    let of: (&[&[u32]], u32) = (&[&[1, 2, 3], &[4, 5], &long, &[9]], 48);
+    for (name, fused) in [
+        ("families/phi3", true),
+        ("families/phi4-mini", true),
+        ("families-nf4/phi3-longrope", true),
+        ("families/stablelm", false),
+    ] {
+        let b = Bench::new();
+        let output = train_on(&testdata(name), &b, of, &[]);
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+        let adapter = Adapter::read(&b.out().join("adapter")).unwrap();
+        let modules = &adapter.config.target_modules;
+        assert_eq!(modules.iter().any(|m| m == "qkv_proj"), fused, "{name}");
+        assert_eq!(adapter.tensors.len(), 2 * modules.len(), "{name}");
+        let moved = |module: &str| {
+            adapter.tensors.iter().any(|(n, pair)| n.ends_with(module) && pair.b.iter().any(|v| *v != 0.0))
+        };
+        assert!(modules.iter().all(|m| moved(m)), "{name}");
+        // And as the start of another run.
+        let begin = b.out().join("adapter").display().to_string();
+        let output = train_on(&testdata(name), &Bench::new(), of, &["--init-adapter", &begin]);
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+    }
+    let b = Bench::new();
+    let output = train_on(&testdata("families/phi3"), &b, of, &["--target-modules", "o_proj,q_proj"]);
+    assert_eq!(output.status.code(), Some(2));
+    let hint = "hint: all-linear, or a list of qkv_proj, o_proj, gate_up_proj, down_proj\n";
+    assert!(stderr(&output).ends_with(hint), "{}", stderr(&output));
 }
 
 #[test]
