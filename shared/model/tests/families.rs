@@ -130,8 +130,16 @@ fn adapter(store: &TensorStore, architecture: &Architecture) -> Lora {
     lora
 }
 
+/// What one step says.
+struct Step {
+    /// By the name of a number: of the loss, or of the two rows.
+    numbers: Vec<(&'static str, Vec<f64>)>,
+    /// Of A and B of every matrix.
+    gradients: Vec<(String, Vec<f32>)>,
+}
+
 /// One step of TRL's KTO over two rows, the first desirable. The KL completion of a row is the other row's.
-fn check_step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize) {
+fn step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize) -> Step {
     let store = golden(name);
     let tokens = tokens(&store, base.architecture.vocab_size);
     let lora = adapter(&store, &base.architecture);
@@ -150,16 +158,6 @@ fn check_step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let arguments = [BETA * (rewards[0] - kl), BETA * (kl - rewards[1])];
     let loss = arguments.iter().map(|x| 1.0 - sigmoid(*x)).sum::<f64>() / 2.0;
-    let close = |what: &str, found: f64, expected: f32| {
-        let off = (found - f64::from(expected)).abs() / f64::from(expected).abs().max(1.0);
-        assert!(off < 1e-5, "{name} {what}: {found} {expected}");
-    };
-    close("kl", kl, floats(&store, "kl")[0]);
-    close("loss", loss, floats(&store, "loss")[0]);
-    for i in 0..2 {
-        close("logps", policy[i].logps, floats(&store, "logps")[i]);
-        close("reference_logps", reference[i].logps, floats(&store, "reference_logps")[i]);
-    }
     let slopes = arguments.map(|x| BETA / 2.0 * sigmoid(x) * (1.0 - sigmoid(x)));
     let weights = [-slopes[0], slopes[1]];
     let weight = |b: &BranchStats| if b.gradient { weights[b.tag] } else { 0.0 };
@@ -167,9 +165,31 @@ fn check_step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize
         forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
     let gradients = lora.zeros_like().unwrap();
     sweep.backward(&batch.packs, forward, &coefficients, &gradients).unwrap();
-    for (tensor, gradient) in gradients.named_tensors() {
-        let found: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
-        let off = distance(&found, &floats(&store, &format!("grad/{tensor}.weight")));
+    let rows = |stats: &[BranchStats]| stats[..2].iter().map(|s| s.logps).collect();
+    Step {
+        numbers: vec![
+            ("kl", vec![kl]),
+            ("loss", vec![loss]),
+            ("logps", rows(&policy)),
+            ("reference_logps", rows(&reference)),
+        ],
+        gradients: gradients
+            .named_tensors()
+            .map(|(name, tensor)| (name, tensor.flatten_all().unwrap().to_vec1().unwrap()))
+            .collect(),
+    }
+}
+
+fn check_step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize) {
+    let (store, found) = (golden(name), step(name, base, packing, kept_layers));
+    for (what, found) in &found.numbers {
+        for (found, expected) in found.iter().zip(floats(&store, what)) {
+            let off = (found - f64::from(expected)).abs() / f64::from(expected).abs().max(1.0);
+            assert!(off < 1e-5, "{name} {what}: {found} {expected}");
+        }
+    }
+    for (tensor, gradient) in &found.gradients {
+        let off = distance(gradient, &floats(&store, &format!("grad/{tensor}.weight")));
         assert!(off < 1e-4, "{name} {tensor}: {off:.1e}");
     }
 }
@@ -210,13 +230,24 @@ fn quantized_families_compute_with_what_is_decoded() {
         let folder = folder("../families-nf4").join(name);
         let store = TensorStore::open_file(&folder.join("golden.safetensors")).unwrap();
         let ids = ids(&golden(name), "ids.long");
-        for device in [None, gpu()] {
-            let mut base = BaseModel::load(ModelDir::open(&folder).unwrap(), DType::F32, POSITIONS).unwrap();
-            device.iter().for_each(|d| base.place(d, Placement::default(), |_| {}).unwrap());
-            let found = Generator::new(&base, None, ids.len()).unwrap().feed(&ids, true).unwrap();
+        let open = || BaseModel::load(ModelDir::open(&folder).unwrap(), DType::F32, POSITIONS).unwrap();
+        let check = |base: &BaseModel| {
+            let found = Generator::new(base, None, ids.len()).unwrap().feed(&ids, true).unwrap();
             let found = found.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let off = distance(&found, &floats(&store, "logits.long"));
             assert!(off < 1e-5, "{name}: {off:.1e}");
+            step(name, base, Packing::Shared(4096), 1)
+        };
+        let expected = check(&open());
+        for (device, share_widened) in [(gpu(), false), (gpu(), true)] {
+            let Some(device) = device else { return };
+            let mut base = open();
+            base.place(&device, Placement { share_widened, ..Default::default() }, |_| {}).unwrap();
+            let found = check(&base);
+            for ((tensor, found), (_, expected)) in found.gradients.iter().zip(&expected.gradients) {
+                let off = distance(found, expected);
+                assert!(off < 2e-5, "{name} {tensor}: {off:.1e}");
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ mod control;
 mod disk;
 mod engine;
 mod evaluation;
+mod families;
 mod forms;
 mod golden;
 mod kill;

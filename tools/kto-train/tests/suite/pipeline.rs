@@ -10,7 +10,7 @@ use std::{
 };
 
 /// A tool of the workspace, built beside kto-train.
-fn tool(name: &str) -> PathBuf {
+pub fn tool(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_kto-train")).with_file_name(name);
     assert!(path.exists(), "{} is missing: build the workspace first (make build)", path.display());
     path
