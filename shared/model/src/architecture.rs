@@ -265,7 +265,7 @@ impl Architecture {
     }
 
     /// Returns the number of tokens from which on a sequence turns by the second set of divisors (LongRoPE).
-    pub fn turn(&self) -> Option<usize> {
+    pub fn original_length(&self) -> Option<usize> {
         match &self.rotary.scaling {
             Scaling::Long { original, .. } => Some(*original as usize),
             _ => None,
@@ -274,12 +274,12 @@ impl Architecture {
 
     /// Returns how rows are cut and turned.
     pub fn limits(&self, max_length: usize) -> Limits {
-        Limits { max_length, turn: self.turn() }
+        Limits { max_length, original: self.original_length() }
     }
 
     /// Returns the elements of the rotary tables for sequences of at most so many tokens.
     pub fn rope_elements(&self, positions: usize) -> usize {
-        let first = self.turn().filter(|turn| *turn < positions).unwrap_or(0);
+        let first = self.original_length().filter(|length| *length < positions).unwrap_or(0);
         let sliding = self.sliding_rotary.as_ref().map_or(0, |rotary| positions * rotary.dim);
         (first + positions) * self.rotary.dim + sliding
     }

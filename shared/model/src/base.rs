@@ -202,7 +202,7 @@ impl BaseModel {
     }
 
     /// Returns cosines and sines of block `layer` for every position in use; behind them, where sequences longer than
-    /// [`Architecture::turn`] are in use, those of all their positions.
+    /// [`Architecture::original_length`] are in use, those of all their positions.
     pub fn rope(&self, layer: usize) -> &Rotation {
         let sliding = self.architecture.sliding.get(layer).copied().unwrap_or(false);
         self.placed.rope.1.as_ref().filter(|_| sliding).unwrap_or(&self.placed.rope.0)
@@ -404,8 +404,8 @@ fn rotations(
         let table = match rotary.scaling {
             // Rounded as transformers rounds it, to the last bit.
             Scaling::Default if rotary.dim == head => RopeTable::new(head, rotary.theta, positions),
-            _ => match architecture.turn().filter(|turn| *turn < positions) {
-                Some(turn) => scaled(turn, turn).followed_by(scaled(positions, positions)),
+            _ => match architecture.original_length().filter(|length| *length < positions) {
+                Some(length) => scaled(length, length).followed_by(scaled(positions, positions)),
                 None => scaled(positions, positions),
             },
         };

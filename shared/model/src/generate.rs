@@ -140,7 +140,7 @@ impl<'a> Generator<'a> {
         }
         for (i, ids) in parts {
             self.slots[*i].past += ids.len();
-            if architecture.turn().is_some() {
+            if architecture.original_length().is_some() {
                 self.slots[*i].ids.extend_from_slice(ids);
             }
         }

@@ -24,13 +24,13 @@ pub struct Limits {
     /// Most tokens of a prompt with a completion.
     pub max_length: usize,
     /// A sequence of more tokens turns by the second rotary table, which lies behind so many rows of the first.
-    pub turn: Option<usize>,
+    pub original: Option<usize>,
 }
 
 impl Limits {
     /// Returns the row of the rotary tables that the first token of a sequence of `length` tokens turns by.
     pub fn rotary(&self, length: usize) -> u32 {
-        self.turn.filter(|turn| length > *turn).unwrap_or(0) as u32
+        self.original.filter(|original| length > *original).unwrap_or(0) as u32
     }
 }
 

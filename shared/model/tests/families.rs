@@ -94,7 +94,7 @@ fn check_logits(name: &str, length: &str, base: &BaseModel) {
     let mut generator = Generator::new(base, None, ids.len()).unwrap();
     let single: Vec<f32> = ids.iter().flat_map(|id| flat(generator.feed(&[*id], true).unwrap())).collect();
     // What was said of a short text is not said again when it has grown long and turns otherwise.
-    let grown = base.architecture.turn().filter(|turn| ids.len() > *turn).unwrap_or(0);
+    let grown = base.architecture.original_length().filter(|length| ids.len() > *length).unwrap_or(0);
     let grown = grown * base.architecture.vocab_size;
     for (how, found, from) in [("at once", whole, 0), ("one by one", single, grown)] {
         let found = distance(&found[from..], &expected[from..]);

@@ -96,7 +96,12 @@ impl One {
         main.chain((0..4).map(|i| Job { prompt: i, completion: (i + 2) % 4, gradient: false })).collect()
     }
     fn batch(&self, pack_rows: usize) -> Batch {
-        Batch::new(&self.0, Limits { max_length: 100, turn: None }, &Self::jobs(), Packing::Shared(pack_rows))
+        Batch::new(
+            &self.0,
+            Limits { max_length: 100, original: None },
+            &Self::jobs(),
+            Packing::Shared(pack_rows),
+        )
     }
 }
 
