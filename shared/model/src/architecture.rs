@@ -264,7 +264,7 @@ impl Architecture {
         self.sliding_rotary.as_ref().filter(|_| sliding).unwrap_or(&self.rotary)
     }
 
-    /// Returns the number of tokens from which on a sequence turns by the second set of divisors (LongRoPE).
+    /// Returns the number of tokens beyond which a sequence turns by the second set of divisors (LongRoPE).
     pub fn original_length(&self) -> Option<usize> {
         match &self.rotary.scaling {
             Scaling::Long { original, .. } => Some(*original as usize),

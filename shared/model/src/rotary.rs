@@ -123,16 +123,6 @@ impl Rotary {
         }
     }
 
-    /// Returns whether sequences of up to `positions` all turn alike, so that one table serves them.
-    pub fn is_uniform(&self, positions: usize) -> bool {
-        match &self.scaling {
-            Scaling::Dynamic { original, .. } | Scaling::Long { original, .. } => {
-                positions as f64 <= *original
-            }
-            _ => true,
-        }
-    }
-
     /// The dimensions between which YaRN interpolates.
     fn ramp(&self) -> (f64, f64) {
         let Scaling::Yarn { fast, slow, truncate, original, .. } = self.scaling else { return (0.0, 1.0) };
