@@ -171,12 +171,20 @@ impl Record {
         let max_positions = fields.size_or("max_position_embeddings", 2048)?;
         let window = fields.window(family)?;
         let default_theta = if family == Family::Gemma3 { 1e6 } else { 1e4 };
-        let around = Surroundings { config, head_dim: shape.dim, max_positions, default_theta };
-        let layer_norm = family == Family::StableLm;
+        let (layer_norm, phi) = (family == Family::StableLm, family == Family::Phi3);
+        let around = Surroundings {
+            config,
+            head_dim: shape.dim,
+            max_positions,
+            default_theta,
+            default_part: if layer_norm { 0.25 } else { 1.0 },
+            default_original: if phi { 4096.0 } else { max_positions as f64 },
+            yarn_is_long: phi,
+        };
         let (eps, default_eps) = if layer_norm {
             ("layer_norm_eps", 1e-5)
         } else {
-            ("rms_norm_eps", if family == Family::Phi3 { 1e-5 } else { 1e-6 })
+            ("rms_norm_eps", if phi { 1e-5 } else { 1e-6 })
         };
         let bias = |field: &str, default| fields.flag(field, default);
         let (attention, llama) = (bias("attention_bias", false)?, family == Family::Llama);
@@ -210,7 +218,7 @@ impl Record {
             },
             o_bias: attention && (llama || gemma || family == Family::Qwen3),
             mlp_bias: llama && bias("mlp_bias", false)?,
-            fused: family == Family::Phi3,
+            fused: phi,
             rotary: rotary::read(&around, Some("full_attention"))?,
             sliding_rotary: (family == Family::Gemma3).then(|| fields.local_rotary(&around)).transpose()?,
             sliding: fields.sliding(family, layers, window)?,

@@ -147,6 +147,12 @@ pub struct Surroundings<'a> {
     pub max_positions: usize,
     /// The base when none is given.
     pub default_theta: f64,
+    /// The part of a head that turns when none is given.
+    pub default_part: f64,
+    /// The length that a model was trained on when none is given.
+    pub default_original: f64,
+    /// Whether LongRoPE may be called yarn (Phi 3).
+    pub yarn_is_long: bool,
 }
 
 /// Reads the rotation of layers of `kind`, where a model has one for each kind (Gemma 3), else the only one.
@@ -167,22 +173,22 @@ pub fn read(of: &Surroundings, kind: Option<&str>) -> Result<Rotary> {
     }
     let reader = Reader { name, fields, config };
     let theta = reader.number_or("rope_theta", of.default_theta)?;
-    let part = reader.number_or("partial_rotary_factor", 1.0)?;
+    let part = reader.number_or("partial_rotary_factor", of.default_part)?;
     let dim = (of.head_dim as f64 * part) as usize;
     if !(part <= 1.0 && dim >= 2 && dim.is_multiple_of(2)) {
         let what =
             format!("config.json: partial_rotary_factor {part} of head_dim {} is no even size", of.head_dim);
         return Err(Error::data(what));
     }
-    let scaling = scaling(&reader, dim, of.max_positions as f64)?;
+    let scaling = scaling(&reader, of, dim)?;
     Ok(Rotary { dim, theta, scaling })
 }
 
 /// The names of the ways that are known, for refusals.
 const KNOWN: &str = "default, linear, dynamic, llama3, yarn, longrope";
 
-fn scaling(reader: &Reader, dim: usize, max_positions: f64) -> Result<Scaling> {
-    let (name, fields) = (reader.name, reader.fields);
+fn scaling(reader: &Reader, of: &Surroundings, dim: usize) -> Result<Scaling> {
+    let (name, fields, max_positions) = (reader.name, reader.fields, of.max_positions as f64);
     let kind = fields.get("rope_type").or_else(|| fields.get("type")).filter(|kind| !kind.is_null());
     let Some(kind) = kind else {
         // Without a type a factor would be a form that is not known here.
@@ -191,7 +197,7 @@ fn scaling(reader: &Reader, dim: usize, max_positions: f64) -> Result<Scaling> {
             Some(_) => Err(Error::data(format!("config.json: \"{name}\" has a factor and no \"rope_type\""))),
         };
     };
-    let original = || reader.number_or("original_max_position_embeddings", max_positions);
+    let original = || reader.number_or("original_max_position_embeddings", of.default_original);
     match kind.as_str().unwrap_or_default() {
         "default" => Ok(Scaling::Default),
         "linear" => Ok(Scaling::Linear { factor: reader.number("factor")? }),
@@ -208,6 +214,7 @@ fn scaling(reader: &Reader, dim: usize, max_positions: f64) -> Result<Scaling> {
             }
             Ok(Scaling::Llama3 { factor: reader.number("factor")?, low, high, original: original()? })
         }
+        "yarn" if of.yarn_is_long => long(reader, dim, original()?, max_positions),
         "yarn" => yarn(reader, original()?, max_positions),
         // Phi-3's first files call it su.
         "longrope" | "su" => long(reader, dim, original()?, max_positions),

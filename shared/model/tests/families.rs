@@ -231,19 +231,19 @@ fn quantized_families_compute_with_what_is_decoded() {
         let store = TensorStore::open_file(&folder.join("golden.safetensors")).unwrap();
         let ids = ids(&golden(name), "ids.long");
         let open = || BaseModel::load(ModelDir::open(&folder).unwrap(), DType::F32, POSITIONS).unwrap();
-        let check = |base: &BaseModel| {
+        let check = |base: &BaseModel, what: &str| {
             let found = Generator::new(base, None, ids.len()).unwrap().feed(&ids, true).unwrap();
             let found = found.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let off = distance(&found, &floats(&store, "logits.long"));
-            assert!(off < 1e-5, "{name}: {off:.1e}");
+            assert!(off < 1e-5, "{name} {what}: {off:.1e}");
             step(name, base, Packing::Shared(4096), 1)
         };
-        let expected = check(&open());
+        let expected = check(&open(), "on the processor");
         for (device, share_widened) in [(gpu(), false), (gpu(), true)] {
             let Some(device) = device else { return };
             let mut base = open();
             base.place(&device, Placement { share_widened, ..Default::default() }, |_| {}).unwrap();
-            let found = check(&base);
+            let found = check(&base, if share_widened { "in one place" } else { "on a GPU" });
             for ((tensor, found), (_, expected)) in found.gradients.iter().zip(&expected.gradients) {
                 let off = distance(found, expected);
                 assert!(off < 2e-5, "{name} {tensor}: {off:.1e}");

@@ -163,6 +163,10 @@ fn older_files_are_read() {
     assert!(
         matches!(phi.unwrap().rotary.scaling, Scaling::Long { original: 16.0, attention, .. } if (attention - 1.5f64.sqrt()).abs() < 1e-12)
     );
+    // Before it had its name; the length is Phi 3's own when none is written.
+    let yarn = json!({"rope_scaling": {"type": "yarn", "short_factor": factors, "long_factor": factors}});
+    let yarn = read("phi3", yarn).unwrap().rotary.scaling;
+    assert!(matches!(yarn, Scaling::Long { original: 4096.0, attention: 1.0, .. }), "{yarn:?}");
     let gemma = read(
         "gemma3_text",
         json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 8,
@@ -180,6 +184,7 @@ fn older_files_are_read() {
     assert_eq!(read("qwen2", json!({"sliding_window": 8})).unwrap().window, None);
     let stable = read("stablelm", json!({"partial_rotary_factor": 0.25, "head_dim": null})).unwrap();
     assert_eq!((stable.rotary.dim, stable.norm_eps, stable.qkv_bias), (2, 1e-5, false));
+    assert_eq!(read("stablelm", json!({"rope_theta": 1e4})).unwrap().rotary, stable.rotary);
     assert_eq!(read("gemma2", json!({})).unwrap().attention_cap, Some(50.0));
     assert_eq!(read("gemma2", json!({"attn_logit_softcapping": null})).unwrap().attention_cap, None);
 }
