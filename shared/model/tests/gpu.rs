@@ -248,7 +248,7 @@ fn streams_change_no_bit() {
 #[test]
 fn a_head_in_tiles_computes_the_same() {
     let Some(gpu) = device(Dense::F32, Stream::Copy) else { return };
-    let gemma = testdata("families/gemma2/model");
+    let gemma = testdata("families/gemma2");
     for (model, head_rows, packing) in [
         (testdata("bnb/tiny_llama_bnb4"), 13, Packing::Shared(20)),
         (testdata("bnb/tiny_llama_bnb4"), 500, Packing::Shared(20)),
