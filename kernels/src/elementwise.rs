@@ -1,7 +1,7 @@
 //! Sums, biases, scaling and the checks on gradients.
 
 use crate::{
-    parallel::for_rows,
+    parallel::{Pieces, SMALL, each, for_rows},
     real::Real,
     tensor::{apart, read, same_type, with_type, write},
 };
@@ -38,6 +38,60 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
         let b = rb.slice::<T>()?;
         write::<T>(x, |data| {
             for_rows(data, c, |_, row| row.iter_mut().zip(b).for_each(|(v, b)| *v += *b));
+            Ok(())
+        })
+    })
+}
+
+/// Multiplies every row of `x` (T, C) element by element with `factors` (C) in place.
+pub fn scale_columns(x: &Tensor, factors: &Tensor) -> Result<()> {
+    let (_, c) = x.dims2()?;
+    same_type(x, factors)?;
+    apart(x, factors)?;
+    if factors.dims1()? != c {
+        bail!("scale_columns: factors {:?} for {:?}", factors.shape(), x.shape());
+    }
+    with_type!(x, T => {
+        let rf = read(factors);
+        let f = rf.slice::<T>()?;
+        write::<T>(x, |data| {
+            for_rows(data, c, |_, row| row.iter_mut().zip(f).for_each(|(v, f)| *v *= *f));
+            Ok(())
+        })
+    })
+}
+
+/// Columns whose sums one task makes.
+const COLUMNS: usize = 64;
+
+/// Adds to each element of `to` (C) the sum over the rows of `x ⊙ y` (T, C), times its factor (C). Sums are made in f64 in the order of
+/// the rows, so they do not depend on the threads.
+pub fn add_column_dots(to: &Tensor, x: &Tensor, y: &Tensor, factors: &Tensor) -> Result<()> {
+    let (t, c) = x.dims2()?;
+    for other in [x, y, factors] {
+        same_type(to, other)?;
+        apart(to, other)?;
+    }
+    if y.dims2()? != (t, c) || to.dims1()? != c || factors.dims1()? != c {
+        let shapes = [to.shape(), x.shape(), y.shape(), factors.shape()];
+        bail!("add_column_dots: shapes {shapes:?}");
+    }
+    with_type!(to, T => {
+        let (rx, ry, rf) = (read(x), read(y), read(factors));
+        let (x, y, f) = (rx.slice::<T>()?, ry.slice::<T>()?, rf.slice::<T>()?);
+        write::<T>(to, |data| {
+            let pieces = Pieces::new(data, COLUMNS);
+            each(c.div_ceil(COLUMNS), t * c >= SMALL, |i| {
+                // SAFETY: every piece is asked for once.
+                let to = unsafe { pieces.take(i) };
+                let (start, mut sums) = (i * COLUMNS, [0.0f64; COLUMNS]);
+                for row in 0..t {
+                    let at = row * c + start;
+                    let both = x[at..][..to.len()].iter().zip(&y[at..][..to.len()]);
+                    both.zip(&mut sums).for_each(|((x, y), sum)| *sum += x.wide() * y.wide());
+                }
+                to.iter_mut().zip(&f[start..]).zip(&sums).for_each(|((v, f), sum)| *v += T::of(f.wide() * sum));
+            });
             Ok(())
         })
     })

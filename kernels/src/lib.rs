@@ -39,7 +39,8 @@ pub use attention::{
 };
 pub use dropout::{DropoutKey, dropout};
 pub use elementwise::{
-    add, add_bias, first_non_finite, scale_in_place, soft_cap, soft_cap_backward, sum_of_squares,
+    add, add_bias, add_column_dots, first_non_finite, scale_columns, scale_in_place, soft_cap,
+    soft_cap_backward, sum_of_squares,
 };
 pub use gated::{geglu, geglu_backward, swiglu, swiglu_backward};
 pub use layer_norm::{layer_norm, layer_norm_backward};
@@ -51,5 +52,5 @@ pub use real::Real;
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::{RopeTable, rope};
 pub use rows::{clear, gather_rows, gather_rows_into, scale_rows, scatter_add_rows};
-pub use stored::{AffineParts, Bytes, Dense, Nf4Parts, Nf4Scales, Stored};
+pub use stored::{AffineParts, Bytes, Dense, MicroFloat, Nf4Parts, Nf4Scales, Stored};
 pub use weight::Weight;

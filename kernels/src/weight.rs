@@ -1,14 +1,17 @@
 //! A frozen matrix: in memory as a tensor, or as its file holds it.
 
 use crate::{
-    parallel::for_rows,
+    parallel::{Pieces, SMALL, each, for_rows},
     real::Real,
     rows::gather_rows_into,
     stored::Stored,
-    tensor::{with_type, write},
+    tensor::{read, with_type, write},
 };
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
+
+/// Rows that a task of [`Weight::row_squares`] takes.
+const ROWS: usize = 16;
 
 /// A frozen (rows, columns) matrix.
 #[derive(Clone, Debug)]
@@ -45,6 +48,33 @@ impl Weight {
             for_rows(out, columns, |i, row| T::widen(stored, index[i] as usize, 0, row));
             Ok(())
         }))
+    }
+
+    /// Returns the sum of the squares of each row (rows), in f64 in the order of the columns.
+    pub fn row_squares(&self) -> Result<Vec<f64>> {
+        let (rows, columns) = self.dims()?;
+        let mut sums = vec![0.0; rows];
+        let square = |row: &[f32]| row.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>();
+        match self {
+            Self::Dense(tensor) => with_type!(tensor, T => {
+                let values = read(tensor);
+                let values = values.slice::<T>()?;
+                let square = |row: &[T]| row.iter().map(|v| v.wide() * v.wide()).sum::<f64>();
+                sums.iter_mut().zip(values.chunks(columns.max(1))).for_each(|(sum, row)| *sum = square(row));
+            }),
+            Self::Stored(stored) => {
+                let pieces = Pieces::new(&mut sums, ROWS);
+                each(rows.div_ceil(ROWS), rows * columns >= SMALL, |i| {
+                    let mut row = vec![0.0f32; columns];
+                    // SAFETY: every piece is asked for once.
+                    for (j, sum) in unsafe { pieces.take(i) }.iter_mut().enumerate() {
+                        f32::widen(stored, i * ROWS + j, 0, &mut row);
+                        *sum = square(&row);
+                    }
+                });
+            }
+        }
+        Ok(sums)
     }
 
     /// Returns all elements as a tensor in `dtype` (f32 or f64).

@@ -11,9 +11,9 @@ mod tensor;
 
 pub use attention::{AttentionGradients, AttentionInputs, AttentionOutputs, attention, attention_backward};
 pub use operations::{
-    Gate, Rotation, add, add_bias, clear, dropout, gated, gated_backward, gather_rows, gather_rows_into,
-    layer_norm, layer_norm_backward, logprobs, logprobs_in_tiles, rms_norm, rms_norm_backward, rope,
-    scale_in_place, scale_rows, scatter_add_rows, soft_cap,
+    Gate, Rotation, add, add_bias, add_column_dots, clear, dropout, gated, gated_backward, gather_rows,
+    gather_rows_into, layer_norm, layer_norm_backward, logprobs, logprobs_in_tiles, rms_norm,
+    rms_norm_backward, rope, scale_columns, scale_in_place, scale_rows, scatter_add_rows, soft_cap,
 };
 pub use products::{Factor, Onto, Product, matmul, multiply};
 pub use self_test::self_test;

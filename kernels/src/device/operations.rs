@@ -142,6 +142,16 @@ pub fn scale_in_place(x: &Tensor, factor: f64) -> Result<()> {
     }
 }
 
+/// As [`crate::scale_columns`]. Error: a GPU.
+pub fn scale_columns(x: &Tensor, factors: &Tensor) -> Result<()> {
+    crate::scale_columns(x.host()?, factors.host()?)
+}
+
+/// As [`crate::add_column_dots`]. Error: a GPU.
+pub fn add_column_dots(to: &Tensor, x: &Tensor, y: &Tensor, factors: &Tensor) -> Result<()> {
+    crate::add_column_dots(to.host()?, x.host()?, y.host()?, factors.host()?)
+}
+
 /// As [`crate::clear`].
 pub fn clear(x: &Tensor) -> Result<()> {
     match x {

@@ -120,6 +120,22 @@ impl Tensor {
         })
     }
 
+    /// Returns the first elements of work space as a (rows, columns) matrix. Error: it is smaller.
+    pub fn first(&self, rows: usize, columns: usize) -> Result<Self> {
+        let (r, c) = self.dims2()?;
+        if rows * columns > r * c {
+            bail!("the first {rows} rows of {columns} of {r} rows of {c}");
+        }
+        Ok(match self {
+            Self::Host(t) => {
+                Self::Host(t.flatten_all()?.narrow(0, 0, rows * columns)?.reshape((rows, columns))?)
+            }
+            Self::Gpu(m) => {
+                Self::Gpu(m.reshape(r * c, 1)?.narrow(0, rows * columns)?.reshape(rows, columns)?)
+            }
+        })
+    }
+
     /// Returns the transpose, for products.
     pub fn t(&self) -> Result<Self> {
         Ok(match self {

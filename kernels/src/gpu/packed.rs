@@ -116,6 +116,7 @@ impl Packed {
             Widening::Affine(p) => {
                 gpu.launch("dequantize_affine", self.element, pairs, &[to, at(0), at(1), at(2)], &p)
             }
+            Widening::Micro => bail!("small floats are not widened on a GPU"),
             Widening::Dense(_) => Ok(()),
         }?;
         Ok(out)

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 
 /// Below this many elements a call stays on one thread: waking others costs more.
-const SMALL: usize = 1 << 14;
+pub(crate) const SMALL: usize = 1 << 14;
 
 /// Calls `f` for every index, on several threads if `parallel`: by the team of this thread, else by rayon.
 pub(crate) fn each(n: usize, parallel: bool, f: impl Fn(usize) + Sync) {

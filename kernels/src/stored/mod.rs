@@ -11,6 +11,7 @@ mod avx2;
 mod bytes;
 mod dense;
 mod int8;
+mod micro;
 mod nf4;
 mod parts;
 #[cfg(test)]
@@ -19,6 +20,7 @@ mod tests;
 pub use affine::AffineParts;
 pub use bytes::Bytes;
 pub use dense::Dense;
+pub use micro::MicroFloat;
 pub use nf4::{Nf4Parts, Nf4Scales};
 pub(crate) use parts::Widening;
 
@@ -43,6 +45,7 @@ enum Form {
     Nf4(nf4::Nf4),
     Int8(int8::Int8),
     Affine(affine::Affine),
+    Micro(micro::Micro),
 }
 
 /// A form whose slices are at hand.
@@ -52,6 +55,7 @@ enum View<'a> {
     Nf4(nf4::View<'a>),
     Int8(int8::View<'a>),
     Affine(affine::View<'a>),
+    Micro(micro::View<'a>),
 }
 
 impl Form {
@@ -62,6 +66,7 @@ impl Form {
             Self::Nf4(form) => View::Nf4(form.view()),
             Self::Int8(form) => View::Int8(form.view()),
             Self::Affine(form) => View::Affine(form.view()),
+            Self::Micro(form) => View::Micro(form.view()),
         }
     }
 }
@@ -87,6 +92,11 @@ fn pieces_avx2(view: View, start: usize, step: usize, length: usize, out: &mut [
             }
         }
         View::Affine(view) => {
+            for (at, piece) in pieces {
+                view.widen_avx2(at, piece);
+            }
+        }
+        View::Micro(view) => {
             for (at, piece) in pieces {
                 view.widen_avx2(at, piece);
             }
@@ -120,6 +130,26 @@ impl Stored {
         Ok(Self::new(Form::Affine(form), rows, columns))
     }
 
+    /// Wraps a matrix of small floats of MLX. Fails unless codes and scales are as many as the shape needs.
+    pub fn micro(
+        kind: MicroFloat,
+        packed: Bytes,
+        scales: Bytes,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Self> {
+        let form = micro::Micro::new(kind, packed, scales, rows, columns)?;
+        Ok(Self::new(Form::Micro(form), rows, columns))
+    }
+
+    /// Returns the kind of small floats that the matrix consists of, if it does: a GPU does not widen them.
+    pub fn micro_float(&self) -> Option<MicroFloat> {
+        match &self.form {
+            Form::Micro(form) => Some(form.kind()),
+            _ => None,
+        }
+    }
+
     fn new(form: Form, rows: usize, columns: usize) -> Self {
         #[cfg(target_arch = "x86_64")]
         let wide = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
@@ -145,6 +175,7 @@ impl Stored {
             Form::Nf4(form) => form.bytes(),
             Form::Int8(form) => form.bytes(),
             Form::Affine(form) => form.bytes(),
+            Form::Micro(form) => form.bytes(),
         }
     }
 
@@ -217,6 +248,7 @@ impl Stored {
                 View::Nf4(view) => view.widen(start + i * step, piece),
                 View::Int8(view) => view.widen(start + i * step, piece),
                 View::Affine(view) => view.widen(start + i * step, piece),
+                View::Micro(view) => view.widen(start + i * step, piece),
             }
         }
     }
@@ -234,6 +266,7 @@ impl Stored {
                 View::Nf4(view) => view.all_finite(range),
                 View::Int8(view) => view.all_finite(range),
                 View::Affine(view) => view.all_finite(range),
+                View::Micro(view) => view.all_finite(range),
             };
             if sound {
                 return None;
@@ -259,6 +292,7 @@ impl std::fmt::Debug for Stored {
             Form::Nf4(_) => "Nf4".into(),
             Form::Int8(_) => "Int8".into(),
             Form::Affine(form) => format!("Affine{}", form.bits()),
+            Form::Micro(form) => format!("{:?}", form.kind()),
         };
         write!(f, "Stored({form}, {} × {}, {} bytes)", self.rows, self.columns, self.bytes())
     }

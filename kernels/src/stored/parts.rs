@@ -13,6 +13,8 @@ pub(crate) enum Widening {
     Int8(DequantizeInt8),
     /// Codes, scales, biases.
     Affine(DequantizeAffine),
+    /// Codes, scales; for the host only.
+    Micro,
 }
 
 impl Stored {
@@ -23,6 +25,7 @@ impl Stored {
             Form::Nf4(form) => form.parts(),
             Form::Int8(form) => form.parts(self.rows),
             Form::Affine(form) => form.parts(self.rows * self.columns),
+            Form::Micro(form) => (Widening::Micro, form.parts()),
         }
     }
 }

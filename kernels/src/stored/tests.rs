@@ -379,3 +379,55 @@ fn products(form: Dense, offset: usize) {
         }
     }
 }
+
+/// MLX's own values of mxfp4, nvfp4 and mxfp8, which are exact in bf16.
+#[test]
+fn small_floats_widen_as_mlx_decodes_them() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/mlx/float_modes.safetensors");
+    let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let mut cases = 0;
+    for (name, packed) in &golden {
+        let Some(case) = name.strip_suffix(".packed") else { continue };
+        let kind = match case.split('.').next().unwrap() {
+            "mxfp4" => MicroFloat::Mxfp4,
+            "nvfp4" => MicroFloat::Nvfp4,
+            _ => MicroFloat::Mxfp8,
+        };
+        let words: Vec<u32> = packed.flatten_all().unwrap().to_vec1().unwrap();
+        let packed: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let scales: Vec<u8> = golden[&format!("{case}.scales")].flatten_all().unwrap().to_vec1().unwrap();
+        let dq = golden[&format!("{case}.dq")].to_dtype(DType::F32).unwrap();
+        let (rows, columns) = dq.dims2().unwrap();
+        let expected: Vec<f32> = dq.flatten_all().unwrap().to_vec1().unwrap();
+        let stored = Stored::micro(kind, bytes(packed, 1), bytes(scales, 3), rows, columns).unwrap();
+        check(stored, &expected, case);
+        cases += 1;
+    }
+    assert_eq!(cases, 9);
+}
+
+#[test]
+fn small_floats_that_are_none_are_found() {
+    // 0x7f is no number of E4M3; 255 is infinite as a power of two, and 252 makes 448 so.
+    for (kind, code, scale, expected) in [
+        (MicroFloat::Mxfp8, 0xff, 127, f32::NAN),
+        (MicroFloat::Nvfp4, 0x20, 0x7f, f32::NAN),
+        (MicroFloat::Mxfp4, 0x22, 255, f32::INFINITY),
+        (MicroFloat::Mxfp8, 0x7e, 252, f32::INFINITY),
+    ] {
+        let (group, mut packed) = (kind.group(), vec![0x11; 64 * kind.bits() / 8]);
+        packed[32 * kind.bits() / 8] = code;
+        let mut scales = vec![if kind == MicroFloat::Nvfp4 { 0x38 } else { 127 }; 64 / group];
+        scales[32 / group] = scale;
+        let stored = Stored::micro(kind, bytes(packed, 0), bytes(scales, 0), 2, 32).unwrap();
+        let (index, value) = stored.first_non_finite().unwrap();
+        assert!(
+            index == 32 && (value == expected || value.is_nan() && expected.is_nan()),
+            "{kind:?} {index}"
+        );
+    }
+    for (columns, packed, scales) in [(32, 15, 1), (32, 16, 2), (48, 24, 1)] {
+        let of = |n: usize| bytes(vec![0; n], 0);
+        assert!(Stored::micro(MicroFloat::Mxfp4, of(packed), of(scales), 1, columns).is_err());
+    }
+}

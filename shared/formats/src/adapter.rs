@@ -1,18 +1,15 @@
 //! A LoRA adapter directory in PEFT form: adapter_config.json, adapter_model.safetensors, README.md.
 //!
-//! Called by kto-train (start and result), kto-eval and kto-merge. Invariant: every pair has A (R, in) and
-//! B (out, R) of the configured rank with finite values. Tensor names in the file are
-//! `base_model.model.<module>.lora_A.weight`; here only `<module>` is left.
+//! Called by kto-train (start and result) and kto-eval. The files are read and written by [`crate::lora`]; here is what training can
+//! start from and leaves: matrices on linear layers with the settings that made them. Adapters of mlx-lm are read too.
 
-pub use crate::adapter_config::AdapterConfig;
+pub use crate::adapter_config::{AdapterConfig, Targets, whole};
 use crate::{
+    lora::{Ecosystem, LoraModule, LoraSet, is_embedding, peft},
     mmap::shown,
     model_dir::{ModelDir, same_origin},
-    safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata, standard_order},
-    tensors::{TensorStore, TensorView, check_finite, push_floats},
 };
-use kto_cli::{Context, Error, Kind, Result, atomic, escape};
-use safetensors::Dtype;
+use kto_cli::{Context, Error, Result, atomic, escape};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -27,21 +24,6 @@ pub(crate) const FINGERPRINT: &str = "kto.base_fingerprint";
 /// What PEFT puts before module names.
 pub(crate) const PREFIX: &str = "base_model.model.";
 
-/// The two matrices of one adapted linear layer, in f32.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraPair {
-    /// A: (R, in), row-major.
-    pub a: Vec<f32>,
-    /// B: (out, R), row-major.
-    pub b: Vec<f32>,
-    /// Rank R.
-    pub r: usize,
-    /// Width of the layer's input.
-    pub in_features: usize,
-    /// Width of the layer's output.
-    pub out_features: usize,
-}
-
 /// What is known about an adapter beside its numbers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AdapterMeta {
@@ -54,8 +36,8 @@ pub struct AdapterMeta {
 pub struct Adapter {
     /// Rank, alpha, targets.
     pub config: AdapterConfig,
-    /// Module (`model.layers.0.self_attn.q_proj`) to matrices.
-    pub tensors: BTreeMap<String, LoraPair>,
+    /// Linear layer (`model.layers.0.self_attn.q_proj`) to matrices.
+    pub tensors: BTreeMap<String, LoraModule>,
     /// What the file said about its origin.
     pub meta: AdapterMeta,
 }
@@ -68,29 +50,25 @@ pub fn directory(path: &Path) -> PathBuf {
 }
 
 impl Adapter {
-    /// Reads a PEFT directory. Errors: 66 for a missing file; 65 that names the field or tensor for features,
-    /// shapes or values that cannot be used.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let kind = std::fs::metadata(dir).map_err(|e| Error::reading(dir, &e))?;
-        if !kind.is_dir() {
-            return Err(Error::new(Kind::NoInput, format!("{}: not a directory", shown(dir)))
-                .with_hint("give the directory that holds adapter_config.json"));
+    /// Reads an adapter directory of PEFT or mlx-lm, or of a run directory its adapter. Errors: 66 for a missing file; 65 that names the
+    /// field or tensor for features, shapes or values that cannot be used.
+    pub fn read(path: &Path) -> Result<Self> {
+        let (dir, set) = (directory(path), LoraSet::read(path)?);
+        let place = || shown(&dir.join(CONFIG));
+        let mut config = match set.ecosystem {
+            Ecosystem::Peft => AdapterConfig::read(&dir.join(CONFIG))?,
+            Ecosystem::Mlx => peft::config(&set).at(place())?,
+        };
+        if let Some(module) = set.modules.keys().find(|module| is_embedding(module)) {
+            let (place, module) = (place(), escape(module));
+            let text = format!("{place}: \"{module}\" is an embedding; only linear layers are adapted here");
+            return Err(Error::data(text).with_hint("kto-merge merges it into the base"));
         }
-        let mut config = AdapterConfig::read(&dir.join(CONFIG))?;
-        let path = dir.join(WEIGHTS);
-        if !path.exists() && dir.join("adapter_model.bin").exists() {
-            return Err(Error::data(format!(
-                "{}: pickle weights can run code when loaded; only safetensors are read",
-                shown(&dir.join("adapter_model.bin"))
-            )));
+        if config.target_modules == Targets::default() {
+            config.target_modules = Targets::Names(set.modules.keys().cloned().collect());
         }
-        let store = TensorStore::open_file(&path)?;
-        let tensors = read_pairs(&store, config.r).at(shown(&path))?;
-        if config.target_modules.is_empty() {
-            config.target_modules = tensors.keys().cloned().collect();
-        }
-        let meta = AdapterMeta { base_fingerprint: store.metadata().get(FINGERPRINT).cloned() };
-        Ok(Self { config, tensors, meta })
+        let meta = AdapterMeta { base_fingerprint: set.base_fingerprint };
+        Ok(Self { config, tensors: set.modules, meta })
     }
 
     /// Returns whether the adapter was trained on this base, on a 4-bit form of it or on the weights that it is a 4-bit
@@ -104,42 +82,10 @@ impl Adapter {
     /// `meta` goes into the safetensors metadata, where PEFT ignores it.
     pub fn write(&self, dir: &Path, meta: AdapterMeta) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::writing(dir, &e))?;
-        self.write_weights(&dir.join(WEIGHTS), &meta)?;
+        let fingerprint = meta.base_fingerprint.as_deref();
+        peft::write_weights(&dir.join(WEIGHTS), &self.tensors, &BTreeMap::new(), fingerprint)?;
         atomic::write(&dir.join("README.md"), self.model_card().as_bytes())?;
         atomic::write(&dir.join(CONFIG), self.config.to_json().as_bytes())
-    }
-
-    fn write_weights(&self, path: &Path, meta: &AdapterMeta) -> Result<()> {
-        let mut metadata = pt_metadata();
-        if let Some(fingerprint) = &meta.base_fingerprint {
-            metadata.insert(FINGERPRINT.into(), fingerprint.clone());
-        }
-        let mut specs = Vec::new();
-        let mut values = BTreeMap::new();
-        for (module, pair) in &self.tensors {
-            for (side, shape, data) in
-                [("A", [pair.r, pair.in_features], &pair.a), ("B", [pair.out_features, pair.r], &pair.b)]
-            {
-                let name = format!("{PREFIX}{module}.lora_{side}.weight");
-                if data.len() != shape[0] * shape[1] {
-                    return Err(Error::internal(format!(
-                        "{name}: {} values for shape {shape:?}",
-                        data.len()
-                    )));
-                }
-                specs.push(TensorSpec::new(name.clone(), Dtype::F32, shape));
-                values.insert(name, data);
-            }
-        }
-        standard_order(&mut specs);
-        let mut writer = SafetensorsWriter::new(path, specs.clone(), &metadata)?;
-        let mut bytes = Vec::new();
-        for spec in specs {
-            bytes.clear();
-            push_floats(Dtype::F32, values[&spec.name], &mut bytes)?;
-            writer.write(&spec.name, &bytes)?;
-        }
-        writer.finish()
     }
 
     /// The README.md that model hubs show.
@@ -160,80 +106,37 @@ impl Adapter {
     }
 }
 
-/// Collects A and B by module and checks them.
-fn read_pairs(store: &TensorStore, r: usize) -> Result<BTreeMap<String, LoraPair>> {
-    let mut pairs = BTreeMap::new();
-    for name in store.names() {
-        let Some((module, side)) = split_name(name) else {
-            return Err(Error::data(format!(
-                "tensor \"{}\" is not a LoRA matrix of a linear layer",
-                escape(name)
-            )));
-        };
-        let other = format!("{PREFIX}{module}.lora_{}.weight", if side == 'A' { 'B' } else { 'A' });
-        if !store.contains(&other) {
-            return Err(Error::data(format!("tensor \"{}\" has no \"{}\"", escape(name), escape(&other))));
-        }
-        if side == 'A' {
-            let (a, b) = (store.require(name)?, store.require(&other)?);
-            pairs.insert(module.to_string(), read_pair(&a, &b, r)?);
-        }
-    }
-    if pairs.is_empty() {
-        return Err(Error::data("no LoRA matrices"));
-    }
-    Ok(pairs)
-}
-
-/// `base_model.model.<module>.lora_<side>.weight` to module and side.
-fn split_name(name: &str) -> Option<(&str, char)> {
-    let rest = name.strip_prefix(PREFIX)?;
-    match (rest.strip_suffix(".lora_A.weight"), rest.strip_suffix(".lora_B.weight")) {
-        (Some(module), _) => Some((module, 'A')),
-        (_, Some(module)) => Some((module, 'B')),
-        _ => None,
-    }
-}
-
-fn read_pair(a: &TensorView, b: &TensorView, r: usize) -> Result<LoraPair> {
-    let (&[rank_a, in_features], &[out_features, rank_b]) = (a.shape, b.shape) else {
-        return Err(Error::data(format!(
-            "tensor \"{}\": shapes {:?} and {:?} are not two matrices",
-            escape(a.name),
-            a.shape,
-            b.shape
-        )));
-    };
-    if rank_a != r {
-        a.expect_shape(&[r, in_features])?;
-    }
-    if rank_b != r {
-        b.expect_shape(&[out_features, r])?;
-    }
-    let pair = LoraPair { a: a.to_f32()?, b: b.to_f32()?, r, in_features, out_features };
-    check_finite(a.name, 0, &pair.a)?;
-    check_finite(b.name, 0, &pair.b)?;
-    Ok(pair)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
+    use crate::{
+        safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
+        tensors::TensorStore,
+    };
+    use kto_cli::Kind;
+    use safetensors::Dtype;
 
     fn golden() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/trl/llama/adapter_init")
     }
 
     fn sample() -> Adapter {
-        let pair = LoraPair { a: vec![0.5; 6], b: vec![-1.0; 8], r: 2, in_features: 3, out_features: 4 };
+        let pair = LoraModule {
+            a: vec![0.5; 6],
+            b: vec![-1.0; 8],
+            r: 2,
+            in_features: 3,
+            out_features: 4,
+            scale: 1.75,
+            magnitude: None,
+        };
         let config = AdapterConfig {
             r: 2,
             lora_alpha: 3.5,
             lora_dropout: 0.1,
-            target_modules: vec!["q_proj".into()],
+            target_modules: ["q_proj"].into(),
             base_model_name_or_path: Some("some/base".into()),
-            use_rslora: false,
+            ..Default::default()
         };
         let tensors = BTreeMap::from([("model.layers.0.self_attn.q_proj".to_string(), pair)]);
         Adapter { config, tensors, meta: AdapterMeta::default() }
@@ -297,7 +200,7 @@ mod tests {
         assert!(
             refused(|t| t[0].1[8..12].copy_from_slice(&f32::NAN.to_le_bytes())).contains("NaN at index 2")
         );
-        assert!(refused(|t| t[0].0.name.push('x')).contains("is not a LoRA matrix"));
+        assert!(refused(|t| t[0].0.name.push('x')).contains("is not a part of a LoRA layer"));
         assert!(refused(|t| t[0].0.dtype = Dtype::I32).contains("dtype I32"));
         assert!(refused(|t| t.clear()).contains("no LoRA matrices"));
     }

@@ -1,11 +1,12 @@
-//! Weights in the affine quantization of MLX: groups of a row share a scale and a bias.
+//! Weights in the quantizations of MLX: affine, where groups of a row share a scale and a bias, and small floats with a scale.
 //!
 //! Read by the loaders of every tool, written by kto-quantize and kto-merge. For a layer `X` the file holds `X.weight` (codes packed into 32-bit words),
 //! `X.scales` and `X.biases`; a layer's own bias stays `X.bias`. Whether a weight is quantized is decided by the presence of its
 //! scales; bits and group size come from config.json's `quantization`, which may override them for single layers.
 //! Formula: value = code · scale + bias, each step rounded to the dtype of the scales. Codes are a stream of `bits` each,
 //! least significant first, from the beginning of a row.
-//! Deliberately absent: the float modes (mxfp4, mxfp8, nvfp4), which have no biases, and the search for codes.
+//! The float modes (mxfp4, nvfp4, mxfp8) have no biases, and scales in 8 bits; they are read, not written.
+//! Deliberately absent: the search for codes.
 
 use crate::{
     model_dir::ModelDir,
@@ -16,6 +17,69 @@ use kto_cli::{Context, Error, Result, escape};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+
+/// What config.json calls a quantization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Codes times scale plus bias.
+    Affine,
+    /// Floats of 4 bits, powers of two as scales.
+    Mxfp4,
+    /// Floats of 4 bits, floats of 8 bits as scales.
+    Nvfp4,
+    /// Floats of 8 bits, powers of two as scales.
+    Mxfp8,
+}
+
+/// A weight of small floats, still packed.
+pub struct MicroTensor<'a> {
+    /// 32-bit words, (rows, columns · bits / 32).
+    pub packed: TensorView<'a>,
+    /// Bytes, (rows, columns / group).
+    pub scales: TensorView<'a>,
+    /// Not affine.
+    pub mode: Mode,
+    /// Shape of the decoded weight.
+    pub shape: [usize; 2],
+}
+
+impl<'a> MicroTensor<'a> {
+    /// Returns the weight `name` if MLX made small floats of it, `None` if not. Errors (65) say what does not fit.
+    pub fn find(directory: &'a ModelDir, name: &str) -> Result<Option<Self>> {
+        let Some(layer) = name.strip_suffix(".weight") else { return Ok(None) };
+        let store = &directory.tensors;
+        let Some(scales) = store.get(&format!("{layer}.scales")) else { return Ok(None) };
+        let (mode, bits, group) = settings(&directory.config, layer)?;
+        if mode == Mode::Affine {
+            return Ok(None);
+        }
+        let read = || Self::checked(store.require(name)?, scales, (mode, bits, group));
+        read().at(format_args!("tensor \"{}\"", escape(name))).map(Some)
+    }
+
+    fn checked(
+        packed: TensorView<'a>,
+        scales: TensorView<'a>,
+        (mode, bits, group): (Mode, usize, usize),
+    ) -> Result<Self> {
+        let text = || format!("shape {:?}, scales {:?}", packed.shape, scales.shape);
+        let (&[rows, words], &[lines, groups]) = (packed.shape, scales.shape) else {
+            return Err(Error::data(text()));
+        };
+        if packed.dtype != Dtype::U32 || scales.dtype != Dtype::U8 {
+            let text = format!("dtype {} and {} scales, expected U32 and U8", packed.dtype, scales.dtype);
+            return Err(Error::data(text));
+        }
+        let columns = groups.checked_mul(group).filter(|c| c.checked_mul(bits) == words.checked_mul(32));
+        match columns.filter(|_| lines == rows) {
+            Some(columns) => Ok(Self { packed, scales, mode, shape: [rows, columns] }),
+            None => {
+                let text = text();
+                Err(Error::data(format!("{text} do not fit {bits} bits in groups of {group}")))
+            }
+        }
+    }
+}
 
 /// A weight in affine quantization, still packed.
 pub struct AffineTensor<'a> {
@@ -34,11 +98,14 @@ pub struct AffineTensor<'a> {
 }
 
 impl<'a> AffineTensor<'a> {
-    /// Returns the weight `name` if it is quantized by MLX, `None` if it is not. Errors (65) say what does not fit.
+    /// Returns the weight `name` if it is in affine quantization, `None` if it is not. Errors (65) say what does not fit.
     pub fn find(directory: &'a ModelDir, name: &str) -> Result<Option<Self>> {
         let Some(layer) = name.strip_suffix(".weight") else { return Ok(None) };
         let Some(scales) = directory.tensors.get(&format!("{layer}.scales")) else { return Ok(None) };
-        let (bits, group) = settings(&directory.config, layer)?;
+        let (mode, bits, group) = settings(&directory.config, layer)?;
+        if mode != Mode::Affine {
+            return Ok(None);
+        }
         let read = || {
             let store = &directory.tensors;
             let (packed, biases) = (store.require(name)?, store.require(&format!("{layer}.biases"))?);
@@ -121,8 +188,8 @@ pub fn takes_more_bits(module: &str, block: usize, blocks: usize) -> bool {
     module.contains("lm_head") || chosen && (module.contains("v_proj") || module.contains("down_proj"))
 }
 
-/// Returns bits and group size of a layer.
-fn settings(config: &Value, layer: &str) -> Result<(usize, usize)> {
+/// Returns mode, bits and group size of a layer.
+fn settings(config: &Value, layer: &str) -> Result<(Mode, usize, usize)> {
     let all = ["quantization", "quantization_config"].iter().find_map(|key| config.get(key)?.as_object());
     let Some(all) = all else {
         return Err(Error::data(format!(
@@ -138,14 +205,21 @@ fn settings(config: &Value, layer: &str) -> Result<(usize, usize)> {
             escape(layer)
         ))
     };
-    if own.get("mode").is_some_and(|mode| mode != "affine") {
-        return Err(bad("mode").with_hint("quantize to mode affine, or use the unquantized model"));
-    }
-    let size = |key: &str, default: u64, allowed: &[u64]| {
-        let value = own.get(key).map_or(Some(default), Value::as_u64);
+    let (mode, bits, groups): (_, &[u64], &[u64]) = match own.get("mode").map(Value::as_str) {
+        None | Some(Some("affine")) => (Mode::Affine, &[4, 2, 3, 5, 6, 8], &[64, 32, 128]),
+        Some(Some("mxfp4")) => (Mode::Mxfp4, &[4], &[32]),
+        Some(Some("nvfp4")) => (Mode::Nvfp4, &[4], &[16]),
+        Some(Some("mxfp8")) => (Mode::Mxfp8, &[8], &[32]),
+        Some(_) => {
+            return Err(bad("mode").with_hint("quantize to mode affine, or use the unquantized model"));
+        }
+    };
+    // The first of the allowed values is the mode's default.
+    let size = |key: &str, allowed: &[u64]| {
+        let value = own.get(key).map_or(allowed.first().copied(), Value::as_u64);
         value.filter(|v| allowed.contains(v)).map(|v| v as usize).ok_or_else(|| bad(key))
     };
-    Ok((size("bits", 4, &[2, 3, 4, 5, 6, 8])?, size("group_size", 64, &[32, 64, 128])?))
+    Ok((mode, size("bits", bits)?, size("group_size", groups)?))
 }
 
 #[cfg(test)]
@@ -156,19 +230,24 @@ mod tests {
     fn a_layer_may_have_its_own_settings() {
         let config = json!({"quantization": {"group_size": 32, "bits": 3, "mode": "affine",
             "model.layers.0.mlp.down_proj": {"group_size": 128, "bits": 6}, "lm_head": {"bits": 8}, "x": false,
-            "fp": {"mode": "mxfp4", "bits": 4, "group_size": 32}, "seven": {"bits": 7}}});
+            "fp": {"mode": "mxfp4", "bits": 4, "group_size": 32}, "seven": {"bits": 7}, "eight": {"mode": "mxfp8"},
+            "sixteen": {"mode": "nvfp4", "group_size": 16}, "odd": {"mode": "nvfp4", "group_size": 32}, "x4": {"mode": "fp4"}}});
         let of = |layer: &str| settings(&config, layer);
-        assert_eq!(of("model.layers.0.mlp.up_proj").unwrap(), (3, 32));
-        assert_eq!(of("model.layers.0.mlp.down_proj").unwrap(), (6, 128));
-        assert_eq!(of("lm_head").unwrap(), (8, 64));
-        assert_eq!(of("x").unwrap(), (3, 32));
-        let error = of("fp").unwrap_err().to_string();
-        assert!(error.starts_with("config.json: quantization of \"fp\": mode \"mxfp4\" is not supported"));
+        assert_eq!(of("model.layers.0.mlp.up_proj").unwrap(), (Mode::Affine, 3, 32));
+        assert_eq!(of("model.layers.0.mlp.down_proj").unwrap(), (Mode::Affine, 6, 128));
+        assert_eq!(of("lm_head").unwrap(), (Mode::Affine, 8, 64));
+        assert_eq!(of("x").unwrap(), (Mode::Affine, 3, 32));
+        assert_eq!(of("fp").unwrap(), (Mode::Mxfp4, 4, 32));
+        assert_eq!(of("eight").unwrap(), (Mode::Mxfp8, 8, 32));
+        assert_eq!(of("sixteen").unwrap(), (Mode::Nvfp4, 4, 16));
+        assert!(of("odd").unwrap_err().to_string().contains("group_size 32 is not supported"));
+        let error = of("x4").unwrap_err().to_string();
+        assert!(error.starts_with("config.json: quantization of \"x4\": mode \"fp4\" is not supported"));
         assert!(of("seven").unwrap_err().to_string().contains("bits 7 is not"));
         let error = settings(&json!({}), "x").unwrap_err().to_string();
         assert_eq!(error, "config.json: no \"quantization\", but \"x.scales\"");
         let other = json!({"quantization_config": {"bits": 2, "group_size": 64}});
-        assert_eq!(settings(&other, "x").unwrap(), (2, 64));
+        assert_eq!(settings(&other, "x").unwrap(), (Mode::Affine, 2, 64));
     }
 
     #[test]

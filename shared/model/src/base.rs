@@ -27,7 +27,7 @@ use kto_kernels::{
 };
 use kto_weights::Source;
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
@@ -89,6 +89,8 @@ struct Layer {
     stored: Vec<Arc<Stored>>,
     /// By [`crate::architecture::Module`]: its rows of a matrix and its bias (out).
     linears: Vec<(Weight, Option<HostTensor>)>,
+    /// Sums of the squares of each matrix's rows, from the first use on.
+    squares: [OnceLock<Vec<f64>>; 7],
     use_: Use,
 }
 
@@ -160,6 +162,7 @@ impl BaseModel {
         placement: Placement,
         uploaded: impl FnMut(usize),
     ) -> Result<()> {
+        self.check_forms()?;
         for layer in &self.layers {
             layer.use_.pages.prefetch();
             layer.check().at(self.shown())?;
@@ -183,6 +186,20 @@ impl BaseModel {
             self.layers.iter().for_each(|l| l.use_.pages.release());
         }
         Ok(())
+    }
+
+    /// Fails (69) for weights that a GPU does not widen.
+    fn check_forms(&self) -> Result<()> {
+        let linears = self.layers.iter().flat_map(|l| l.linears.iter().map(|(weight, _)| weight));
+        let ends = [&self.embedding].into_iter().chain(&self.head).map(|m| &m.weight);
+        let kind = linears.chain(ends).find_map(|weight| match weight {
+            Weight::Stored(stored) => stored.micro_float(),
+            Weight::Dense(_) => None,
+        });
+        let Some(kind) = kind else { return Ok(()) };
+        let (place, kind) = (self.shown(), format!("{kind:?}").to_lowercase());
+        let text = format!("{place}: {kind} weights are not read on a GPU yet");
+        Err(Error::new(kto_cli::Kind::Unavailable, text).with_hint("--device cpu"))
     }
 
     /// Returns where it computes.
@@ -234,6 +251,16 @@ impl BaseModel {
         let linears: Vec<Linear> = own.linears.iter().map(linear).collect();
         let linears = linears.try_into().map_err(|_| Error::internal("a block has seven linear layers"))?;
         Ok(LayerWeights { norms: own.norms.map(&self.architecture, |n, _| norm(n))?, linears })
+    }
+
+    /// Returns the sums of the squares of the rows of a matrix of block `layer`, whose use has begun.
+    pub(crate) fn row_squares(&self, layer: usize, module: usize) -> Result<&[f64]> {
+        let own = &self.layers[layer];
+        if let Some(found) = own.squares[module].get() {
+            return Ok(found);
+        }
+        let found = own.linears[module].0.row_squares().numeric()?;
+        Ok(own.squares[module].get_or_init(|| found))
     }
 
     /// Returns the embedding (V, C). A sweep begins here. Error as for [`BaseModel::layer`].
@@ -452,7 +479,8 @@ impl Loader<'_> {
         }
         let norms =
             Norms::names(self.architecture, layer).map(self.architecture, |name, n| self.norm(name, n))?;
-        Ok(Layer { norms, stored: matrices, linears, use_: self.used(names, &parts) })
+        let squares = Default::default();
+        Ok(Layer { norms, stored: matrices, linears, squares, use_: self.used(names, &parts) })
     }
 
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix> {

@@ -4,6 +4,7 @@ use crate::{
     architecture::{Architecture, Module},
     base::LayerWeights,
     buffers::{Activations, ForwardScratch, KeyValues, Scratch},
+    dora::BlockLengths,
     norm::NormWeights,
     projection::{Factors, Projection, input_gradient},
 };
@@ -27,7 +28,9 @@ pub(crate) struct Block<'a> {
     pub rule: ScoreRule,
     pub rope: &'a Rotation,
     pub weights: &'a LayerWeights,
-    pub factors: Option<(&'a BlockFactors, f64)>,
+    pub factors: Option<&'a BlockFactors>,
+    /// What DoRA multiplies with.
+    pub lengths: Option<&'a BlockLengths>,
     /// Mask probability and key of this block.
     pub dropout: Option<DropoutKey>,
 }
@@ -212,23 +215,29 @@ impl Block<'_> {
         };
         let post = self.weights.norms.post.as_ref();
 
-        let (down, ddown) = (layer(Module::Down), before(post.map(|(_, mlp)| mlp), &a.sums.1)?);
+        let (down, dout) = (layer(Module::Down), before(post.map(|(_, mlp)| mlp), &a.sums.1)?);
+        let ddown = down.before_gains(&dout, &scratch.before_gains)?;
         back.inner(Module::Down, &down, &ddown)?;
         back.input(&scratch.wide, &[(Module::Down, &down, &ddown)])?;
         gated_backward(self.architecture.gate, &scratch.wide, &a.gate, &a.up)?;
         back.factors(Module::Down, &down, &ddown, &scratch.wide)?;
+        back.magnitude(Module::Down, &down, &dout, &scratch.wide)?;
 
         let (gate, up) = (layer(Module::Gate), layer(Module::Up));
+        let normed = scratch.normed.narrow(0, rows.results())?;
+        self.weights.norms.mlp.forward(&normed, &a.h2, eps)?;
+        back.gained(Module::Gate, &gate, &a.gate, &normed)?;
+        back.gained(Module::Up, &up, &a.up, &normed)?;
         back.inner(Module::Gate, &gate, &a.gate)?;
         back.inner(Module::Up, &up, &a.up)?;
         back.input(&few, &[(Module::Gate, &gate, &a.gate), (Module::Up, &up, &a.up)])?;
-        let normed = scratch.normed.narrow(0, rows.results())?;
-        self.weights.norms.mlp.forward(&normed, &a.h2, eps)?;
         back.factors(Module::Gate, &gate, &a.gate, &normed)?;
         back.factors(Module::Up, &up, &a.up, &normed)?;
         self.weights.norms.mlp.backward(d, &few, &a.h2, eps)?;
 
-        let (o, dout) = (layer(Module::O), before(post.map(|(attention, _)| attention), &a.sums.0)?);
+        let (o, after) = (layer(Module::O), before(post.map(|(attention, _)| attention), &a.sums.0)?);
+        back.magnitude(Module::O, &o, &after, &a.attended)?;
+        let dout = o.before_gains(&after, &scratch.before_gains)?;
         back.inner(Module::O, &o, &dout)?;
         back.input(dattended, &[(Module::O, &o, &dout)])?;
         back.factors(Module::O, &o, &dout, &a.attended)?;
@@ -249,10 +258,16 @@ impl Block<'_> {
 
         self.weights.norms.input.forward(&scratch.normed, h, eps)?;
         let (q, k, v) = (layer(Module::Q), layer(Module::K), layer(Module::V));
-        for (m, layer, dy) in [(Module::Q, &q, dq), (Module::K, &k, dk), (Module::V, &v, dv)] {
+        let few_normed = rows.select(&scratch.normed)?;
+        for (m, layer, dy, x) in [
+            (Module::Q, &q, dq, &few_normed),
+            (Module::K, &k, dk, &scratch.normed),
+            (Module::V, &v, dv, &scratch.normed),
+        ] {
+            back.gained(m, layer, dy, x)?;
             back.inner(m, layer, dy)?;
         }
-        back.factors(Module::Q, &q, dq, &rows.select(&scratch.normed)?)?;
+        back.factors(Module::Q, &q, dq, &few_normed)?;
         back.factors(Module::K, &k, dk, &scratch.normed)?;
         back.factors(Module::V, &v, dv, &scratch.normed)?;
         if !need_dh {
@@ -277,17 +292,15 @@ impl Block<'_> {
     }
 
     fn projection<'b>(&'b self, module: Module, keys: &'b [u64]) -> Projection<'b> {
-        let (factors, scale) = match self.factors {
-            Some((factors, scale)) => (factors[module as usize].as_ref(), scale),
-            None => (None, 0.0),
-        };
+        let factors = self.factors.and_then(|factors| factors[module as usize].as_ref());
+        let lengths = self.lengths.and_then(|lengths| lengths[module as usize].as_ref());
         // The parts of a fused matrix have one mask: it is one linear layer to PEFT.
         let name = self.architecture.matrix_of(module) as u64;
         let dropout = self
             .dropout
             .filter(|_| factors.is_some())
             .map(|d| (DropoutKey { key: random::key(&[d.key, name]), ..d }, keys));
-        Projection { linear: &self.weights.linears[module as usize], factors, scale, dropout }
+        Projection { linear: &self.weights.linears[module as usize], factors, lengths, dropout }
     }
 }
 
@@ -308,6 +321,22 @@ impl Back<'_> {
     fn factors(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
         let i = m as usize;
         layer.factor_gradients(self.gradient[i].as_ref(), dy, x, &self.a.inner[i], &self.scratch.inner[i])
+    }
+
+    /// Adds to the gradient of a layer's magnitudes; `dy` is the gradient of its output, `x` its input.
+    fn magnitude(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
+        if layer.lengths.is_none() {
+            return Ok(());
+        }
+        let (i, (rows, columns)) = (m as usize, dy.dims2()?);
+        let room = self.scratch.gained.first(rows, columns)?;
+        layer.magnitude_gradient(self.gradient[i].as_ref(), (dy, x, &self.a.inner[i]), &room)
+    }
+
+    /// Does this, then makes `dy` the gradient before the layer's gains.
+    fn gained(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
+        self.magnitude(m, layer, dy, x)?;
+        layer.use_gains(dy)
     }
 
     /// Writes the gradient of an input that these layers share.

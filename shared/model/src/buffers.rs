@@ -5,6 +5,7 @@
 
 use crate::{
     architecture::{Architecture, Module},
+    block::BlockFactors,
     inputs::Inputs,
     lora::Lora,
     memory::BatchShape,
@@ -63,6 +64,7 @@ impl Buffer {
 }
 
 /// What a block computes between its input and its output, for the rows of one part of a pack.
+#[derive(Clone)]
 pub(crate) struct Activations<B = Buffer> {
     /// Rotated queries (T, H·D).
     pub q: B,
@@ -104,6 +106,9 @@ pub(crate) struct Scratch<B = Buffer> {
     pub before: (B, B),
     /// Gradients of keys and values (T, Hkv·D).
     pub dkv: KeyValues<B>,
+    /// Gradient of an output of width C before DoRA's gains (T, C), and an output without them (T, its width), where there is DoRA.
+    pub before_gains: B,
+    pub gained: B,
     /// Gradients of LoRA's inner values (T, r), by [`Module`].
     pub inner: [B; 7],
 }
@@ -127,13 +132,22 @@ pub struct Widths {
     pub sums: usize,
     /// Ranks of LoRA, by [`Module`]; 0 where there is none.
     pub ranks: [usize; 7],
+    /// C and the widest output where there is DoRA, else 0.
+    pub gains: (usize, usize),
 }
 
 impl Widths {
     /// Returns the sizes of a decoder with an adapter on it.
     pub fn new(architecture: &Architecture, lora: Option<&Lora>) -> Self {
         let rank = |m: Module| lora.map_or(0, |lora| lora.rank_of(m));
-        Self::with_ranks(architecture, Module::ALL.map(rank))
+        let this = Self::with_ranks(architecture, Module::ALL.map(rank));
+        if lora.is_some_and(Lora::has_magnitudes) { this.with_gains() } else { this }
+    }
+
+    /// Returns the same with DoRA.
+    pub fn with_gains(self) -> Self {
+        let widest = self.hidden.max(self.queries).max(self.keys).max(self.intermediate);
+        Self { gains: (self.hidden, widest), ..self }
     }
 
     /// Returns the same for an adapter that does not exist yet.
@@ -152,6 +166,7 @@ impl Widths {
             },
             sums: if architecture.post_norms { architecture.hidden } else { 0 },
             ranks,
+            gains: (0, 0),
         }
     }
 
@@ -188,7 +203,7 @@ impl Widths {
     /// Returns the elements a row that a backward pass needs beyond [`Widths::forward_scratch`]. Attention sums the gradients of keys
     /// and values in parts.
     pub fn backward_scratch(&self) -> usize {
-        let extra = self.raw.1 + self.sums;
+        let extra = self.raw.1 + self.sums + self.gains.0 + self.gains.1;
         self.hidden + 2 * self.queries + (2 + 2 * ATTENTION_PARTS) * self.keys + extra + self.rank_sum()
     }
 }
@@ -247,7 +262,7 @@ impl Workspace {
     ) -> Self {
         let widths = Widths::new(architecture, lora);
         let widths = if matches!(device, Device::Gpu(..)) { widths.on_gpu() } else { widths };
-        let Widths { hidden, queries, stats, keys, intermediate, raw, sums, ranks } = widths;
+        let Widths { hidden, queries, stats, keys, intermediate, raw, sums, ranks, gains } = widths;
         let buffer = |width: usize| Buffer::new(width, device);
         let inner = || ranks.map(buffer);
         let key_values = || KeyValues { k: buffer(keys), v: buffer(keys) };
@@ -272,6 +287,8 @@ impl Workspace {
                 dq: buffer(queries),
                 before: (buffer(raw.1), buffer(sums)),
                 dkv: key_values(),
+                before_gains: buffer(gains.0),
+                gained: buffer(gains.1),
                 inner: inner(),
             },
             activations: activations(),
@@ -352,6 +369,35 @@ impl Activations {
     }
 }
 
+impl Activations<Tensor> {
+    /// Returns the same with inner values as wide as this block's ranks.
+    pub fn fit(&self, factors: Option<&BlockFactors>) -> Result<Self> {
+        let mut this = self.clone();
+        fit(&mut this.inner, factors)?;
+        Ok(this)
+    }
+}
+
+impl Scratch<Tensor> {
+    /// Makes inner values as wide as this block's ranks.
+    pub fn fit(mut self, factors: Option<&BlockFactors>) -> Result<Self> {
+        fit(&mut self.inner, factors)?;
+        Ok(self)
+    }
+}
+
+/// Buffers are as wide as the largest rank of a module in any block.
+fn fit(inner: &mut [Tensor; 7], factors: Option<&BlockFactors>) -> Result<()> {
+    for (inner, factors) in inner.iter_mut().zip(factors.into_iter().flatten()) {
+        let Some(f) = factors else { continue };
+        let ((rows, width), (rank, _)) = (inner.dims2().numeric()?, f.a.dims2().numeric()?);
+        if width != rank {
+            *inner = inner.first(rows, rank).numeric()?;
+        }
+    }
+    Ok(())
+}
+
 impl KeyValues {
     fn reserve(&self, rows: usize) -> Result<()> {
         self.k.reserve(rows)?;
@@ -371,8 +417,9 @@ impl KeyValues<Tensor> {
 
 impl Scratch {
     fn reserve_backward(&self, rows: usize) -> Result<()> {
-        let all = [&self.flow.0, &self.flow.1, &self.dq, &self.before.0, &self.before.1];
-        all.into_iter().chain(&self.inner).try_for_each(|b| b.reserve(rows))?;
+        let own = [&self.flow.0, &self.flow.1, &self.dq, &self.before.0, &self.before.1];
+        let all = own.into_iter().chain([&self.before_gains, &self.gained]);
+        all.chain(&self.inner).try_for_each(|b| b.reserve(rows))?;
         self.dkv.reserve(rows)
     }
 
@@ -394,6 +441,8 @@ impl Scratch {
             dq: self.dq.rows(0, selected)?,
             before: (self.before.0.rows(0, count)?, self.before.1.rows(0, selected)?),
             dkv: self.dkv.rows(0, count)?,
+            before_gains: self.before_gains.rows(0, selected)?,
+            gained: self.gained.rows(0, count)?,
             inner: by_module(inner)?,
         })
     }

@@ -6,6 +6,7 @@ use crate::{
     base::BaseModel,
     block::{Block, BlockFactors, Pass, Rows},
     buffers::{DecodeBuffers, KeyValues},
+    dora::{self, BlockLengths},
     lora::Lora,
     numeric::Numeric,
     on_gpu::adapter,
@@ -47,6 +48,8 @@ pub struct Generator<'a> {
     lora: Option<&'a Lora>,
     /// The adapter's factors where the model computes, by block.
     factors: Option<Vec<BlockFactors>>,
+    /// What DoRA multiplies with, by block, from the first use on.
+    lengths: Vec<BlockLengths>,
     /// Keys and values of each block, (sum of the capacities, Hkv·D) each.
     cache: Vec<KeyValues<Tensor>>,
     slots: Vec<Slot>,
@@ -74,7 +77,7 @@ impl<'a> Generator<'a> {
             cache.push(KeyValues { k: empty()?, v: empty()? });
         }
         let factors = lora.map(|lora| adapter::bring(base.device(), lora)).transpose()?;
-        Ok(Self { base, lora, factors, cache, slots })
+        Ok(Self { base, lora, factors, lengths: Vec::new(), cache, slots })
     }
 
     /// Appends tokens to the first sequence and returns the logits (ids.len(), V) of every appended row when `all`,
@@ -116,18 +119,24 @@ impl<'a> Generator<'a> {
         let rows = Rows { positions: &positions, keys: &[], selected: None, layout: &layout };
         for layer in 0..self.base.architecture.layers {
             let weights = self.base.layer(layer)?;
+            let factors = self.factors.as_ref().map(|f| &f[layer]);
+            if self.lengths.len() == layer {
+                self.lengths.push(dora::lengths(self.base, layer, factors, &weights.linears)?);
+            }
             let block = Block {
                 architecture,
                 rule: architecture.rule(layer),
                 rope: self.base.rope(layer),
                 weights: &weights,
-                factors: self.factors.as_ref().map(|f| &f[layer]).zip(self.lora.map(|l| l.scale)),
+                factors,
+                lengths: Some(&self.lengths[layer]),
                 dropout: None,
             };
             let cache = &self.cache[layer];
+            let a = buffers.activations.fit(factors)?;
             let decode = || {
-                let DecodeBuffers { activations: a, new, scratch } = &buffers;
-                let pass = Pass { h: &h, rows: &rows, all: cache, a };
+                let DecodeBuffers { new, scratch, .. } = &buffers;
+                let pass = Pass { h: &h, rows: &rows, all: cache, a: &a };
                 block.keys_and_values(pass, new, scratch)?;
                 for s in layout.segments.iter() {
                     let new = new.rows(s.query, s.queries)?;

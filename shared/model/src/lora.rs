@@ -6,11 +6,16 @@ use crate::{
 };
 use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
-use kto_formats::adapter::{Adapter, AdapterConfig, AdapterMeta, LoraPair};
-use kto_kernels::random;
+use kto_formats::{
+    adapter::{Adapter, AdapterConfig, AdapterMeta},
+    lora::LoraModule,
+};
 use std::collections::BTreeMap;
 
-pub use crate::projection::Factors;
+pub use crate::{
+    lora_layout::{Init, LoraLayout, LoraSpec, Place},
+    projection::Factors,
+};
 
 /// The factors of one block as they are trained, by [`Module::NAMED`]: one pair for each matrix that the checkpoint has.
 pub type LayerFactors = [Option<Factors>; Module::NAMED.len()];
@@ -18,44 +23,40 @@ pub type LayerFactors = [Option<Factors>; Module::NAMED.len()];
 /// LoRA factors of a whole decoder.
 #[derive(Clone, Debug)]
 pub struct Lora {
-    /// Factor of `B·A`: alpha / rank (alpha / √rank with rslora).
-    pub scale: f64,
     /// Factors by block and module.
     pub layers: Vec<LayerFactors>,
     /// Which rows of a fused matrix are whose.
     pub parts: Parts,
 }
 
-/// What a fresh adapter looks like.
-#[derive(Clone, Debug)]
-pub struct LoraSpec {
-    /// R, at least 1.
-    pub rank: usize,
-    /// alpha
-    pub alpha: f64,
-    /// The adapted modules, as the checkpoint has them.
-    pub modules: Vec<Module>,
-}
-
 impl Lora {
-    /// Returns a fresh adapter: A uniform in ±1/√in (PEFT's kaiming with a = √5), B zero; a pure function of `seed`.
+    /// Returns a fresh adapter of one rank on some modules of every block; see [`Lora::laid_out`].
     pub fn fresh(architecture: &Architecture, spec: &LoraSpec, seed: u64, dtype: DType) -> Result<Self> {
+        Self::laid_out(architecture, &LoraLayout::uniform(architecture, spec), seed, dtype)
+    }
+
+    /// Returns a fresh adapter, a pure function of `seed`. With DoRA its magnitudes are still to be measured ([`Lora::measure`]).
+    pub fn laid_out(
+        architecture: &Architecture,
+        layout: &LoraLayout,
+        seed: u64,
+        dtype: DType,
+    ) -> Result<Self> {
         let mut layers = Vec::with_capacity(architecture.layers);
-        for layer in 0..architecture.layers {
+        for (layer, places) in layout.blocks.iter().enumerate() {
             let mut block = LayerFactors::default();
-            for &module in &spec.modules {
-                let (out, input) = architecture.weight_shape(module);
-                let stream =
-                    random::key(&[seed, u64::from_le_bytes(*b"lorainit"), layer as u64, module as u64]);
-                let bound = 1.0 / (input as f64).sqrt();
-                let a = (0..spec.rank * input)
-                    .map(|i| ((2.0 * random::uniform(stream, i as u64) - 1.0) * bound) as f32);
-                let b = vec![0.0f32; out * spec.rank];
-                block[module as usize] = Some(factors(a.collect(), b, spec.rank, out, input, dtype)?);
+            for (module, place) in Module::NAMED.into_iter().zip(places) {
+                let Some(Place { rank, scale }) = *place else { continue };
+                let (out_features, in_features) = architecture.weight_shape(module);
+                let stream = [seed, layer as u64, module as u64];
+                let (a, b) = layout.init.draw(stream, rank, out_features, in_features);
+                let magnitude = layout.dora.then(|| vec![1.0; out_features]);
+                let own = LoraModule { a, b, r: rank, in_features, out_features, scale, magnitude };
+                block[module as usize] = Some(factors(&own, dtype)?);
             }
             layers.push(block);
         }
-        Ok(Self { scale: spec.alpha / spec.rank as f64, layers, parts: architecture.parts() })
+        Ok(Self { layers, parts: architecture.parts() })
     }
 
     /// Takes an adapter read from disk. Errors (65): a tensor that fits no module of this decoder, or has another shape.
@@ -78,10 +79,9 @@ impl Lora {
                     pair.out_features, pair.in_features
                 )));
             }
-            layers[layer][module as usize] =
-                Some(factors(pair.a.clone(), pair.b.clone(), pair.r, out, input, dtype)?);
+            layers[layer][module as usize] = Some(factors(pair, dtype)?);
         }
-        Ok(Self { scale: adapter.config.scale(), layers, parts: architecture.parts() })
+        Ok(Self { layers, parts: architecture.parts() })
     }
 
     /// Returns the form that goes to disk.
@@ -96,7 +96,9 @@ impl Lora {
                     .and_then(|t| t.to_vec1::<f32>())
                     .numeric()
             };
-            tensors.insert(name, LoraPair { a: flat(&f.a)?, b: flat(&f.b)?, r, in_features, out_features });
+            let (a, b, magnitude) = (flat(&f.a)?, flat(&f.b)?, f.magnitude.as_ref().map(flat).transpose()?);
+            let scale = f.scale;
+            tensors.insert(name, LoraModule { a, b, r, in_features, out_features, scale, magnitude });
         }
         Ok(Adapter { config, tensors, meta: AdapterMeta::default() })
     }
@@ -110,13 +112,16 @@ impl Lora {
 
     /// Returns every trained tensor with its name, in the order of [`Lora::tensors`].
     pub fn named_tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
-        self.named()
-            .flat_map(|(name, f)| [(format!("{name}.lora_A"), &f.a), (format!("{name}.lora_B"), &f.b)])
+        self.named().flat_map(|(name, f)| {
+            let magnitude = f.magnitude.as_ref().map(|m| (format!("{name}.lora_magnitude_vector"), m));
+            let pair = [(format!("{name}.lora_A"), &f.a), (format!("{name}.lora_B"), &f.b)];
+            pair.into_iter().chain(magnitude)
+        })
     }
 
-    /// Returns every trained tensor in a fixed order: A then B, module by module, block by block.
+    /// Returns every trained tensor in a fixed order: A, B and perhaps magnitudes, module by module, block by block.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.layers.iter().flatten().flatten().flat_map(|f| [&f.a, &f.b])
+        self.layers.iter().flatten().flatten().flat_map(|f| [&f.a, &f.b].into_iter().chain(&f.magnitude))
     }
 
     /// Returns an adapter of the same shape filled with zeros (gradients, optimizer moments).
@@ -134,11 +139,13 @@ impl Lora {
         for (from, to) in self.layers.iter().zip(&mut layers) {
             for (from, to) in from.iter().zip(to) {
                 if let Some(x) = from {
-                    *to = Some(Factors { a: f(&x.a).numeric()?, b: f(&x.b).numeric()? });
+                    let f = |t: &Tensor| f(t).numeric();
+                    let magnitude = x.magnitude.as_ref().map(f).transpose()?;
+                    *to = Some(Factors { a: f(&x.a)?, b: f(&x.b)?, scale: x.scale, magnitude });
                 }
             }
         }
-        Ok(Self { scale: self.scale, layers, parts: self.parts })
+        Ok(Self { layers, parts: self.parts })
     }
 
     /// Returns the lowest block that has factors; below it nothing needs a gradient.
@@ -160,9 +167,11 @@ impl Lora {
     }
 }
 
-fn factors(a: Vec<f32>, b: Vec<f32>, rank: usize, out: usize, input: usize, dtype: DType) -> Result<Factors> {
-    let tensor = |v: Vec<f32>, shape| {
-        Tensor::from_vec(v, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype)).numeric()
+fn factors(m: &LoraModule, dtype: DType) -> Result<Factors> {
+    let tensor = |v: &[f32], shape: &[usize]| {
+        Tensor::from_slice(v, shape, &Device::Cpu).and_then(|t| t.to_dtype(dtype)).numeric()
     };
-    Ok(Factors { a: tensor(a, (rank, input))?, b: tensor(b, (out, rank))? })
+    let magnitude = m.magnitude.as_ref().map(|v| tensor(v, &[m.out_features])).transpose()?;
+    let (a, b) = (tensor(&m.a, &[m.r, m.in_features])?, tensor(&m.b, &[m.out_features, m.r])?);
+    Ok(Factors { a, b, scale: m.scale, magnitude })
 }

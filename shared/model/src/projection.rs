@@ -1,10 +1,12 @@
 //! One linear layer with its LoRA factors: forward, and the pieces of the way back.
 
+use crate::dora::Lengths;
 use candle_core::Result;
 use kto_kernels::{
     DropoutKey,
     device::{
-        Factor, FrozenWeight, Onto, Product, Tensor, add, add_bias, dropout, matmul, multiply, scale_in_place,
+        Factor, FrozenWeight, Onto, Product, Tensor, add, add_bias, add_column_dots, dropout, matmul,
+        multiply, scale_columns, scale_in_place,
     },
 };
 
@@ -24,13 +26,19 @@ pub struct Factors<T = candle_core::Tensor> {
     pub a: T,
     /// B (out, R)
     pub b: T,
+    /// Factor of B·A: alpha / rank, or alpha / √rank with rslora.
+    pub scale: f64,
+    /// DoRA: the lengths that the rows of W + scale·B·A get (out).
+    pub magnitude: Option<T>,
 }
 
-/// A linear layer as one pass uses it: `y = x·Wᵀ + bias + scale·drop(x)·Aᵀ·Bᵀ`.
+/// A linear layer as one pass uses it: `y = x·Wᵀ + bias + scale·drop(x)·Aᵀ·Bᵀ`; with DoRA, which has no dropout,
+/// `y = (x·Wᵀ + scale·x·Aᵀ·Bᵀ) ⊙ gain + bias`.
 pub(crate) struct Projection<'a> {
     pub linear: &'a Linear,
     pub factors: Option<&'a Factors<Tensor>>,
-    pub scale: f64,
+    /// DoRA's gains.
+    pub lengths: Option<&'a Lengths>,
     pub dropout: Option<(DropoutKey, &'a [u64])>,
 }
 
@@ -38,10 +46,15 @@ impl Projection<'_> {
     /// Writes the layer's output, plus `residual`, to `y`, and `drop(x)·Aᵀ` to `inner`.
     /// Shapes: x (T, in), y and residual (T, out), inner (T, R).
     pub fn forward(&self, y: &Tensor, residual: Option<&Tensor>, x: &Tensor, inner: &Tensor) -> Result<()> {
-        let mut products = vec![Product::new(x, Factor::Linear(&self.linear.weight))];
-        if let Some(f) = self.factors {
+        if self.factors.is_some() {
             self.inner(inner, x)?;
-            products.push(Product::scaled(inner, Factor::Transposed(&f.b), self.scale));
+        }
+        let products = self.products(x, inner);
+        if let Some(lengths) = self.lengths {
+            multiply(y, Onto::Zero, &products)?;
+            scale_columns(y, &lengths.gain)?;
+            self.linear.bias.as_ref().map_or(Ok(()), |bias| add_bias(y, bias))?;
+            return residual.map_or(Ok(()), |residual| add(y, residual));
         }
         match (residual, &self.linear.bias) {
             (None, None) => multiply(y, Onto::Zero, &products),
@@ -51,6 +64,41 @@ impl Projection<'_> {
                 bias.as_ref().map_or(Ok(()), |bias| add_bias(y, bias))
             }
         }
+    }
+
+    /// Returns what the output is the sum of, before DoRA's gains.
+    fn products<'t>(&'t self, x: &'t Tensor, inner: &'t Tensor) -> Vec<Product<'t>> {
+        let base = Product::new(x, Factor::Linear(&self.linear.weight));
+        let own = self.factors.map(|f| Product::scaled(inner, Factor::Transposed(&f.b), f.scale));
+        std::iter::once(base).chain(own).collect()
+    }
+
+    /// Returns the gradient of the output before DoRA's gains for the gradient `dy` of the output: in `room`, or without DoRA `dy`
+    /// itself. Shapes: dy and room (T, out).
+    pub fn before_gains(&self, dy: &Tensor, room: &Tensor) -> Result<Tensor> {
+        let Some(lengths) = self.lengths else { return Ok(dy.clone()) };
+        room.set_rows(0, dy)?;
+        scale_columns(room, &lengths.gain)?;
+        Ok(room.clone())
+    }
+
+    /// Does the same in place: `dy` is used up.
+    pub fn use_gains(&self, dy: &Tensor) -> Result<()> {
+        self.lengths.map_or(Ok(()), |lengths| scale_columns(dy, &lengths.gain))
+    }
+
+    /// Adds to the gradient of DoRA's magnitudes; the lengths of rows that they are divided by count as constants, as in PEFT. `room` is
+    /// work space. Shapes: dy and room (T, out), x (T, in), inner (T, R).
+    pub fn magnitude_gradient(
+        &self,
+        gradient: Option<&Factors<Tensor>>,
+        (dy, x, inner): (&Tensor, &Tensor, &Tensor),
+        room: &Tensor,
+    ) -> Result<()> {
+        let magnitude = gradient.and_then(|g| g.magnitude.as_ref());
+        let (Some(magnitude), Some(lengths)) = (magnitude, self.lengths) else { return Ok(()) };
+        multiply(room, Onto::Zero, &self.products(x, inner))?;
+        add_column_dots(magnitude, dy, room, &lengths.inverse)
     }
 
     /// Writes `drop(x)·Aᵀ`. Shapes: x (T, in), inner (T, R).
@@ -63,7 +111,7 @@ impl Projection<'_> {
         }
     }
 
-    /// Writes `dy·B`, the gradient of `inner` but for the scale. Shapes: dy (T, out), dinner (T, R).
+    /// Writes `dy·B` (`dy` before gains), the gradient of `inner` but for the scale. Shapes: dy (T, out), dinner (T, R).
     pub fn inner_gradient(&self, dinner: &Tensor, dy: &Tensor) -> Result<()> {
         match self.factors {
             Some(f) => multiply(dinner, Onto::Zero, &[Product::new(dy, Factor::Plain(&f.b))]),
@@ -71,7 +119,7 @@ impl Projection<'_> {
         }
     }
 
-    /// Adds to the gradients of the factors. Shapes: dy (T, out), x (T, in), inner and dinner (T, R).
+    /// Adds to the gradients of A and B. Shapes: dy before gains (T, out), x (T, in), inner and dinner (T, R).
     pub fn factor_gradients(
         &self,
         gradient: Option<&Factors<Tensor>>,
@@ -80,10 +128,10 @@ impl Projection<'_> {
         inner: &Tensor,
         dinner: &Tensor,
     ) -> Result<()> {
-        let (Some(g), Some(_)) = (gradient, self.factors) else { return Ok(()) };
+        let (Some(g), Some(f)) = (gradient, self.factors) else { return Ok(()) };
         let dropped = self.dropped(x)?;
-        multiply(&g.b, Onto::Itself, &[Product::scaled(&dy.t()?, Factor::Plain(inner), self.scale)])?;
-        multiply(&g.a, Onto::Itself, &[Product::scaled(&dinner.t()?, Factor::Plain(&dropped), self.scale)])
+        multiply(&g.b, Onto::Itself, &[Product::scaled(&dy.t()?, Factor::Plain(inner), f.scale)])?;
+        multiply(&g.a, Onto::Itself, &[Product::scaled(&dinner.t()?, Factor::Plain(&dropped), f.scale)])
     }
 
     fn dropped(&self, x: &Tensor) -> Result<Tensor> {
@@ -95,20 +143,20 @@ impl Projection<'_> {
 }
 
 /// Writes (or adds to) the gradient of an input that several layers share.
-/// Each share is (layer, gradient of its output (T, out), gradient of its inner values (T, R)). Shape: dx (T, in).
+/// Each share is (layer, gradient of its output before gains (T, out), gradient of its inner values (T, R)). Shape: dx (T, in).
 pub(crate) fn input_gradient(dx: &Tensor, shares: &[(&Projection, &Tensor, &Tensor)]) -> Result<()> {
     let mut products = Vec::with_capacity(2 * shares.len());
     for (layer, dy, dinner) in shares {
         products.push(Product::new(dy, Factor::Weight(&layer.linear.weight)));
         if let (Some(f), None) = (layer.factors, layer.dropout) {
-            products.push(Product::scaled(dinner, Factor::Plain(&f.a), layer.scale));
+            products.push(Product::scaled(dinner, Factor::Plain(&f.a), f.scale));
         }
     }
     multiply(dx, Onto::Zero, &products)?;
     for (layer, _, dinner) in shares {
         if let (Some(f), Some((key, rows))) = (layer.factors, layer.dropout) {
             let share = matmul(dinner, &f.a)?;
-            scale_in_place(&share, layer.scale)?;
+            scale_in_place(&share, f.scale)?;
             add(dx, &dropout(&share, key, rows)?)?;
         }
     }

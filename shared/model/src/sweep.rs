@@ -8,6 +8,7 @@ use crate::{
     base::{BaseModel, LayerWeights},
     block::{Block, BlockFactors, Pass, Rows},
     buffers::{Activations, KeyValues, Workspace},
+    dora::{self, BlockLengths},
     head,
     lora::Lora,
     numeric::Numeric,
@@ -58,6 +59,8 @@ pub struct Forward {
     pub branches: Vec<Vec<BranchStats>>,
     /// The adapter's factors where the sweep computes, by block.
     factors: Option<Vec<BlockFactors>>,
+    /// What DoRA multiplies with, by block.
+    lengths: Vec<BlockLengths>,
     /// Number of the sweep in its workspace.
     sweep: u64,
     kept: bool,
@@ -68,6 +71,7 @@ struct Layer<'a> {
     index: usize,
     weights: LayerWeights,
     factors: Option<&'a BlockFactors>,
+    lengths: &'a BlockLengths,
 }
 
 /// Where a pack's rows begin in the buffers of a batch.
@@ -100,6 +104,7 @@ impl Sweep<'_> {
         w.reserve(packs, keep)?;
         w.sweeps.set(w.sweeps.get() + 1);
         let factors = self.lora.map(|lora| adapter::bring(self.base.device(), lora)).transpose()?;
+        let mut lengths = Vec::with_capacity(layers);
         let places = places(packs);
         let embedding = self.base.embedding()?;
         w.inputs.begin(0)?;
@@ -120,10 +125,13 @@ impl Sweep<'_> {
             if next != input {
                 w.inputs.begin(next)?;
             }
-            let layer = Layer { index, weights: self.base.layer(index)?, factors: of(&factors, index) };
+            let (weights, factors) = (self.base.layer(index)?, of(&factors, index));
+            let own = dora::lengths(self.base, index, factors, &weights.linears)?;
+            let layer = Layer { index, weights, factors, lengths: &own };
             for (pack, place) in packs.iter().zip(&places) {
                 self.forward_layer(&layer, pack, *place, keep)?;
             }
+            lengths.push(own);
             self.base.release(index)?;
             self.tell(index + 1, layers + 1);
         }
@@ -134,7 +142,7 @@ impl Sweep<'_> {
             }
         };
         self.base.release_head();
-        Ok(Forward { branches, factors, sweep: w.sweeps.get(), kept: keep })
+        Ok(Forward { branches, factors, lengths, sweep: w.sweeps.get(), kept: keep })
     }
 
     /// Returns the parts of a pack that have rows, each with its state before block `layer`.
@@ -182,6 +190,7 @@ impl Sweep<'_> {
                 Some((activations, _)) => activations.rows(place.trained, count, results)?,
                 None => w.activations.rows(0, count, results)?,
             };
+            let a = a.fit(layer.factors)?;
             let scratch = w.scratch.forward(count, results)?;
             let new = key_values.rows(part.rows.start, count).numeric()?;
             let pass = Pass { h, rows: &rows, all: &key_values, a: &a };
@@ -271,8 +280,12 @@ impl Sweep<'_> {
         let mut gradient = Gradient::new(self.base.device(), gradients, &w.gradient_memory)?;
         for index in (w.first..self.base.architecture.layers).rev() {
             w.inputs.fetch(index - w.first)?;
-            let layer =
-                Layer { index, weights: self.base.layer(index)?, factors: of(&forward.factors, index) };
+            let layer = Layer {
+                index,
+                weights: self.base.layer(index)?,
+                factors: of(&forward.factors, index),
+                lengths: &forward.lengths[index],
+            };
             let to = gradient.begin(index)?;
             for (pack, place) in packs.iter().zip(&places).filter(|(p, _)| p.gradient_entries > 0) {
                 self.backward_layer(&layer, pack, *place, &to)?;
@@ -329,11 +342,12 @@ impl Sweep<'_> {
             }
             None => (w.activations.rows(0, count, results)?, w.key_values.rows(0, count)?),
         };
+        let a = a.fit(layer.factors)?;
         let pass = Pass { h: &h, rows: &rows, all: &key_values, a: &a };
         if kept.is_none() {
             block.recompute(pass, &w.scratch.forward(count, results)?).numeric()?;
         }
-        let scratch = w.scratch.rows(count, results)?;
+        let scratch = w.scratch.rows(count, results)?.fit(layer.factors)?;
         block.backward((&dh, &d), pass, &scratch, gradient, index > w.first).numeric()
     }
 
@@ -356,7 +370,8 @@ impl Sweep<'_> {
             rule: self.base.architecture.rule(layer.index),
             rope: self.base.rope(layer.index),
             weights: &layer.weights,
-            factors: layer.factors.zip(self.lora.map(|l| l.scale)),
+            factors: layer.factors,
+            lengths: layer.factors.map(|_| layer.lengths),
             dropout: masked.map(|d| DropoutKey { key: random::key(&[d.key, layer.index as u64]), ..d }),
         }
     }

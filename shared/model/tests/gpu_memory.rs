@@ -19,7 +19,7 @@ use kto_model::{
     architecture::{Architecture, Module},
     base::{BaseModel, Placement},
     buffers::{Workspace, WorkspaceSpec},
-    lora::{Lora, LoraSpec},
+    lora::{Lora, LoraLayout, LoraSpec},
     memory::{
         AdapterSize, BatchShape, Batches, Demand, GpuDemand, GpuWeights, MemoryPlan, Moments, WeightSize,
         plan_on_gpu,
@@ -146,10 +146,11 @@ fn a_step_takes_what_the_plan_says() {
     let model = ModelDir::open(dir.path()).unwrap();
     let architecture = Architecture::from_config(&model.config).unwrap();
     let batches = One(tokens());
+    let spec = LoraSpec { rank: 8, alpha: 8.0, modules: Module::ALL.to_vec() };
     let demand = Demand {
         architecture: &architecture,
         weights: WeightSize::of(&architecture, &model, 0..VOCABULARY as u32),
-        adapter: AdapterSize::fresh(&architecture, 8, &Module::ALL),
+        adapter: AdapterSize::fresh(&architecture, &LoraLayout::uniform(&architecture, &spec)),
         moments: Moments::F32,
         adapter_copy: false,
         positions: LONGEST,

@@ -6,11 +6,11 @@
 use kto_cli::{Error, Kind, Result, escape};
 use kto_formats::{
     bnb::{Int8Tensor, Nf4Tensor, Scales},
-    mlx::AffineTensor,
+    mlx::{AffineTensor, MicroTensor, Mode},
     model_dir::ModelDir,
     tensors::{TensorStore, TensorView},
 };
-use kto_kernels::{AffineParts, Bytes, Dense, Nf4Parts, Nf4Scales, Stored};
+use kto_kernels::{AffineParts, Bytes, Dense, MicroFloat, Nf4Parts, Nf4Scales, Stored};
 use safetensors::Dtype;
 
 /// A matrix as stored.
@@ -23,6 +23,8 @@ pub enum Source<'a> {
     Int8(Int8Tensor<'a>),
     /// Codes of MLX.
     Affine(AffineTensor<'a>),
+    /// Small floats of MLX.
+    Micro(MicroTensor<'a>),
 }
 
 impl<'a> Source<'a> {
@@ -34,6 +36,9 @@ impl<'a> Source<'a> {
         }
         if let Some(coded) = Int8Tensor::find(store, name)? {
             return Ok(Self::Int8(coded));
+        }
+        if let Some(packed) = MicroTensor::find(directory, name)? {
+            return Ok(Self::Micro(packed));
         }
         Ok(match AffineTensor::find(directory, name)? {
             Some(packed) => Self::Affine(packed),
@@ -48,6 +53,7 @@ impl<'a> Source<'a> {
             Self::Int8(coded) => return coded.codes.expect_shape(&[rows, columns]),
             Self::Nf4(packed) => &packed.state.shape[..],
             Self::Affine(packed) => &packed.shape,
+            Self::Micro(packed) => &packed.shape,
         };
         if *found == [rows, columns] {
             return Ok(());
@@ -65,6 +71,7 @@ impl<'a> Source<'a> {
             Self::Nf4(_) => parts.push(format!("{name}.absmax")),
             Self::Int8(_) => parts.push(format!("{layer}.SCB")),
             Self::Affine(_) => parts.extend(["scales", "biases"].map(|part| format!("{layer}.{part}"))),
+            Self::Micro(_) => parts.push(format!("{layer}.scales")),
         }
         parts
     }
@@ -94,6 +101,14 @@ impl<'a> Source<'a> {
                 let AffineTensor { scales, bits, group, .. } = packed;
                 let (dtype, packed, scales, biases) = (float(&scales)?, bytes(0)?, bytes(1)?, bytes(2)?);
                 Stored::affine(AffineParts { packed, dtype, scales, biases, bits, group }, rows, columns)
+            }
+            Self::Micro(packed) => {
+                let kind = match packed.mode {
+                    Mode::Nvfp4 => MicroFloat::Nvfp4,
+                    Mode::Mxfp8 => MicroFloat::Mxfp8,
+                    Mode::Mxfp4 | Mode::Affine => MicroFloat::Mxfp4,
+                };
+                Stored::micro(kind, bytes(0)?, bytes(1)?, rows, columns)
             }
         };
         wrapped.map_err(|e| Error::new(Kind::Internal, format!("tensor \"{}\": {e}", escape(name))))

@@ -55,6 +55,7 @@ impl<'a> Weight<'a> {
             Source::Nf4(packed) => (packed.state.shape.clone(), packed.state.dtype),
             Source::Int8(coded) => (coded.codes.shape.to_vec(), config_dtype(model).unwrap_or(Dtype::F16)),
             Source::Affine(packed) => (packed.shape.to_vec(), packed.scales.dtype),
+            Source::Micro(packed) => (packed.shape.to_vec(), config_dtype(model).unwrap_or(Dtype::BF16)),
         };
         let columns = shape.last().copied().unwrap_or(1);
         let rows = shape.iter().rev().skip(1).product();

@@ -4,6 +4,7 @@ use crate::plan::Plan;
 use kto_formats::bnb;
 use kto_model::{
     architecture::Architecture,
+    lora::{LoraLayout, LoraSpec},
     memory::{AdapterSize, BatchShape, Batches, Demand, Moments, WeightSize, plan},
     pack::{BranchSpec, Group},
     rows::Packing,
@@ -20,7 +21,8 @@ const RANK: usize = 16;
 /// The memory of a run, smallest and without anything given up, in words; `None` for a decoder that kto-train does not know.
 pub fn needed(of: &Plan) -> Option<(u64, u64, String)> {
     let architecture = Architecture::from_config(&of.model.config).ok()?;
-    let adapter = AdapterSize::fresh(&architecture, RANK, architecture.modules());
+    let spec = LoraSpec { rank: RANK, alpha: 1.0, modules: architecture.modules().to_vec() };
+    let adapter = AdapterSize::fresh(&architecture, &LoraLayout::uniform(&architecture, &spec));
     let demand = Demand {
         architecture: &architecture,
         weights: weights(of, &architecture),

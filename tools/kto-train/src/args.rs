@@ -1,6 +1,10 @@
 //! The command line of kto-train. Flag names are stable.
 
-use crate::{cadence::Every, resume::Resume};
+use crate::{
+    adapter::{alpha_pattern, layers, rank_pattern},
+    cadence::Every,
+    resume::Resume,
+};
 use clap::{
     Parser, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
@@ -62,7 +66,7 @@ pub struct Args {
     #[arg(long, help_heading = "Input")]
     pub force_base: bool,
 
-    /// Start from this PEFT adapter instead of a fresh one
+    /// Start from this adapter (a directory of PEFT or mlx-lm) instead of a fresh one
     #[arg(long, value_name = "DIR", help_heading = "Adapter")]
     pub init_adapter: Option<PathBuf>,
 
@@ -82,15 +86,44 @@ pub struct Args {
     #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = probability, help_heading = "Adapter")]
     pub lora_dropout: f64,
 
-    /// Adapted layers of a fresh adapter: all-linear, or a comma-separated list such as q_proj,v_proj [default: all-linear]
+    /// Adapted layers of a fresh adapter: all-linear, a comma-separated list such as q_proj,v_proj, or a regular expression for whole
+    /// paths [default: all-linear]
     #[arg(
         long,
-        value_name = "LIST",
+        value_name = "LIST|REGEX",
         alias = "lora-target-modules",
         conflicts_with = "init_adapter",
         help_heading = "Adapter"
     )]
     pub target_modules: Option<String>,
+
+    /// Layers that are not adapted after all, in the same form
+    #[arg(long, value_name = "LIST|REGEX", conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub exclude_modules: Option<String>,
+
+    /// Adapted blocks, from 0 on: 0,3 or 8-15 [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = layers, conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub layers_to_transform: Vec<Vec<u64>>,
+
+    /// Another rank for the modules whose names end with this, or match this regular expression: down_proj=32
+    #[arg(long, value_name = "PATTERN=N", value_parser = rank_pattern, conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub rank_pattern: Vec<(String, u32)>,
+
+    /// Another alpha, in the same form
+    #[arg(long, value_name = "PATTERN=X", value_parser = alpha_pattern, conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub alpha_pattern: Vec<(String, f64)>,
+
+    /// Scale by alpha / √rank instead of alpha / rank
+    #[arg(long, conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub use_rslora: bool,
+
+    /// Train the length of each row of an adapted weight too (DoRA); on the processor only, for half as much time again
+    #[arg(long, conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub use_dora: bool,
+
+    /// What the matrices of a fresh adapter begin with [default: kaiming]
+    #[arg(long, value_name = "NAME", conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub init_lora_weights: Option<InitKind>,
 
     /// Loss
     #[arg(long, value_name = "NAME", default_value = "kto", alias = "loss-type", help_heading = "Loss")]
@@ -273,6 +306,29 @@ pub enum ReferenceKind {
     Base,
     /// The base model with --init-adapter as given
     InitAdapter,
+}
+
+/// Names of initialisations. None of them changes the base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InitKind {
+    /// A uniform in ±1/√in, B zero
+    #[value(alias = "true")]
+    Kaiming,
+    /// A normal with deviation 1/rank, B zero
+    Gaussian,
+    /// A and B orthogonal to each other, neither of them zero
+    Orthogonal,
+}
+
+impl InitKind {
+    /// Returns what PEFT's settings say; nothing for its default.
+    pub fn peft_name(self) -> Option<&'static str> {
+        match self {
+            Self::Kaiming => None,
+            Self::Gaussian => Some("gaussian"),
+            Self::Orthogonal => Some("orthogonal"),
+        }
+    }
 }
 
 /// Element types of activations.

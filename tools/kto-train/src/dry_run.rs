@@ -16,17 +16,16 @@ pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
         format!("{}, {} blocks, hidden {}, vocabulary {}", a.family, a.layers, a.hidden, a.vocab_size),
     )?;
     line("parameters", format!("{}, of them trained {}", a.parameters(), fit.adapter.parameters))?;
-    let modules: Vec<&str> = plan.target_modules.iter().map(String::as_str).collect();
+    let kinds = [(plan.use_dora, "DoRA, "), (plan.use_rslora, "rank-stabilised, ")];
+    let kinds: String = kinds.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect();
+    let Plan { lora_r, lora_alpha, lora_dropout, ref target_modules, .. } = *plan;
     line(
         "adapter",
-        format!(
-            "rank {}, alpha {}, dropout {}, {}",
-            plan.lora_r,
-            plan.lora_alpha,
-            plan.lora_dropout,
-            modules.join(" ")
-        ),
+        format!("{kinds}rank {lora_r}, alpha {lora_alpha}, dropout {lora_dropout}, {target_modules}"),
     )?;
+    for (field, value) in &plan.typed.adapter.kept {
+        line(&format!("adapter: {field}"), value.to_string())?;
+    }
     line(
         "start and reference",
         format!(

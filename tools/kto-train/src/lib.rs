@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod args;
 mod cadence;
 mod checkpoint;
@@ -31,7 +32,7 @@ mod train;
 mod unchanged;
 mod weights;
 
-pub use args::{Args, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
+pub use args::{Args, InitKind, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
 pub use cadence::Every;
 pub use resume::Resume;
 
@@ -43,12 +44,7 @@ use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, lock::RunLock, out
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_hub::Need;
 use kto_kernels::device::Device;
-use kto_model::{
-    architecture::Architecture,
-    base::BaseModel,
-    lora::{Lora, LoraSpec},
-    memory::MemoryPlan,
-};
+use kto_model::{architecture::Architecture, base::BaseModel, lora::Lora, memory::MemoryPlan};
 use memory::Fit;
 use order::Order;
 use plan::{Inputs, Plan};
@@ -102,6 +98,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         Verdict::Replace => args.resume = None,
         Verdict::GoOn => {}
     }
+    device.check(&plan)?;
     data::report(&plan, &architecture, &tokens, ui);
     data::check_ids(&architecture, &tokens)?;
     held_out.as_ref().map_or(Ok(()), |h| h.check_ids(&architecture))?;
@@ -169,13 +166,12 @@ fn order(args: &Args, tokens: &TokenSet, micro: usize) -> Result<Order> {
 
 /// Returns the adapter that training starts from.
 fn initial(plan: &Plan, inputs: &Inputs) -> Result<Lora> {
-    match inputs.adapter {
-        Some(adapter) => Lora::from_adapter(inputs.architecture, adapter, DType::F32).at("--init-adapter"),
-        None => {
-            let modules = plan.typed.modules.clone();
-            let spec = LoraSpec { rank: plan.lora_r, alpha: plan.lora_alpha, modules };
-            Lora::fresh(inputs.architecture, &spec, plan.seed, DType::F32)
+    match (inputs.adapter, &plan.typed.layout) {
+        (Some(adapter), _) => {
+            Lora::from_adapter(inputs.architecture, adapter, DType::F32).at("--init-adapter")
         }
+        (None, Some(layout)) => Lora::laid_out(inputs.architecture, layout, plan.seed, DType::F32),
+        (None, None) => Err(Error::internal("neither a given nor a fresh adapter")),
     }
 }
 
@@ -197,6 +193,10 @@ impl Planned<'_> {
         let Planned { args, plan, memory, ref device, tokens, held_out, order, .. } = *self;
         let positions = data::positions(tokens).max(held_out.map_or(0, |h| data::positions(&h.tokens)));
         let mut base = BaseModel::load(model, DType::F32, positions).at(shown(&args.model))?;
+        if plan.use_dora && plan.typed.layout.is_some() {
+            ui.detail(format_args!("measuring the rows of adapted weights"));
+            lora.measure(&base)?;
+        }
         match (device, &memory.on_gpu) {
             (Some(device), Some(on_gpu)) => {
                 ui.detail(format_args!("uploading weights to the GPU"));

@@ -87,9 +87,10 @@ impl Fit {
         let held_out = inputs.held_out.map(|h| &h.tokens);
         let rows = || tokens.rows().chain(held_out.into_iter().flat_map(|t| t.rows()));
         let ids = rows().flat_map(|row| row.prompt_ids.iter().chain(row.completion_ids).copied());
-        let adapter = match inputs.adapter {
-            Some(adapter) => AdapterSize::given(a, adapter),
-            None => AdapterSize::fresh(a, plan.lora_r, &plan.typed.modules),
+        let adapter = match (inputs.adapter, &plan.typed.layout) {
+            (Some(adapter), _) => AdapterSize::given(a, adapter),
+            (None, Some(layout)) => AdapterSize::fresh(a, layout),
+            (None, None) => AdapterSize::default(),
         };
         // Ids are u32; offsets, label and hash of a row are 25 bytes; a pair of the reference pass is about 48.
         let ids_bytes = |row: TokenRow| 4 * (row.prompt_ids.len() + row.completion_ids.len()) as u64 + 25;

@@ -1,16 +1,23 @@
 //! From what the user asked for to what will be done, with every value explicit. The plan is the run's manifest.
 
 use crate::{
+    adapter,
     args::{Args, LossKind, Preset, ReferenceKind, ScheduleKind},
     evaluation::HeldOut,
     optimizer::OptimizerSpec,
     weights::Weights,
 };
-use kto_cli::{Context, Error, Result, escape};
-use kto_formats::{adapter::Adapter, model_dir::ModelDir, tensors::FileStamp, tokens::TokenSet};
+use kto_cli::{Context, Error, Result};
+use kto_formats::{
+    adapter::{Adapter, AdapterConfig, Targets},
+    model_dir::ModelDir,
+    tensors::FileStamp,
+    tokens::TokenSet,
+};
 use kto_model::{
-    architecture::{Architecture, Module},
+    architecture::Architecture,
     fit,
+    lora::LoraLayout,
     loss::{Loss, LossSpec},
     rows::Packing,
 };
@@ -43,8 +50,22 @@ pub struct Plan {
     pub use_rslora: bool,
     /// Dropout on the adapter's input.
     pub lora_dropout: f64,
+    /// Rows of adapted weights have trained lengths.
+    pub use_dora: bool,
     /// Adapted modules.
-    pub target_modules: Vec<String>,
+    pub target_modules: Targets,
+    /// Modules that are not adapted after all.
+    pub exclude_modules: Option<Value>,
+    /// Adapted blocks.
+    pub layers_to_transform: Option<Value>,
+    /// How the name of a block's list is found.
+    pub layers_pattern: Option<Value>,
+    /// Other ranks.
+    pub rank_pattern: Option<Value>,
+    /// Other alphas.
+    pub alpha_pattern: Option<Value>,
+    /// What the matrices began with, when it is not PEFT's default.
+    pub init_lora_weights: Option<Value>,
     /// kto, apo-zero or sft.
     pub loss: String,
     /// Strength of the pull towards the reference.
@@ -112,8 +133,10 @@ pub struct Typed {
     pub schedule: ScheduleKind,
     /// The optimizer.
     pub optimizer: OptimizerSpec,
-    /// The adapted modules of a fresh adapter.
-    pub modules: Vec<Module>,
+    /// The adapter's settings.
+    pub adapter: AdapterConfig,
+    /// What a fresh adapter looks like.
+    pub layout: Option<LoraLayout>,
     /// Whether TRL's order is asked for.
     pub trl: bool,
     /// Whether the reference is the initial adapter.
@@ -144,7 +167,7 @@ impl Plan {
     pub fn resolve(args: &Args, inputs: &Inputs, steps_per_epoch: u64, compute: String) -> Result<Self> {
         check_fit(args, inputs)?;
         let (batch, micro) = batches(args)?;
-        let modules = modules(args.target_modules.as_deref().unwrap_or("all-linear"), inputs.architecture)?;
+        let (config, layout) = adapter::resolve(args, inputs)?;
         let loss = match args.loss {
             LossKind::Kto => Loss::Kto,
             LossKind::ApoZero => Loss::ApoZero,
@@ -157,8 +180,7 @@ impl Plan {
                 .with_hint("a smaller --epochs or --max-steps"));
         }
         let ratio = (args.warmup_ratio * total_steps as f64).ceil() as u64;
-        let config = inputs.adapter.map(|a| &a.config);
-        let names = |m: &[Module]| m.iter().map(|m| m.name().to_string()).collect();
+        let kept = |field: &str| config.kept.get(field).cloned();
         Ok(Self {
             base: inputs.model.fingerprint(),
             base_weights: None,
@@ -167,11 +189,18 @@ impl Plan {
             max_length: inputs.tokens.meta.max_length as usize,
             init_adapter: inputs.adapter.map_or("fresh".into(), fingerprint),
             reference: value_name(args.reference),
-            lora_r: config.map_or(args.lora_r.unwrap_or(16) as usize, |c| c.r),
-            lora_alpha: config.map_or(args.lora_alpha.unwrap_or(16.0), |c| c.lora_alpha),
-            use_rslora: config.is_some_and(|c| c.use_rslora),
-            lora_dropout: args.lora_dropout,
-            target_modules: config.map_or_else(|| names(&modules), |c| c.target_modules.clone()),
+            lora_r: config.r,
+            lora_alpha: config.lora_alpha,
+            use_rslora: config.use_rslora,
+            lora_dropout: config.lora_dropout,
+            use_dora: config.use_dora,
+            target_modules: config.target_modules.clone(),
+            exclude_modules: kept("exclude_modules"),
+            layers_to_transform: kept("layers_to_transform"),
+            layers_pattern: kept("layers_pattern"),
+            rank_pattern: kept("rank_pattern"),
+            alpha_pattern: kept("alpha_pattern"),
+            init_lora_weights: kept("init_lora_weights"),
             loss: value_name(args.loss),
             beta: args.beta,
             desirable_weight: args.desirable_weight,
@@ -206,7 +235,8 @@ impl Plan {
                 },
                 schedule: args.schedule,
                 optimizer: optimizer(args),
-                modules,
+                adapter: config,
+                layout,
                 trl: args.preset == Some(Preset::Trl),
                 reference_is_adapter: args.reference == ReferenceKind::InitAdapter,
                 model: args.model.clone(),
@@ -249,7 +279,7 @@ pub fn before(field: &str) -> Option<Value> {
         "adam_beta1" => json!(0.9),
         "adam_beta2" => json!(0.999),
         "adam_epsilon" => json!(1e-8),
-        "load_best" => json!(false),
+        "load_best" | "use_dora" => json!(false),
         "compute" => json!("cpu f32"),
         _ => Value::Null,
     })
@@ -310,34 +340,18 @@ fn check_fit(args: &Args, inputs: &Inputs) -> Result<()> {
     inputs.adapter.map_or(Ok(()), |a| fit::check_adapter(inputs.model, a, "--init-adapter"))
 }
 
-/// Returns the modules of a fresh adapter, as the model names them.
-fn modules(list: &str, architecture: &Architecture) -> Result<Vec<Module>> {
-    let all = architecture.modules();
-    if list == "all-linear" {
-        return Ok(all.to_vec());
-    }
-    let mut found = Vec::new();
-    for name in list.split(',').map(str::trim) {
-        let Some(module) = all.iter().copied().find(|m| m.name() == name) else {
-            let known: Vec<_> = all.iter().map(|m| m.name()).collect();
-            return Err(Error::usage(format!("--target-modules: unknown module \"{}\"", escape(name)))
-                .with_hint(format!("all-linear, or a list of {}", known.join(", "))));
-        };
-        if !found.contains(&module) {
-            found.push(module);
-        }
-    }
-    Ok(found)
-}
-
 /// Returns a hash over an adapter's settings and numbers.
 fn fingerprint(adapter: &Adapter) -> String {
     let mut hash = kto_cli::hash::Sha256Hex::new();
-    hash.update(&adapter.config.scale().to_le_bytes());
-    for (name, pair) in &adapter.tensors {
+    let common = adapter.config.scale();
+    hash.update(&common.to_le_bytes());
+    for (name, m) in &adapter.tensors {
         hash.update(name.as_bytes());
-        for value in pair.a.iter().chain(&pair.b) {
+        for value in m.a.iter().chain(&m.b).chain(m.magnitude.iter().flatten()) {
             hash.update(&value.to_le_bytes());
+        }
+        if m.scale != common {
+            hash.update(&m.scale.to_le_bytes());
         }
     }
     hash.finish()

@@ -247,14 +247,8 @@ impl Run<'_> {
     /// Writes `lora` as a PEFT directory of the run directory.
     pub fn write_adapter(&self, name: &str, lora: &Lora) -> Result<()> {
         let plan = self.plan;
-        let config = AdapterConfig {
-            r: plan.lora_r,
-            lora_alpha: plan.lora_alpha,
-            lora_dropout: plan.lora_dropout,
-            target_modules: plan.target_modules.clone(),
-            base_model_name_or_path: Some(base_name(&plan.typed.model)),
-            use_rslora: plan.use_rslora,
-        };
+        let base_model_name_or_path = Some(base_name(&plan.typed.model));
+        let config = AdapterConfig { base_model_name_or_path, ..plan.typed.adapter.clone() };
         let directory = AtomicDir::create(&self.dir.file(name), true)?;
         lora.to_adapter(config)?
             .write(directory.path(), AdapterMeta { base_fingerprint: Some(plan.base.clone()) })?;

@@ -1,11 +1,13 @@
-//! Adapters in every form that kto-merge takes: PEFT and MLX, plain, rank-stabilised or weight-decomposed (DoRA), with ranks and alphas of
+//! Adapters in every form that is read: PEFT and MLX, plain, rank-stabilised or weight-decomposed (DoRA), with ranks and alphas of
 //! their own for some modules, with modules that were trained whole.
 //!
-//! All become one [`LoraSet`]: matrices in the orientation of PEFT and the factor of their product. [`crate::adapter`] is the narrower form
-//! that training starts from and writes. Invariant: matrices fit each other and hold finite values.
+//! All become one [`LoraSet`]: matrices in the orientation of PEFT and the factor of their product. [`crate::adapter`] is what of them training
+//! starts from and writes. Invariant: matrices fit each other and hold finite values.
 
 mod mlx;
-mod peft;
+pub(crate) mod peft;
+
+pub(crate) use peft::is_embedding;
 
 use crate::{
     adapter,

@@ -7,7 +7,7 @@
 use super::{Ecosystem, LoraModule, LoraSet, Saved};
 use crate::{
     adapter::{self, PREFIX, WEIGHTS},
-    adapter_config::{self, AdapterConfig},
+    adapter_config::{self, AdapterConfig, Targets, whole},
     mmap::shown,
     model_dir::read_json,
     peft::PeftConfig,
@@ -18,13 +18,13 @@ use kto_cli::{Context, Error, Result, atomic, escape};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     path::Path,
 };
 
 /// Features that this reader has and the one of training has not.
-const MORE: [&str; 6] =
-    ["use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "trainable_token_indices"];
+const MORE: [&str; 3] = ["modules_to_save", "bias", "trainable_token_indices"];
 
 pub fn read(dir: &Path) -> Result<LoraSet> {
     let place = shown(&dir.join(adapter::CONFIG));
@@ -182,50 +182,71 @@ pub fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
 }
 
+/// Writes a directory, the settings last.
 pub fn write(set: &LoraSet, dir: &Path) -> Result<()> {
+    write_weights(&dir.join(WEIGHTS), &set.modules, &set.saved, set.base_fingerprint.as_deref())?;
+    let mut config = config(set)?;
+    let saved: BTreeSet<&str> = set.saved.keys().filter_map(|name| name.strip_suffix(".weight")).collect();
+    if !saved.is_empty() {
+        config.kept.insert("modules_to_save".into(), json!(saved));
+    }
+    atomic::write(&dir.join(adapter::CONFIG), config.to_json().as_bytes())
+}
+
+/// Writes adapter_model.safetensors.
+pub fn write_weights(
+    path: &Path,
+    modules: &BTreeMap<String, LoraModule>,
+    saved: &BTreeMap<String, Saved>,
+    base_fingerprint: Option<&str>,
+) -> Result<()> {
     let mut specs = Vec::new();
-    let mut values: BTreeMap<String, Vec<f32>> = BTreeMap::new();
-    let mut put = |name: String, shape: Vec<usize>, data: Vec<f32>| {
+    let mut values: BTreeMap<String, Cow<[f32]>> = BTreeMap::new();
+    fn put<'a>(
+        (specs, values): (&mut Vec<TensorSpec>, &mut BTreeMap<String, Cow<'a, [f32]>>),
+        name: String,
+        shape: Vec<usize>,
+        data: Cow<'a, [f32]>,
+    ) -> Result<()> {
         let name = format!("{PREFIX}{name}");
+        if data.len() != shape.iter().product::<usize>() {
+            return Err(Error::internal(format!("{name}: {} values for shape {shape:?}", data.len())));
+        }
         specs.push(TensorSpec::new(name.clone(), Dtype::F32, shape));
         values.insert(name, data);
-    };
-    for (module, m) in &set.modules {
+        Ok(())
+    }
+    let mut put = |name: String, shape: Vec<usize>, data| put((&mut specs, &mut values), name, shape, data);
+    for (module, m) in modules {
         if is_embedding(module) {
-            put(
-                format!("{module}.lora_embedding_A"),
-                vec![m.r, m.out_features],
-                transposed(&m.b, m.out_features, m.r),
-            );
-            put(
-                format!("{module}.lora_embedding_B"),
-                vec![m.in_features, m.r],
-                transposed(&m.a, m.r, m.in_features),
-            );
+            let a = transposed(&m.b, m.out_features, m.r);
+            let b = transposed(&m.a, m.r, m.in_features);
+            put(format!("{module}.lora_embedding_A"), vec![m.r, m.out_features], a.into())?;
+            put(format!("{module}.lora_embedding_B"), vec![m.in_features, m.r], b.into())?;
             continue;
         }
-        put(format!("{module}.lora_A.weight"), vec![m.r, m.in_features], m.a.clone());
-        put(format!("{module}.lora_B.weight"), vec![m.out_features, m.r], m.b.clone());
+        put(format!("{module}.lora_A.weight"), vec![m.r, m.in_features], (&m.a).into())?;
+        put(format!("{module}.lora_B.weight"), vec![m.out_features, m.r], (&m.b).into())?;
         if let Some(magnitude) = &m.magnitude {
-            put(format!("{module}.lora_magnitude_vector"), vec![m.out_features], magnitude.clone());
+            put(format!("{module}.lora_magnitude_vector"), vec![m.out_features], magnitude.into())?;
         }
     }
-    for (name, saved) in &set.saved {
-        put(name.clone(), saved.shape.clone(), saved.values.clone());
+    for (name, saved) in saved {
+        put(name.clone(), saved.shape.clone(), (&saved.values).into())?;
     }
     standard_order(&mut specs);
     let mut metadata = pt_metadata();
-    if let Some(fingerprint) = &set.base_fingerprint {
-        metadata.insert(adapter::FINGERPRINT.into(), fingerprint.clone());
+    if let Some(fingerprint) = base_fingerprint {
+        metadata.insert(adapter::FINGERPRINT.into(), fingerprint.into());
     }
-    let mut writer = SafetensorsWriter::new(&dir.join(WEIGHTS), specs.clone(), &metadata)?;
+    let mut writer = SafetensorsWriter::new(path, specs.clone(), &metadata)?;
+    let mut bytes = Vec::new();
     for spec in specs {
-        let mut bytes = Vec::new();
+        bytes.clear();
         push_floats(Dtype::F32, &values[&spec.name], &mut bytes)?;
         writer.write(&spec.name, &bytes)?;
     }
-    writer.finish()?;
-    atomic::write(&dir.join(adapter::CONFIG), settings(set)?.as_bytes())
+    writer.finish()
 }
 
 /// Whether a module is an embedding, whose matrices are stored the other way round.
@@ -233,8 +254,8 @@ pub fn is_embedding(module: &str) -> bool {
     module.rsplit('.').next() == Some("embed_tokens")
 }
 
-/// adapter_config.json: rank and alpha of most modules, and patterns for the others.
-fn settings(set: &LoraSet) -> Result<String> {
+/// Returns the settings that give this set: rank and alpha of most modules, and patterns for the others.
+pub fn config(set: &LoraSet) -> Result<AdapterConfig> {
     let alpha = |m: &LoraModule| m.scale * m.r as f64;
     let mut counts: Vec<((usize, f64), usize)> = Vec::new();
     for m in set.modules.values() {
@@ -250,7 +271,7 @@ fn settings(set: &LoraSet) -> Result<String> {
             ranks.insert(module.clone(), json!(m.r));
         }
         if alpha(m) != common {
-            alphas.insert(module.clone(), json!(alpha(m)));
+            alphas.insert(module.clone(), whole(alpha(m)));
         }
     }
     let targets: BTreeSet<&str> = set.modules.keys().map(|m| m.rsplit('.').next().unwrap_or(m)).collect();
@@ -266,22 +287,20 @@ fn settings(set: &LoraSet) -> Result<String> {
     if dora && !set.modules.values().all(|m| m.magnitude.is_some()) {
         return Err(Error::data("DoRA in some modules only cannot be written for PEFT"));
     }
-    let saved: BTreeSet<&str> = set.saved.keys().filter_map(|name| name.strip_suffix(".weight")).collect();
-    let config = AdapterConfig {
+    let mut kept = Map::new();
+    for (field, map) in [("rank_pattern", ranks), ("alpha_pattern", alphas)] {
+        if !map.is_empty() {
+            kept.insert(field.into(), Value::Object(map));
+        }
+    }
+    Ok(AdapterConfig {
         r,
         lora_alpha: common,
         lora_dropout: set.dropout,
-        target_modules: targets,
+        target_modules: Targets::Names(targets),
         base_model_name_or_path: set.base_name.clone(),
         use_rslora: false,
-    };
-    let mut value: Value = serde_json::from_str(&config.to_json())
-        .map_err(|e| Error::internal(format!("adapter_config.json: {e}")))?;
-    value["use_dora"] = json!(dora);
-    value["rank_pattern"] = Value::Object(ranks);
-    value["alpha_pattern"] = Value::Object(alphas);
-    if !saved.is_empty() {
-        value["modules_to_save"] = json!(saved);
-    }
-    Ok(crate::python_json::pretty_sorted(&value))
+        use_dora: dora,
+        kept,
+    })
 }

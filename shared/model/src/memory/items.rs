@@ -88,6 +88,8 @@ fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
             Moments::F32 => item("AdamW moments", parameters.saturating_mul(2)),
             Moments::Bits8 => item("AdamW moments in 8 bits", demand.adapter.moments8),
         },
+        // Squared lengths of the base's rows in f64, and two numbers of each in a sweep.
+        item("lengths of rows", demand.adapter.magnitudes * (8 + 2 * F32)),
         item("norms and rotary tables", norms + rope),
         item("tokens", demand.token_bytes),
         item(
@@ -102,6 +104,7 @@ fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
 fn buffers(demand: &Demand, choice: &MemoryPlan, steps: BatchShape, reference: BatchShape) -> Vec<Item> {
     let a = demand.architecture;
     let (w, blocks) = (Widths::with_ranks(a, demand.adapter.ranks), demand.adapter.blocks(a));
+    let w = if demand.adapter.magnitudes > 0 { w.with_gains() } else { w };
     let both = steps.max(reference);
     let of = |rows: usize, width: usize| rows as u64 * width as u64 * F32;
     let trained = steps.all.gradient_rows;

@@ -1,7 +1,11 @@
 //! The plan on sizes that can be added up by hand.
 
 use super::*;
-use crate::rotary::{Rotary, Scaling};
+use crate::{
+    architecture::Module,
+    lora::{LoraLayout, LoraSpec},
+    rotary::{Rotary, Scaling},
+};
 use kto_kernels::{HeadShape, device::Gate};
 
 fn architecture() -> Architecture {
@@ -67,7 +71,7 @@ fn demand<'a>(architecture: &'a Architecture, batches: &'a Plain) -> Demand<'a> 
     Demand {
         architecture,
         weights,
-        adapter: AdapterSize::fresh(architecture, 16, &crate::architecture::Module::ALL),
+        adapter: adapter(architecture, 16),
         moments: Moments::F32,
         adapter_copy: false,
         positions: 100,
@@ -80,6 +84,11 @@ fn demand<'a>(architecture: &'a Architecture, batches: &'a Plain) -> Demand<'a> 
 
 fn get(plan: &MemoryPlan, name: &str) -> u64 {
     plan.items.iter().filter(|i| i.name.starts_with(name)).map(|i| i.bytes).sum()
+}
+
+fn adapter(architecture: &Architecture, rank: usize) -> AdapterSize {
+    let spec = LoraSpec { rank, alpha: 1.0, modules: Module::ALL.to_vec() };
+    AdapterSize::fresh(architecture, &LoraLayout::uniform(architecture, &spec))
 }
 
 #[test]
@@ -111,7 +120,7 @@ fn a_roomy_plan_keeps_everything_and_adds_up() {
 fn moments_in_8_bits_are_counted_tensor_by_tensor() {
     let (a, batches) = (architecture(), Plain { rows: 4096 });
     let plan_of = |moments, rank| {
-        let adapter = AdapterSize::fresh(&a, rank, &crate::architecture::Module::ALL);
+        let adapter = adapter(&a, rank);
         plan(&Demand { moments, adapter, ..demand(&a, &batches) }, u64::MAX).unwrap()
     };
     // Rank 16: sides of 512, 256 and 1024; 4096 elements are the smallest in 8 bits. Two bytes an element, two scales a block.

@@ -1,6 +1,9 @@
 //! Bytes of the frozen weights as their files hold them, and of the adapter, from headers and settings alone.
 
-use crate::architecture::{Architecture, Module};
+use crate::{
+    architecture::{Architecture, Module},
+    lora::{LoraLayout, Place},
+};
 use kto_formats::{adapter::Adapter, model_dir::ModelDir};
 use kto_kernels::adamw8::moment_bytes;
 use std::collections::BTreeSet;
@@ -82,38 +85,42 @@ pub struct AdapterSize {
     pub ranks: [usize; 7],
     /// The lowest adapted block.
     pub first: usize,
+    /// Magnitudes of DoRA, which are among the parameters; 0 where there is none.
+    pub magnitudes: u64,
 }
 
 impl AdapterSize {
-    /// Returns the size of a fresh adapter on `modules` of every block, which are some of [`Architecture::modules`].
-    pub fn fresh(architecture: &Architecture, rank: usize, modules: &[Module]) -> Self {
-        let sides = |m: &Module| {
-            let (out, input) = architecture.weight_shape(*m);
-            [out, input].map(|side| side as u64 * rank as u64)
-        };
-        let of_all = |f: fn(u64) -> u64| -> u64 {
-            let block: u64 = modules.iter().flat_map(sides).map(f).sum();
-            block.saturating_mul(architecture.layers as u64)
-        };
-        let adapted = |m: Module| modules.contains(&architecture.matrix_of(m));
-        let ranks = Module::ALL.map(|m| if adapted(m) { rank } else { 0 });
-        Self { parameters: of_all(|n| n), moments8: of_all(moment_bytes), ranks, first: 0 }
+    /// Returns the size of a fresh adapter.
+    pub fn fresh(architecture: &Architecture, layout: &LoraLayout) -> Self {
+        let of = |(layer, module, place): (usize, Module, Place)| (layer, module, place.rank, layout.dora);
+        Self::of(architecture, layout.places().map(of))
     }
 
     /// Returns the size of a given adapter.
     pub fn given(architecture: &Architecture, adapter: &Adapter) -> Self {
-        let mut this = Self { ranks: [0; 7], first: architecture.layers, ..Self::default() };
         let modules = architecture.modules();
-        for (layer, module) in (0..architecture.layers).flat_map(|l| modules.iter().map(move |m| (l, *m))) {
-            let Some(pair) = adapter.tensors.get(&module.path(layer)) else { continue };
-            for factor in [&pair.a, &pair.b] {
-                this.parameters += factor.len() as u64;
-                this.moments8 += moment_bytes(factor.len() as u64);
+        let all = (0..architecture.layers).flat_map(|l| modules.iter().map(move |m| (l, *m)));
+        let of = all.filter_map(|(l, m)| {
+            adapter.tensors.get(&m.path(l)).map(|own| (l, m, own.r, own.magnitude.is_some()))
+        });
+        Self::of(architecture, of)
+    }
+
+    /// Adds up adapted matrices: (block, matrix, rank, whether DoRA).
+    fn of(architecture: &Architecture, all: impl Iterator<Item = (usize, Module, usize, bool)>) -> Self {
+        let mut this = Self { first: architecture.layers, ..Self::default() };
+        for (layer, module, r, dora) in all {
+            let (out, input) = architecture.weight_shape(module);
+            let magnitudes = if dora { out as u64 } else { 0 };
+            for n in [(input * r) as u64, (out * r) as u64, magnitudes] {
+                this.parameters = this.parameters.saturating_add(n);
+                this.moments8 = this.moments8.saturating_add(moment_bytes(n));
             }
+            this.magnitudes += magnitudes;
             this.first = this.first.min(layer);
             for (part, _) in architecture.parts().of(module) {
                 let rank = &mut this.ranks[part as usize];
-                *rank = pair.r.max(*rank);
+                *rank = r.max(*rank);
             }
         }
         this

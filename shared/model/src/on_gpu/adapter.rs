@@ -6,6 +6,7 @@
 use crate::{
     architecture::{Module, Parts},
     block::BlockFactors,
+    dora::not_on_gpu,
     lora::{Factors, LayerFactors, Lora},
     numeric::Numeric,
 };
@@ -48,19 +49,21 @@ fn within(
         places.next().map(|(at, r, c)| Tensor::Gpu(Matrix::in_memory(memory.clone(), *at, *r, *c, element)))
     };
     let mut out = BlockFactors::default();
-    for module in Module::NAMED.into_iter().filter(|m| like[*m as usize].is_some()) {
+    for module in Module::NAMED {
+        let Some(f) = &like[module as usize] else { continue };
         if let Some((a, b)) = next().zip(next()) {
-            split(&mut out, (module, parts), &a, &b)?;
+            split(&mut out, (module, parts), Factors { a, b, scale: f.scale, magnitude: None })?;
         }
     }
     Ok(out)
 }
 
-/// Gives the factors of a matrix to the modules whose rows it has: all get A, each its rows of B.
-fn split(out: &mut BlockFactors, of: (Module, Parts), a: &Tensor, b: &Tensor) -> Result<()> {
+/// Gives the factors of a matrix to the modules whose rows it has: all get A, each its rows of B and of the magnitudes.
+fn split(out: &mut BlockFactors, of: (Module, Parts), f: Factors<Tensor>) -> Result<()> {
     for (part, rows) in of.1.of(of.0) {
-        let b = b.narrow(rows.start, rows.len()).numeric()?;
-        out[part as usize] = Some(Factors { a: a.clone(), b });
+        let own = |t: &Tensor| t.narrow(rows.start, rows.len()).numeric();
+        let (b, magnitude) = (own(&f.b)?, f.magnitude.as_ref().map(own).transpose()?);
+        out[part as usize] = Some(Factors { a: f.a.clone(), b, scale: f.scale, magnitude });
     }
     Ok(())
 }
@@ -70,6 +73,9 @@ pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors>> {
     let Device::Gpu(gpu, element) = device else {
         return lora.layers.iter().map(|block| on_host(device, block, lora.parts)).collect();
     };
+    if lora.has_magnitudes() {
+        return Err(not_on_gpu());
+    }
     let (mut all, mut end) = (Vec::with_capacity(lora.layers.len()), 0);
     for block in &lora.layers {
         let (of, next) = places(block, end, element.size());
@@ -90,8 +96,10 @@ fn on_host(device: &Device, block: &LayerFactors, parts: Parts) -> Result<BlockF
     let mut out = BlockFactors::default();
     for module in Module::NAMED {
         if let Some(f) = &block[module as usize] {
-            let (a, b) = (device.bring(&f.a).numeric()?, device.bring(&f.b).numeric()?);
-            split(&mut out, (module, parts), &a, &b)?;
+            let bring = |t: &HostTensor| device.bring(t).numeric();
+            let magnitude = f.magnitude.as_ref().map(bring).transpose()?;
+            let factors = Factors { a: bring(&f.a)?, b: bring(&f.b)?, scale: f.scale, magnitude };
+            split(&mut out, (module, parts), factors)?;
         }
     }
     Ok(out)

@@ -1,6 +1,7 @@
 //! Tests of kto-train: one binary.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod adapters;
 mod changes;
 mod cli;
 mod control;

@@ -1,0 +1,193 @@
+//! From the flags about the adapter to its settings as PEFT has them, and to what a fresh one looks like.
+//!
+//! Flags carry PEFT's names. Which modules the settings mean is decided by [`kto_formats::peft`], the same code that reads the result
+//! back; so what is trained is what PEFT loads.
+
+use crate::{args::Args, plan::Inputs};
+use kto_cli::{Error, Result, escape};
+use kto_formats::{
+    adapter::{AdapterConfig, Targets, whole},
+    peft::PeftConfig,
+};
+use kto_model::{architecture::Architecture, lora::LoraLayout};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
+
+/// Rank and alpha of a fresh adapter when nobody says.
+const RANK: u32 = 16;
+const ALPHA: f64 = 16.0;
+
+/// Returns the settings of the adapter that will be trained, and of a fresh one its layout.
+/// Errors: (2) flags that name no layer or contradict each other; (65) settings of a given one that cannot be trained.
+pub fn resolve(args: &Args, inputs: &Inputs) -> Result<(AdapterConfig, Option<LoraLayout>)> {
+    let (config, layout) = match inputs.adapter {
+        Some(adapter) => (adapter.config.clone(), None),
+        None => {
+            let config = asked(args, inputs.architecture)?;
+            let layout = layout(&config, inputs.architecture)?;
+            (config, Some(layout))
+        }
+    };
+    if config.use_dora && args.lora_dropout > 0.0 {
+        return Err(Error::usage("DoRA is trained without --lora-dropout"));
+    }
+    Ok((AdapterConfig { lora_dropout: args.lora_dropout, ..config }, layout))
+}
+
+/// Returns the settings of a fresh adapter.
+fn asked(args: &Args, architecture: &Architecture) -> Result<AdapterConfig> {
+    let mut kept = Map::new();
+    let mut keep = |field: &str, value: Value| drop(kept.insert(field.into(), value));
+    let target_modules = match targets("--target-modules", args.target_modules.as_deref(), architecture)? {
+        Targets::Pattern(_) if !args.layers_to_transform.is_empty() => {
+            let text = "--layers-to-transform needs a list of names in --target-modules, not a pattern";
+            return Err(Error::usage(text));
+        }
+        targets => targets,
+    };
+    if let Some(text) = &args.exclude_modules {
+        match targets("--exclude-modules", Some(text), architecture)? {
+            Targets::Names(names) => keep("exclude_modules", json!(names)),
+            Targets::Pattern(text) => keep("exclude_modules", json!(text)),
+        }
+    }
+    if !args.layers_to_transform.is_empty() {
+        let layers: BTreeSet<u64> = args.layers_to_transform.iter().flatten().copied().collect();
+        if let Some(layer) = layers.iter().find(|l| **l >= architecture.layers as u64) {
+            let blocks = architecture.layers;
+            return Err(Error::usage(format!(
+                "--layers-to-transform {layer}: the model has {blocks} blocks, from 0 on"
+            )));
+        }
+        keep("layers_to_transform", json!(layers));
+    }
+    let ranks = args.rank_pattern.iter().map(|(pattern, rank)| (pattern.clone(), json!(rank)));
+    let alphas = args.alpha_pattern.iter().map(|(pattern, alpha)| (pattern.clone(), whole(*alpha)));
+    for (field, map) in [("rank_pattern", ranks.collect::<Map<_, _>>()), ("alpha_pattern", alphas.collect())]
+    {
+        if !map.is_empty() {
+            keep(field, Value::Object(map));
+        }
+    }
+    if let Some(name) = args.init_lora_weights.and_then(|init| init.peft_name()) {
+        keep("init_lora_weights", json!(name));
+    }
+    Ok(AdapterConfig {
+        r: args.lora_r.unwrap_or(RANK) as usize,
+        lora_alpha: args.lora_alpha.unwrap_or(ALPHA),
+        target_modules,
+        use_rslora: args.use_rslora,
+        use_dora: args.use_dora,
+        kept,
+        ..Default::default()
+    })
+}
+
+/// Returns what settings mean for the model.
+fn layout(config: &AdapterConfig, architecture: &Architecture) -> Result<LoraLayout> {
+    let usage = |e: Error| e.with_kind(kto_cli::Kind::Usage);
+    let layout = LoraLayout::of_config(architecture, &config.peft().map_err(usage)?).map_err(usage)?;
+    // Files hold patterns in the order of their texts.
+    let file: Value = serde_json::from_str(&config.to_json()).unwrap_or_default();
+    let back = PeftConfig::read(file.as_object().unwrap_or(&Map::new()))?;
+    let back = LoraLayout::of_config(architecture, &back)?;
+    if let Some((a, _)) = layout.places().zip(back.places()).find(|(a, b)| a != b) {
+        let module = a.1.path(a.0);
+        return Err(Error::usage(format!("two patterns with different numbers match \"{module}\""))
+            .with_hint("--rank-pattern and --alpha-pattern with patterns that exclude each other"));
+    }
+    let odd = layout.places().find(|(_, _, place)| place.rank % 2 == 1);
+    if let Some((layer, module, place)) = odd.filter(|_| layout.init == kto_model::lora::Init::Orthogonal) {
+        let text =
+            format!("an orthogonal start needs even ranks, \"{}\" has {}", module.path(layer), place.rank);
+        return Err(Error::usage(text));
+    }
+    Ok(layout)
+}
+
+/// Reads `all-linear`, names with commas between them, or, when there is a character that no name has, a regular expression.
+fn targets(flag: &str, text: Option<&str>, architecture: &Architecture) -> Result<Targets> {
+    let known = || architecture.modules().iter().map(|m| m.name().to_string());
+    let text = match text {
+        None | Some("all-linear") => return Ok(Targets::Names(known().collect())),
+        Some(text) => text,
+    };
+    let is_list = |c: char| c.is_ascii_alphanumeric() || "_.,- ".contains(c);
+    if !text.chars().all(is_list) {
+        return Ok(Targets::Pattern(text.into()));
+    }
+    let paths: Vec<String> = (0..architecture.layers)
+        .flat_map(|l| architecture.modules().iter().map(move |module| module.path(l)))
+        .collect();
+    let mut names: Vec<String> = Vec::new();
+    for name in text.split(',').map(str::trim) {
+        let ends = |path: &String| path.strip_suffix(name).is_some_and(|r| r.is_empty() || r.ends_with('.'));
+        if name.is_empty() || !paths.iter().any(ends) {
+            let known: Vec<String> = known().collect();
+            return Err(Error::usage(format!("{flag}: unknown module \"{}\"", escape(name))).with_hint(
+                format!(
+                    "all-linear, a regular expression for whole paths, or a list of {}",
+                    known.join(", ")
+                ),
+            ));
+        }
+        if !names.iter().any(|known| known == name) {
+            names.push(name.into());
+        }
+    }
+    Ok(Targets::Names(names))
+}
+
+/// Reads `PATTERN=N` of --rank-pattern.
+pub fn rank_pattern(text: &str) -> Result<(String, u32), String> {
+    let (pattern, number) = pattern(text)?;
+    match number.parse() {
+        Ok(rank @ 1..=4096) => Ok((pattern, rank)),
+        _ => Err(format!("\"{number}\" is no rank from 1 to 4096")),
+    }
+}
+
+/// Reads `PATTERN=X` of --alpha-pattern.
+pub fn alpha_pattern(text: &str) -> Result<(String, f64), String> {
+    let (pattern, number) = pattern(text)?;
+    kto_cli::number::positive(number).map(|alpha| (pattern, alpha))
+}
+
+/// A pattern may hold an equals sign, a number never does.
+fn pattern(text: &str) -> Result<(String, &str), String> {
+    let parts = text.rsplit_once('=').filter(|(pattern, _)| !pattern.is_empty());
+    parts
+        .map(|(p, n)| (p.to_string(), n))
+        .ok_or_else(|| "must be PATTERN=NUMBER, such as down_proj=32".into())
+}
+
+/// Reads a block's number, or `8-15`.
+pub fn layers(text: &str) -> Result<Vec<u64>, String> {
+    const MOST: u64 = 10_000;
+    let wrong = || format!("\"{text}\" is no block's number and no range such as 8-15");
+    let number = |text: &str| text.trim().parse::<u64>().ok().filter(|n| *n < MOST).ok_or_else(wrong);
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let (first, last) = (number(first)?, number(last)?);
+    if first > last { Err(wrong()) } else { Ok((first..=last).collect()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_and_ranges() {
+        assert_eq!(rank_pattern("down_proj=32"), Ok(("down_proj".into(), 32)));
+        assert_eq!(rank_pattern("(?=x)y=1"), Ok(("(?=x)y".into(), 1)));
+        assert_eq!(alpha_pattern("^a.b=0.5"), Ok(("^a.b".into(), 0.5)));
+        for text in ["down_proj", "=3", "a=", "a=0", "a=5000", "a=x"] {
+            assert!(rank_pattern(text).is_err(), "{text}");
+        }
+        assert!(alpha_pattern("a=-1").is_err());
+        assert_eq!(layers("3"), Ok(vec![3]));
+        assert_eq!(layers("1-3"), Ok(vec![1, 2, 3]));
+        for text in ["", "a", "3-1", "1-", "-1", "1-99999"] {
+            assert!(layers(text).is_err(), "{text}");
+        }
+    }
+}
