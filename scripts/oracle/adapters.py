@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from families import BASE, SEPARATE, step
+from families import BASE, FUSED, SEPARATE, step
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -26,6 +26,7 @@ CASES = {
     "dora": ("qwen2", dict(target_modules=SEPARATE, use_dora=True)),
     "dora-biases": ("llama-biases", dict(target_modules=SEPARATE, use_dora=True, use_rslora=True)),
     "dora-norms": ("gemma3", dict(target_modules=["q_proj", "k_proj", "o_proj", "down_proj"], use_dora=True)),
+    "dora-fused": ("phi3", dict(target_modules=FUSED, use_dora=True)),
     "dora-layers": ("llama-linear", dict(
         target_modules=["q_proj", "down_proj"], use_dora=True, layers_to_transform=[1], rank_pattern={"down_proj": 4})),
     "patterns": ("qwen3", dict(

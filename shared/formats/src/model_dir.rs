@@ -2,7 +2,8 @@
 //!
 //! Called by every tool that reads weights. Invariant: no file outside the directory is opened by a name that a
 //! file of the directory gave (symbolic links inside it are followed: that is how download caches look).
-//! Deliberately absent: pickle and GGUF weights, remote code, the meaning of config.json (see `kto-model`).
+//! Deliberately absent: pickle and GGUF weights, remote code, the meaning of config.json (see `kto-model`). That a configuration asks for
+//! remote code is found here, so that every tool that opens a model says so.
 
 use crate::{
     mmap::{Map, shown},
@@ -36,7 +37,7 @@ pub struct ModelDir {
     pub config: Value,
     /// The weights.
     pub tensors: TensorStore,
-    /// What was odd but harmless (an index with a wrong total, unused shards); for the tool to pass on.
+    /// What was odd but harmless (an index with a wrong total, tensors that it does not name); for the tool to pass on.
     pub notes: Vec<String>,
 }
 
@@ -49,6 +50,7 @@ impl ModelDir {
             return Err(not_a_directory(path));
         }
         let config = read_json(&path.join("config.json"))?;
+        refuse_remote_code(&config).at(shown(&path.join("config.json")))?;
         let mut notes = Vec::new();
         let tensors = open_weights(path, &mut notes)?;
         if tensors.is_empty() {
@@ -146,6 +148,30 @@ fn canonical(value: &Value) -> Value {
     }
 }
 
+/// Model types of transformers with their classes. Files that were published before transformers had them name the same class in `auto_map`.
+const OWN_CLASSES: [(&str, &str); 8] = [
+    ("llama", "LlamaForCausalLM"),
+    ("mistral", "MistralForCausalLM"),
+    ("qwen2", "Qwen2ForCausalLM"),
+    ("qwen3", "Qwen3ForCausalLM"),
+    ("phi3", "Phi3ForCausalLM"),
+    ("gemma2", "Gemma2ForCausalLM"),
+    ("gemma3_text", "Gemma3ForCausalLM"),
+    ("stablelm", "StableLmForCausalLM"),
+];
+
+/// Fails (65) when a configuration asks for code that is not transformers' own: without it the weights cannot be known to mean what their names say.
+fn refuse_remote_code(config: &Object) -> Result<()> {
+    let Some(map) = config.get("auto_map").filter(|map| !map.is_null()) else { return Ok(()) };
+    let class = map.get("AutoModelForCausalLM").and_then(Value::as_str).unwrap_or_default();
+    let class = class.rsplit('.').next().unwrap_or_default();
+    let kind = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    if OWN_CLASSES.contains(&(kind, class)) {
+        return Ok(());
+    }
+    Err(Error::data("\"auto_map\" asks for remote code, which is never run"))
+}
+
 fn not_a_directory(path: &Path) -> Error {
     match Map::open(path).and_then(|map| refuse_other_formats(&map)) {
         Err(e) => Error::data(format!("{}: {e}", shown(path)))
@@ -225,12 +251,11 @@ fn open_shards(dir: &Path, index: &Path, notes: &mut Vec<String>) -> Result<Tens
     for shard in &shards {
         store.add(&dir.join(shard))?;
     }
-    let mut extra = 0;
-    for name in store.names() {
-        extra += usize::from(!map.weights.contains_key(name));
-    }
-    if extra > 0 {
-        notes.push(format!("{place}: {extra} tensors of the shards are not in the index"));
+    let mut beyond = store.names().filter(|name| !map.weights.contains_key(*name));
+    if let Some(name) = beyond.next() {
+        let (file, more) = (shown(store.file_of(name).unwrap_or(dir)), beyond.count());
+        let more = if more > 0 { format!(", nor are {more} others") } else { String::new() };
+        notes.push(format!("{file}: tensor \"{}\" is not in the index{more}; it is used", escape(name)));
     }
     for (name, shard) in &map.weights {
         let found = store.file_of(name).and_then(Path::file_name);
@@ -271,6 +296,9 @@ fn read_weight_map(index: &Path) -> Result<WeightMap> {
     let Some(Value::Object(map)) = object.get("weight_map") else {
         return Err(bad("no object \"weight_map\"".into()));
     };
+    if let Some(name) = listed_twice(index)? {
+        return Err(bad(format!("tensor \"{}\" is listed twice", escape(&name))));
+    }
     let mut weights = BTreeMap::new();
     for (name, shard) in map {
         let Value::String(shard) = shard else {
@@ -281,6 +309,46 @@ fn read_weight_map(index: &Path) -> Result<WeightMap> {
     // Some writers give total_size as a float.
     let total_size = object.get("metadata").and_then(|m| m.get("total_size")).and_then(Value::as_u64);
     Ok(WeightMap { weights, total_size })
+}
+
+/// Returns a name that an index has more than once: of such names JSON objects keep one.
+fn listed_twice(index: &Path) -> Result<Option<String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: Names,
+    }
+    let bytes = Map::open(index)?;
+    // What it is made of has been looked at.
+    Ok(serde_json::from_slice::<Index>(&bytes).ok().and_then(|index| index.weight_map.0))
+}
+
+/// The first key of an object that comes a second time.
+struct Names(Option<String>);
+
+impl<'de> serde::Deserialize<'de> for Names {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Names;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<M: serde::de::MapAccess<'de>>(
+                self,
+                mut map: M,
+            ) -> std::result::Result<Names, M::Error> {
+                let (mut seen, mut twice) = (BTreeSet::new(), None);
+                while let Some(name) = map.next_key::<String>()? {
+                    map.next_value::<serde::de::IgnoredAny>()?;
+                    if !seen.insert(name.clone()) && twice.is_none() {
+                        twice = Some(name);
+                    }
+                }
+                Ok(Names(twice))
+            }
+        }
+        from.deserialize_map(Visitor)
+    }
 }
 
 /// A shard must be a plain file name: nothing that an index says may lead out of the directory.

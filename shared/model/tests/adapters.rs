@@ -9,7 +9,7 @@ use kto_formats::{
     tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
 };
 use kto_model::{
-    architecture::{Architecture, Module},
+    architecture::Architecture,
     base::BaseModel,
     buffers::{Workspace, WorkspaceSpec},
     generate::Generator,
@@ -20,9 +20,10 @@ use kto_model::{
 use std::path::{Path, PathBuf};
 
 /// The adapter, and the model of testdata/families that it is on.
-const CASES: [(&str, &str); 6] = [
+const CASES: [(&str, &str); 7] = [
     ("dora", "qwen2"),
     ("dora-biases", "llama-biases"),
+    ("dora-fused", "phi3"),
     ("dora-layers", "llama-linear"),
     ("dora-norms", "gemma3"),
     ("patterns", "qwen3"),
@@ -162,9 +163,9 @@ fn a_fresh_adapter_has_the_shape_of_peft() {
 /// Magnitudes begin as the lengths of the rows, so that nothing changes; token by token as at once.
 #[test]
 fn a_fresh_dora_is_the_base() {
-    for family in ["qwen2", "gemma3"] {
+    for family in ["qwen2", "gemma3", "phi3"] {
         let base = base(family);
-        let spec = LoraSpec { rank: 2, alpha: 3.0, modules: Module::ALL.to_vec() };
+        let spec = LoraSpec { rank: 2, alpha: 3.0, modules: base.architecture.modules().to_vec() };
         let layout = LoraLayout { dora: true, ..LoraLayout::uniform(&base.architecture, &spec) };
         let lora = Lora::laid_out(&base.architecture, &layout, 1, DType::F32).unwrap();
         lora.measure(&base).unwrap();

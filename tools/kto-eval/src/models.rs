@@ -30,8 +30,9 @@ pub struct Policy {
 
 impl Policy {
     /// Opens what the flags name, for rows of at most `positions` tokens.
-    pub fn open(args: &ModelArgs, positions: usize) -> Result<Self> {
+    pub fn open(args: &ModelArgs, positions: usize, ui: &Ui) -> Result<Self> {
         let directory = ModelDir::open(&args.model)?;
+        directory.notes.iter().for_each(|note| ui.warn(note));
         let architecture = Architecture::from_config(&directory.config).at(shown(&args.model))?;
         weights::check(&architecture, &directory).at(shown(&args.model))?;
         let lora = match &args.adapter {

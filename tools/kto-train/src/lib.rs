@@ -70,6 +70,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     set_threads(args.threads)?;
     args.model_dir = kto_hub::locate(&args.model, &Need::Weights(known), ui)?;
     let model = ModelDir::open(&args.model_dir)?;
+    model.notes.iter().for_each(|note| ui.warn(note));
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
     kto_model::weights::check(&architecture, &model).at(shown(&args.model))?;
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;

@@ -84,6 +84,42 @@ fn wrong_indexes_are_explained() {
     assert!(model.notes[0].contains("total_size says 49"));
 }
 
+/// A tensor that an index leaves out is named; one that it lists twice is refused, wherever the lists lie.
+#[test]
+fn every_tensor_is_accounted_for() {
+    let top = tempfile::tempdir().unwrap();
+    let map = INDEX.replace(",\"c\":\"m-2.safetensors\"", "");
+    let model = ModelDir::open(&sharded(top.path(), &map)).unwrap();
+    assert!(model.tensors.contains("c") && model.notes.len() == 1, "{:?}", model.notes);
+    assert!(model.notes[0].ends_with("m-2.safetensors: tensor \"c\" is not in the index; it is used"));
+    let (kind, text) = refused(&INDEX.replace("\"c\":", "\"a\":\"m-2.safetensors\",\"c\":"));
+    assert!(kind == Kind::Data && text.ends_with("index.json: tensor \"a\" is listed twice"), "{text}");
+    let (kind, text) = refused(&INDEX.replace("\"c\":", "\"b\":"));
+    assert!(kind == Kind::Data && text.ends_with("tensor \"b\" is listed twice"), "{text}");
+    let both = top.path().join("both");
+    std::fs::create_dir(&both).unwrap();
+    let dir = sharded(&both, INDEX);
+    weights(&dir.join("m-1.safetensors"), &[("a", 1.0), ("b", 2.0)]);
+    let text = ModelDir::open(&dir).err().unwrap().to_string();
+    assert!(text.contains("tensor \"b\" is in "), "{text}");
+}
+
+#[test]
+fn remote_code_is_refused() {
+    let top = tempfile::tempdir().unwrap();
+    let dir = sharded(top.path(), INDEX);
+    let open = |config: &str| {
+        std::fs::write(dir.join("config.json"), config).unwrap();
+        ModelDir::open(&dir).map(drop).map_err(|e| e.to_string())
+    };
+    let text = open(r#"{"model_type":"x","auto_map":{"AutoModelForCausalLM":"modeling_x.X"}}"#).unwrap_err();
+    assert!(text.ends_with("config.json: \"auto_map\" asks for remote code, which is never run"), "{text}");
+    open(r#"{"model_type":"llama","auto_map":{"AutoModelForCausalLM":"m.LlamaForCausalLMX"}}"#).unwrap_err();
+    open(r#"{"model_type":"phi3","auto_map":{"AutoModelForCausalLM":"modeling_phi3.Phi3ForCausalLM"}}"#)
+        .unwrap();
+    open(r#"{"model_type":"x","auto_map":null}"#).unwrap();
+}
+
 #[test]
 fn an_output_cannot_lie_in_its_input() {
     let top = tempfile::tempdir().unwrap();

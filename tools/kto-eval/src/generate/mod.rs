@@ -43,7 +43,7 @@ pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     }
     record.check()?;
     set_threads(args.model.threads)?;
-    let mut policy = Policy::open(&args.model, POSITIONS)?;
+    let mut policy = Policy::open(&args.model, POSITIONS, ui)?;
     policy.note(&args.model, &mut record);
     let encoder = match args.ids {
         true => None,

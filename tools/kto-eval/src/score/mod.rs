@@ -39,7 +39,7 @@ pub fn run(args: &ScoreArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     let mut record = begin(args, common)?;
     set_threads(args.model.threads)?;
     let tokens = read_tokens(&args.file)?;
-    let policy = Policy::open(&args.model, positions(&tokens))?;
+    let policy = Policy::open(&args.model, positions(&tokens), ui)?;
     check(args, &tokens, &policy, ui)?;
     let reference = Reference::open(&args.reference, &policy, &args.model, positions(&tokens))?;
     policy.note(&args.model, &mut record);
