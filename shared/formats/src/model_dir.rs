@@ -251,12 +251,7 @@ fn open_shards(dir: &Path, index: &Path, notes: &mut Vec<String>) -> Result<Tens
     for shard in &shards {
         store.add(&dir.join(shard))?;
     }
-    let mut beyond = store.names().filter(|name| !map.weights.contains_key(*name));
-    if let Some(name) = beyond.next() {
-        let (file, more) = (shown(store.file_of(name).unwrap_or(dir)), beyond.count());
-        let more = if more > 0 { format!(", nor are {more} others") } else { String::new() };
-        notes.push(format!("{file}: tensor \"{}\" is not in the index{more}; it is used", escape(name)));
-    }
+    notes.extend(beyond(&store, &map));
     for (name, shard) in &map.weights {
         let found = store.file_of(name).and_then(Path::file_name);
         if found != Some(shard.as_ref()) {
@@ -275,6 +270,15 @@ fn open_shards(dir: &Path, index: &Path, notes: &mut Vec<String>) -> Result<Tens
         ));
     }
     Ok(store)
+}
+
+/// Returns a note of the tensors that the index does not name.
+fn beyond(store: &TensorStore, map: &WeightMap) -> Option<String> {
+    let mut beyond = store.names().filter(|name| !map.weights.contains_key(*name));
+    let name = beyond.next()?;
+    let (file, name, more) = (store.place_of(name), escape(name), beyond.count());
+    let more = if more > 0 { format!(", nor are {more} others") } else { String::new() };
+    Some(format!("{file}: tensor \"{name}\" is not in the index{more}; it is used"))
 }
 
 struct WeightMap {

@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use kto_formats::{
-    adapter::{Adapter, AdapterMeta, LoraPair},
+    adapter::{Adapter, AdapterMeta},
     bnb::Nf4Tensor,
+    lora::LoraModule,
     model_dir::ModelDir,
     tensors::TensorStore,
 };
@@ -151,7 +152,8 @@ fn adapters_on_fused_matrices_are_merged() {
         let pair = |module: &str| {
             let [a, b] = ["A", "B"].map(|side| of(&format!("lora/{module}.lora_{side}.weight")));
             let (in_features, out_features) = (a.shape[1], b.shape[0]);
-            LoraPair { a: a.to_f32().unwrap(), b: b.to_f32().unwrap(), r: 2, in_features, out_features }
+            let (a, b) = (a.to_f32().unwrap(), b.to_f32().unwrap());
+            LoraModule { a, b, r: 2, in_features, out_features, scale: 1.5, magnitude: None }
         };
         adapter.tensors = modules.map(|module| (module.to_string(), pair(module))).collect();
         assert_eq!(adapter.tensors.len(), if name == "phi3" { 8 } else { 14 });

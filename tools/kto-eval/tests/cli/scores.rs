@@ -3,7 +3,8 @@
 use super::{bytes, code, data, read_json, rows, run, testdata, text, token_set, trl_tokens, words};
 use candle_core::DType;
 use kto_formats::{
-    adapter::{Adapter, AdapterMeta, LoraPair},
+    adapter::{Adapter, AdapterMeta},
+    lora::LoraModule,
     model_dir::ModelDir,
     tensors::TensorStore,
 };
@@ -142,7 +143,7 @@ fn families_of_another_form_score_as_transformers_does() {
         let pair = |module: &str| {
             let [a, b] = ["A", "B"].map(|side| floats(&format!("lora/{module}.lora_{side}.weight")));
             let (in_features, out_features) = (a.len() / 2, b.len() / 2);
-            LoraPair { a, b, r: 2, in_features, out_features }
+            LoraModule { a, b, r: 2, in_features, out_features, scale: 1.5, magnitude: None }
         };
         adapter.tensors = modules.map(|module| (module.to_string(), pair(module))).collect();
         let dir = tempfile::tempdir().unwrap();

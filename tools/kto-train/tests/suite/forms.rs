@@ -1,7 +1,7 @@
 //! Bases in the forms that files hold: they train, and what is wrong in them is said when it is met.
 
 use crate::cli::{Bench, kto_train, rows, stderr, write};
-use kto_formats::adapter::Adapter;
+use kto_formats::adapter::{Adapter, Targets};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -49,7 +49,7 @@ fn families_of_another_form_train() {
         let output = train_on(&testdata(name), &b, of, &[]);
         assert!(output.status.success(), "{name}: {}", stderr(&output));
         let adapter = Adapter::read(&b.out().join("adapter")).unwrap();
-        let modules = &adapter.config.target_modules;
+        let Targets::Names(modules) = &adapter.config.target_modules else { panic!("{name}") };
         assert_eq!(modules.iter().any(|m| m == "qkv_proj"), fused, "{name}");
         assert_eq!(adapter.tensors.len(), 2 * modules.len(), "{name}");
         let moved = |module: &str| {
@@ -64,7 +64,7 @@ fn families_of_another_form_train() {
     let b = Bench::new();
     let output = train_on(&testdata("families/phi3"), &b, of, &["--target-modules", "o_proj,q_proj"]);
     assert_eq!(output.status.code(), Some(2));
-    let hint = "hint: all-linear, or a list of qkv_proj, o_proj, gate_up_proj, down_proj\n";
+    let hint = "whole paths, or a list of qkv_proj, o_proj, gate_up_proj, down_proj\n";
     assert!(stderr(&output).ends_with(hint), "{}", stderr(&output));
 }
 
