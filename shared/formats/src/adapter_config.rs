@@ -241,7 +241,10 @@ fn refuse_unsupported(object: &Map<String, Value>) -> Result<()> {
         };
         if !nothing && !HARMLESS.contains(&key.as_str()) {
             let text: String = value.to_string().chars().take(60).collect();
-            return Err(Error::data(format!("{} = {} is not supported", escape(key), escape(&text))));
+            let error = Error::data(format!("{} = {} is not supported", escape(key), escape(&text)));
+            // These change the base itself; merged into it they are its weights.
+            let merges = ["modules_to_save", "bias"].contains(&key.as_str());
+            return Err(if merges { error.with_hint("kto-merge makes a base of it") } else { error });
         }
     }
     Ok(())

@@ -157,3 +157,77 @@ fn affine_of_mlx_with_settings_of_single_layers() {
         assert!(error.to_string().contains("do not fit 6 bits in groups of"), "{error}");
     }
 }
+
+/// Codes and scales of small floats that give about `values`, and what they are.
+fn micro(values: &[f32], mode: &str) -> ([Vec<u8>; 2], Vec<f32>) {
+    let four = [0.0f32, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    // E4M3 without its last code, which is no number.
+    let eight: Vec<f32> = (0..127u32)
+        .map(|c| match c >> 3 {
+            0 => (c & 7) as f32 * 2f32.powi(-9),
+            e => (8 + (c & 7)) as f32 * 2f32.powi(e as i32 - 10),
+        })
+        .collect();
+    let (table, group) = match mode {
+        "mxfp8" => (&eight[..], 32),
+        "nvfp4" => (&four[..], 16),
+        _ => (&four[..], 32),
+    };
+    let nearest = |table: &[f32], v: f32| {
+        let off = |i: &usize| (table[*i] - v.abs()).abs();
+        (0..table.len()).min_by(|a, b| off(a).total_cmp(&off(b))).unwrap()
+    };
+    let (mut codes, mut scales, mut widened) = (Vec::new(), Vec::new(), Vec::new());
+    for part in values.chunks(group) {
+        let wanted = part.iter().fold(0.0f32, |m, v| m.max(v.abs())) / table[table.len() - 1];
+        let (code, scale) = match mode {
+            "nvfp4" => {
+                let code = nearest(&eight, wanted);
+                (code as u8, eight[code])
+            }
+            _ => {
+                let power = wanted.max(1e-30).log2().ceil();
+                ((power + 127.0) as u8, power.exp2())
+            }
+        };
+        scales.push(code);
+        for v in part {
+            let at = if scale > 0.0 { nearest(table, v / scale) } else { 0 };
+            let sign = u8::from(*v < 0.0);
+            codes.push(at as u8 | sign << if mode == "mxfp8" { 7 } else { 3 });
+            widened.push(table[at] * scale * if sign == 1 { -1.0 } else { 1.0 });
+        }
+    }
+    let packed = match mode {
+        "mxfp8" => codes,
+        _ => codes.chunks(2).map(|c| c[0] | c[1] << 4).collect(),
+    };
+    ([packed, scales], widened)
+}
+
+#[test]
+fn small_floats_of_mlx() {
+    let source = ModelDir::open(&testdata("bnb/tiny_llama_bf16")).unwrap();
+    for (mode, bits, group) in [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)] {
+        let (mut quantized, mut widened) = (Tensors::new(), Tensors::new());
+        for view in source.tensors.views() {
+            let (values, shape) = (view.to_f32().unwrap(), view.shape.to_vec());
+            let [rows, columns] = shape[..] else {
+                let kept = (Dtype::F32, shape, floats(Dtype::F32, &values));
+                quantized.insert(view.name.into(), kept.clone());
+                widened.insert(view.name.into(), kept);
+                continue;
+            };
+            let ([packed, scales], values) = micro(&values, mode);
+            let layer = view.name.strip_suffix(".weight").unwrap();
+            quantized.insert(view.name.into(), (Dtype::U32, vec![rows, columns * bits / 32], packed));
+            quantized.insert(format!("{layer}.scales"), (Dtype::U8, vec![rows, columns / group], scales));
+            widened.insert(view.name.into(), (Dtype::F32, shape, floats(Dtype::F32, &values)));
+        }
+        let mut config = source.config.clone();
+        config["quantization"] = json!({"group_size": group, "bits": bits, "mode": mode});
+        let dir = tempfile::tempdir().unwrap();
+        write_model(dir.path(), &config, &quantized);
+        same(dir.path(), &source.config, &widened);
+    }
+}

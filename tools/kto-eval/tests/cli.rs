@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "cli/adapters.rs"]
+mod adapters;
 #[path = "cli/cached.rs"]
 mod cached;
 #[path = "cli/configuration.rs"]

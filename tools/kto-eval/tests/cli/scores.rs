@@ -16,7 +16,7 @@ pub fn trl(flags: &str) -> Vec<String> {
     words(&format!("score --model {model} --adapter {adapter} {flags}"))
 }
 
-fn number(row: &Value, key: &str) -> f64 {
+pub(super) fn number(row: &Value, key: &str) -> f64 {
     row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"))
 }
 
