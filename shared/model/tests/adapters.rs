@@ -74,7 +74,7 @@ fn tokens(store: &TensorStore, vocabulary: usize) -> TokenSet {
 fn check_step(name: &str, base: &BaseModel, lora: &Lora, packing: Packing, kept_layers: usize) {
     let store = TensorStore::open_file(&testdata("adapters").join(name).join("golden.safetensors")).unwrap();
     let tokens = tokens(&store, base.architecture.vocab_size);
-    let spec = WorkspaceSpec { kept_layers, head_rows: 5, offload_inputs: false };
+    let spec = WorkspaceSpec { kept_layers, head_rows: 5, ..Default::default() };
     let workspace = Workspace::new(&base.architecture, Some(lora), spec, base.device());
     let job = |prompt, completion, gradient| Job { prompt, completion, gradient };
     let jobs = [job(0, 0, true), job(1, 1, true), job(0, 1, false), job(1, 0, false)];
