@@ -4,7 +4,7 @@
 usage: mlx_peers.py [MODEL_DIR]           default: testdata/demo/model
 
 For every number of bits and group size, and two recipes: mlx_lm's own quantization of the model against the directory of kto-quantize, every
-tensor bit for bit, and the logits. Then an adapter (plain, DoRA): mlx-lm's fuse against kto-merge; a merge with zero delta into a
+tensor bit for bit, and the logits. The float modes, which are only read: what kto-quantize --dequantize makes of them against mx.dequantize. Then an adapter (plain, DoRA): mlx-lm's fuse against kto-merge; a merge with zero delta into a
 quantized base must keep every byte. Needs mlx (CPU), mlx-lm (made with 0.32.4, 0.32.2).
 """
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load_model, quantize_model
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 mx.set_default_device(mx.cpu)
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,19 @@ with tempfile.TemporaryDirectory() as work:
         theirs, config = load_model(source)
         theirs, _ = quantize_model(theirs, config, 64, 4, quant_predicate=mixed_quant_predicate_builder(recipe, theirs, 64))
         same(load_model(out)[0], theirs, recipe)
+    for mode, bits, group in (("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)):
+        model, config = load_model(source)
+        model, config = quantize_model(model, config, group, bits, mode=mode)
+        theirs = work / mode
+        save_model(theirs, model)
+        save_config(config, theirs / "config.json")
+        run("kto-quantize", theirs, "--dequantize", "--dtype", "f32", "-o", work / f"{mode} floats")
+        stored = dict(tree_flatten(model.parameters()))
+        ours = mx.load(str(work / f"{mode} floats" / "model.safetensors"))
+        packed = [key[: -len(".scales")] for key in stored if key.endswith(".scales")]
+        decode = lambda x: mx.dequantize(stored[x + ".weight"], stored[x + ".scales"], group_size=group, bits=bits, mode=mode)
+        differing = [x for x in packed if not mx.array_equal(decode(x).astype(mx.float32), ours[x + ".weight"])]
+        check(packed and not differing, f"{mode}: {len(packed)} matrices decoded as mlx does {differing[:3]}")
     for kind, base in [("lora", source), ("dora", source), ("lora", work / "4 64")]:
         model, _ = load_model(base)
         model.freeze()

@@ -1,6 +1,8 @@
 use crate::support::*;
 use candle_core::{DType, Device, Result, Tensor};
-use kto_kernels::{add, add_bias, first_non_finite, scale_in_place, sum_of_squares};
+use kto_kernels::{
+    Weight, add, add_bias, add_column_dots, first_non_finite, scale_columns, scale_in_place, sum_of_squares,
+};
 
 /// Returns `a + b`.
 fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -37,6 +39,44 @@ fn scale_multiplies_every_element_of_any_rank() -> Outcome {
         assert_eq!(values(&x), expected);
         scale_in_place(&y, 0.3)?;
         assert_close("f32", &values(&y), &expected, 2.0 * U32);
+    }
+    Ok(())
+}
+
+#[test]
+fn columns_are_scaled_and_multiplied() -> Outcome {
+    for t in ODD {
+        for c in ODD {
+            let (x, y, f) = (normal(t, c, 1), normal(t, c, 2), normal_vector(c, 3));
+            let (a, b, g) = (values(&x), values(&y), values(&f));
+            let scaled: Vec<f64> = a.iter().enumerate().map(|(i, a)| a * g[i % c]).collect();
+            assert_eq!(values(&changed(&x, |x| scale_columns(x, &f))?), scaled);
+            let to = normal_vector(c, 4);
+            let dots = |j: usize| (0..t).map(|i| a[i * c + j] * b[i * c + j]).sum::<f64>();
+            let expected: Vec<f64> =
+                values(&to).iter().enumerate().map(|(j, v)| v + g[j] * dots(j)).collect();
+            let found = changed(&to, |to| add_column_dots(to, &x, &y, &f))?;
+            assert_close("dots", &values(&found), &expected, SAME_IN_F64);
+            let narrow =
+                changed(&single(&to), |to| add_column_dots(to, &single(&x), &single(&y), &single(&f)))?;
+            let size = 1.0 + (t as f64).sqrt();
+            assert_close("dots in f32", &values(&narrow), &expected, 16.0 * size * U32);
+        }
+    }
+    let (x, short) = (normal(3, 4, 1), normal_vector(3, 1));
+    assert!(scale_columns(&x, &short).is_err());
+    assert!(add_column_dots(&short, &x, &x, &short).is_err());
+    assert!(add_column_dots(&normal_vector(4, 1), &x, &normal(2, 4, 1), &normal_vector(4, 2)).is_err());
+    Ok(())
+}
+
+#[test]
+fn rows_have_their_own_squares() -> Outcome {
+    for (rows, columns) in [(1, 1), (7, 65), (257, 63), (64, 257)] {
+        let x = single(&normal(rows, columns, 1));
+        let expected: Vec<f64> =
+            values(&x).chunks(columns).map(|row| row.iter().map(|v| v * v).sum()).collect();
+        assert_close("dense", &Weight::Dense(x).row_squares()?, &expected, SAME_IN_F64);
     }
     Ok(())
 }
