@@ -8,9 +8,15 @@ use kto_formats::{
     tensors::TensorStore,
     tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
 };
+use kto_kernel_checks::emulated_gpu;
+use kto_kernels::{
+    Dense,
+    device::Device,
+    gpu::{Gpu, Stream},
+};
 use kto_model::{
     architecture::Architecture,
-    base::BaseModel,
+    base::{BaseModel, Placement},
     buffers::{Workspace, WorkspaceSpec},
     generate::Generator,
     lora::{Lora, LoraLayout, LoraSpec},
@@ -123,6 +129,25 @@ fn a_step_is_that_of_peft() {
         let lora = Lora::from_adapter(&base.architecture, &adapter, DType::F32).unwrap();
         for (packing, kept) in [(Packing::Shared(4096), 0), (Packing::Shared(10), 1), (Packing::Single, 3)] {
             check_step(name, &base, &lora, packing, kept);
+        }
+    }
+}
+
+/// Ranks that differ from block to block share one buffer there too; DoRA is refused.
+#[test]
+fn a_gpu_computes_all_but_dora() {
+    let Some(machine) = emulated_gpu(1 << 30, Stream::Copy) else { return };
+    let device = Device::Gpu(Gpu::new(machine, 1 << 30), Dense::F32);
+    for (name, family) in [("patterns", "qwen3"), ("regex", "mistral-window"), ("dora", "qwen2")] {
+        let mut base = base(family);
+        base.place(&device, Placement::default(), |_| {}).unwrap();
+        let adapter = Adapter::read(&testdata("adapters").join(name)).unwrap();
+        let lora = Lora::from_adapter(&base.architecture, &adapter, DType::F32).unwrap();
+        if name == "dora" {
+            let error = Generator::new(&base, Some(&lora), 4).err().unwrap();
+            assert_eq!((error.kind().code(), error.to_string().contains("DoRA")), (69, true), "{error}");
+        } else {
+            check_step(name, &base, &lora, Packing::Shared(10), 1);
         }
     }
 }

@@ -63,11 +63,11 @@ pub struct ModelsArgs {
 /// Flags about the model.
 #[derive(Group, Clone, Debug)]
 pub struct ModelArgs {
-    /// Model directory with config.json and safetensors (llama, mistral, qwen2, qwen3, gemma2, gemma3; dense, bitsandbytes NF4 or int8, MLX affine), or
+    /// Model directory with config.json and safetensors (llama, mistral, qwen2, qwen3, gemma2, gemma3; dense, bitsandbytes NF4 or int8, MLX), or
     /// org/name[@revision] on the hub
     #[arg(long, value_name = "DIR|NAME", alias = "model-name-or-path", help_heading = "Model")]
     pub model: PathBuf,
-    /// PEFT adapter on it, or a run directory of kto-train with its adapter
+    /// Adapter on it (a directory of PEFT or mlx-lm), or a run directory of kto-train with its adapter
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub adapter: Option<PathBuf>,
     /// Go on although tokens or adapter were made with another tokenizer or base

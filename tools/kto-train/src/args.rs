@@ -20,7 +20,7 @@ use std::{path::PathBuf, time::Duration};
 
 /// Train a LoRA adapter on a language model with KTO
 ///
-/// Reads a model directory (safetensors: dense, bitsandbytes NF4 or int8, MLX affine) and a token file from kto-tokenize, and writes a run
+/// Reads a model directory (safetensors: dense, bitsandbytes NF4 or int8, MLX) and a token file from kto-tokenize, and writes a run
 /// directory: adapter/ (PEFT), metrics.jsonl and timing.jsonl (one line a step), run.json (the resolved plan), checkpoints/, and the cached reference
 /// log-probabilities; with --eval-data also eval.jsonl and best/. Prints the directory's path, unless the run is not finished.
 /// All numbers are f32; results are the same bits at any --threads and after any interruption, as long
