@@ -9,8 +9,8 @@ use std::ops::Range;
 
 /// Values of a task, about: source, floats and codes of them stay in the second-level cache.
 const TASK: usize = 1 << 15;
-/// Tasks of a piece.
-const TASKS: usize = 128;
+/// Tasks of a piece for each thread: enough that the threads end at about the same time.
+const TASKS: usize = 16;
 
 /// Where the values of a tensor come from.
 pub trait Values: Sync {
@@ -32,8 +32,9 @@ pub trait Values: Sync {
 /// the codec made of them.
 pub type Keep<'a> = dyn Fn(usize, &[f32], [&mut [u8]; PLANES]) + Sync + 'a;
 
-/// Encodes all values of the tensor `name` and passes on every plane's bytes in order, a piece at a time. Returns the errors when
-/// `measure` is set. Errors: 65 for a value that is not finite or too large for the form; the signal's kind after a signal.
+/// Encodes all values of the tensor `name` and passes on every plane's bytes in order, a piece at a time: while one piece is passed on, by the
+/// calling thread, the others encode the next. Returns the errors when `measure` is set. Errors: 65 for a value that is not finite or too
+/// large for the form; the signal's kind after a signal.
 pub fn encode(
     name: &str,
     values: &dyn Values,
@@ -42,81 +43,106 @@ pub fn encode(
     measure: bool,
     sink: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
 ) -> Result<Errors> {
-    let (length, unit) = (values.len(), codec.unit());
+    let length = values.len();
     // Tasks are whole rows and whole units.
-    let step = lcm(values.columns().max(1), unit);
+    let step = lcm(values.columns().max(1), codec.unit());
     let task = TASK.div_ceil(step) * step;
-    let piece = task * TASKS;
-    let mut planes: [Vec<u8>; PLANES] = codec.planes(piece.min(length)).map(|n| vec![0; n]);
-    let mut errors = Errors::default();
-    for start in (0..length).step_by(piece) {
-        signal::check()?;
-        let end = (start + piece).min(length);
-        let sizes = codec.planes(end - start);
-        let mut rest: [&mut [u8]; PLANES] = planes.each_mut().map(|plane| &mut plane[..]);
-        let mut jobs = Vec::with_capacity(TASKS);
-        for at in (start..end).step_by(task) {
-            let here = task.min(end - at);
-            let cut = codec.planes(here);
-            let mut mine: [&mut [u8]; PLANES] = Default::default();
-            for ((rest, mine), n) in rest.iter_mut().zip(&mut mine).zip(cut) {
-                let (now, later) = std::mem::take(rest).split_at_mut(n);
-                (*mine, *rest) = (now, later);
-            }
-            jobs.push((at, here, mine));
-        }
-        let done: Vec<Errors> = jobs
-            .into_par_iter()
-            .map_init(Vec::new, |scratch, (at, here, planes)| {
-                one(name, values, codec, keep, measure, scratch, at, here, planes)
-            })
-            .collect::<Result<_>>()?;
-        done.iter().for_each(|e| errors.append(e));
-        for (plane, (bytes, n)) in planes.iter().zip(sizes).enumerate() {
+    let piece = task * TASKS * rayon::current_num_threads();
+    let job = Job { name, values, codec, keep, measure, task };
+    let planes = || codec.planes(piece.min(length)).map(|n| vec![0; n]);
+    let (mut next, mut last) = (planes(), planes());
+    let mut pass = |planes: &[Vec<u8>; PLANES], range: Range<usize>| {
+        for (plane, (bytes, n)) in planes.iter().zip(codec.planes(range.len())).enumerate() {
             if n > 0 {
                 sink(plane, &bytes[..n])?;
             }
         }
-        values.done(start..end);
+        values.done(range);
+        Ok(())
+    };
+    let mut errors = Errors::default();
+    let mut encoded = None;
+    for start in (0..length).step_by(piece) {
+        signal::check()?;
+        let range = start..(start + piece).min(length);
+        let mut made = Ok(Vec::new());
+        let passed = rayon::in_place_scope(|scope| {
+            let (made, next, range) = (&mut made, &mut next, range.clone());
+            scope.spawn(move |_| *made = job.piece(range, next));
+            encoded.map_or(Ok(()), |range| pass(&last, range))
+        });
+        passed?;
+        made?.iter().for_each(|e| errors.append(e));
+        std::mem::swap(&mut next, &mut last);
+        encoded = Some(range);
     }
+    encoded.map_or(Ok(()), |range| pass(&last, range))?;
     Ok(errors)
 }
 
-#[allow(clippy::too_many_arguments, reason = "the body of a closure")]
-fn one(
-    name: &str,
-    values: &dyn Values,
-    codec: &dyn Codec,
-    keep: Option<&Keep>,
+/// What is done with every piece of a tensor.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    name: &'a str,
+    values: &'a dyn Values,
+    codec: &'a dyn Codec,
+    keep: Option<&'a Keep<'a>>,
     measure: bool,
-    scratch: &mut Vec<f32>,
-    at: usize,
-    here: usize,
-    mut planes: [&mut [u8]; PLANES],
-) -> Result<Errors> {
-    scratch.resize(here, 0.0);
-    values.read(at, scratch);
-    if !all_finite(scratch) {
-        let index = scratch.iter().position(|v| !v.is_finite()).unwrap_or(0);
-        return Err(non_finite(name, at + index, scratch[index]));
+    /// Values of a task.
+    task: usize,
+}
+
+impl Job<'_> {
+    /// Encodes a range of values into the planes, on all threads.
+    fn piece(&self, range: Range<usize>, planes: &mut [Vec<u8>; PLANES]) -> Result<Vec<Errors>> {
+        let mut rest: [&mut [u8]; PLANES] = planes.each_mut().map(|plane| &mut plane[..]);
+        let mut tasks = Vec::with_capacity(range.len().div_ceil(self.task));
+        for at in range.clone().step_by(self.task) {
+            let here = self.task.min(range.end - at);
+            let mut mine: [&mut [u8]; PLANES] = Default::default();
+            for ((rest, mine), n) in rest.iter_mut().zip(&mut mine).zip(self.codec.planes(here)) {
+                let (now, later) = std::mem::take(rest).split_at_mut(n);
+                (*mine, *rest) = (now, later);
+            }
+            tasks.push((at, here, mine));
+        }
+        let one = |scratch: &mut Vec<f32>, (at, here, planes)| self.task(scratch, at, here, planes);
+        tasks.into_par_iter().map_init(Vec::new, one).collect()
     }
-    if !codec.encode(scratch, planes.each_mut().map(|p| &mut **p)) {
-        let most = scratch.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        return Err(Error::data(format!(
-            "tensor \"{}\": values up to {most:e} are too large for the form",
-            escape(name)
-        )));
+
+    /// Encodes `here` values from `at` on.
+    fn task(
+        &self,
+        scratch: &mut Vec<f32>,
+        at: usize,
+        here: usize,
+        mut planes: [&mut [u8]; PLANES],
+    ) -> Result<Errors> {
+        let (name, codec) = (self.name, self.codec);
+        scratch.resize(here, 0.0);
+        self.values.read(at, scratch);
+        if !all_finite(scratch) {
+            let index = scratch.iter().position(|v| !v.is_finite()).unwrap_or(0);
+            return Err(non_finite(name, at + index, scratch[index]));
+        }
+        if !codec.encode(scratch, planes.each_mut().map(|p| &mut **p)) {
+            let most = scratch.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            return Err(Error::data(format!(
+                "tensor \"{}\": values up to {most:e} are too large for the form",
+                escape(name)
+            )));
+        }
+        if let Some(keep) = self.keep {
+            keep(at, scratch, planes.each_mut().map(|p| &mut **p));
+        }
+        let mut errors = Errors::default();
+        if self.measure {
+            let mut back = vec![0.0; here];
+            codec.decode(planes.map(|p| &*p), &mut back);
+            errors.add(scratch, &back);
+        }
+        Ok(errors)
     }
-    if let Some(keep) = keep {
-        keep(at, scratch, planes.each_mut().map(|p| &mut **p));
-    }
-    let mut errors = Errors::default();
-    if measure {
-        let mut back = vec![0.0; here];
-        codec.decode(planes.map(|p| &*p), &mut back);
-        errors.add(scratch, &back);
-    }
-    Ok(errors)
 }
 
 fn all_finite(values: &[f32]) -> bool {
