@@ -32,7 +32,7 @@ merged into before.";
 const EXAMPLES: &str = "\
 Examples:
   kto-merge --base Qwen2.5-7B-Instruct --adapter run/adapter -o merged
-  kto-merge --base base-4bit --adapter run/adapter -o merged-4bit --form nf4
+  kto-merge --base base-4bit --adapter run/adapter -o merged-4bit --form nf4 --verify
   kto-merge --base base --adapter run/adapter -o merged.gguf --form gguf --type Q4_K_M
   kto-merge --base base --adapter a --adapter b --weight 0.7 --weight 0.3 --method ties --density 0.3 -o merged
   kto-merge --adapter run/adapter --to mlx -o adapter-mlx
@@ -103,6 +103,9 @@ pub struct Args {
     /// Check the inputs and print what would be done
     #[arg(long, visible_alias = "plan", help_heading = "Output")]
     pub dry_run: bool,
+    /// Then score a few prompts with the result and with base and adapter, and say how far the logits are apart
+    #[arg(long, conflicts_with_all = ["to", "extract", "dry_run"], help_heading = "Output")]
+    pub verify: bool,
     /// Worker threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     pub threads: Option<u16>,

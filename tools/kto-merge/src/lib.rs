@@ -14,6 +14,7 @@ mod low_rank;
 mod mix;
 mod origin;
 mod plan;
+mod verify;
 mod whole;
 
 pub use args::Args;

@@ -4,6 +4,7 @@ use crate::{
     args::{Args, FormName, GgufType},
     inputs::Inputs,
     plan::{Plan, Target},
+    verify::Verify,
 };
 use kto_cli::{
     Error, Exit, Kind, Record, Result, Ui, atomic, disk, escape,
@@ -41,6 +42,7 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         return Err(Error::usage(format!("--rank {rank} needs --to or --extract")));
     }
     let plan = Plan::new(args, Inputs::open(args, ui)?)?;
+    let verify = args.verify.then(|| Verify::new(args, &plan.inputs)).transpose()?;
     if args.dry_run {
         let mut out = Output::create(None)?;
         out.write(describe(args, &plan).as_bytes())?;
@@ -86,6 +88,9 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
             bytes.div_ceil(1_000_000),
             if copied.is_empty() { "nothing else".into() } else { escape(&copied.join(", ")) }
         ));
+    }
+    if let Some(verify) = verify {
+        verify.run(&base.path, &args.output, ui)?;
     }
     print_path(&args.output)?;
     Ok(Exit::Ok)

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod verify;
+
 use kto_formats::{
     adapter::{Adapter, AdapterMeta},
     bnb::Nf4Tensor,
