@@ -19,7 +19,7 @@ TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 DIST := target/release-dist
 
-.PHONY: help build demo test manners faults kill-test fault-test power-test gpu-kernels cuda check-cuda gpu-bundle gpu-rehearsal gpu-plans check fmt fmt-check lint deny golden peers bench bench-large bench-rewrite bench-kernels bench-memory bench-data doc man completions install dist clean
+.PHONY: help build demo test manners faults kill-test fault-test rewrite-test power-test gpu-kernels cuda check-cuda gpu-bundle gpu-rehearsal gpu-plans check fmt fmt-check lint deny golden peers bench bench-large bench-rewrite bench-kernels bench-memory bench-data doc man completions install dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,9 +37,9 @@ manners: build ## exit codes, streams, kill -9, configuration and start time of 
 	scripts/ci-manners
 	scripts/ci-examples
 
-faults: build ## the short forms of the next three
+faults: build ## the short forms of the next four
 	@if command -v $(PYTHON) >/dev/null; then \
-	  for test in kill-test fault-test power-test; do $(PYTHON) scripts/$$test --short; done; \
+	  for test in kill-test fault-test rewrite-test power-test; do $(PYTHON) scripts/$$test --short; done; \
 	else echo "SKIPPED faults: no $(PYTHON)"; fi
 
 kill-test: build ## 100 training runs killed at random times, kills at every system call, full disks (RUNS=, JOBS=, SEED=)
@@ -47,6 +47,9 @@ kill-test: build ## 100 training runs killed at random times, kills at every sys
 
 fault-test: build ## every system call that writes fails once, for all six tools
 	$(PYTHON) scripts/fault-test
+
+rewrite-test: build ## kto-quantize and kto-merge killed at every system call and at random times, in every form (RUNS=, JOBS=, SEED=)
+	$(PYTHON) scripts/rewrite-test
 
 power-test: build ## the power fails at every system call of a run with three checkpoints
 	$(PYTHON) scripts/power-test
@@ -101,8 +104,9 @@ peers: demo ## load what the demo made in PEFT, transformers and pyarrow; share 
 	$(PYTHON) scripts/oracle/peers.py demo-out
 	$(PYTHON) scripts/check-hub.py
 
-bench-rewrite: build ## kto-quantize and kto-merge beside bitsandbytes and PEFT on a 1B-shaped model (PYTHON= with all of them)
-	$(PYTHON) scripts/bench/rewrite.py
+bench-rewrite: build ## kto-quantize and kto-merge beside bitsandbytes and PEFT on a 1B-shaped model: five minutes, 8 GB under target/bench (PYTHON= with all of them)
+	$(PYTHON) scripts/bench/rewrite.py --save
+	$(PYTHON) scripts/bench/report.py
 
 bench: build ## our step and TRL's in turn, growth, kernels, memory; 45 minutes, an idle machine (PYTHON=, BENCHMARKS.md)
 	$(PYTHON) scripts/bench/compare.py allocator paired-default paired-precomputed small-memory unshared

@@ -179,6 +179,30 @@ def data(results):
     return "\n".join(parts)
 
 
+def rewrite(results):
+    """kto-quantize and kto-merge beside their peers."""
+    r, rows = results["rewrite"], []
+    for job, ours, theirs, aim in [("quantize", "kto-quantize, NF4 with double quantization", "transformers + bitsandbytes", 5),
+                                   ("merge", "kto-merge, rank 16 on all linear layers", "PEFT", 3)]:
+        of = lambda who, key: [x[key] for x in r["rows"] if (x["job"], x["who"]) == (job, who)]
+        median = lambda who, key: statistics.median(of(who, key))
+        seconds = {"kto": of("kto", "wall_seconds"), "peer": of("peer", "work_seconds")}
+        half = [(x["read_bytes"] + x["written_bytes"]) / 2 / x["copy_bytes_per_second"] / x["wall_seconds"] for x in r["rows"]
+                if (x["job"], x["who"]) == (job, "kto")]
+        times = [f"{statistics.median(s):.2f} ({min(s):.2f}–{max(s):.2f})" for s in (seconds["kto"], seconds["peer"])]
+        faster = statistics.median(seconds["peer"]) / statistics.median(seconds["kto"])
+        memory = [median(who, key) for key in ("peak_anonymous_bytes", "peak_rss_bytes") for who in ("kto", "peer")]
+        rows.append([f"{ours} against {theirs}", *times, f"**{faster:.1f}×**", f"{aim}×", f"{median('kto', 'cpu_seconds'):.1f} / {median('peer', 'cpu_seconds'):.0f}",
+                     f"{mib(memory[0])} / {mib(memory[1])}", f"{memory[1] / memory[0]:.0f}×", f"{mib(memory[2])} / {mib(memory[3])}", f"{memory[3] / memory[2]:.0f}×", "8×",
+                     f"{100 * statistics.median(half):.0f} %"])
+    v = ", ".join(f"{k} {x}" for k, x in r["versions"].items())
+    rate = statistics.median(x["copy_bytes_per_second"] for x in r["rows"]) / 1e9
+    about_ = (f"{r['rows'][0]['read_bytes'] / 1e9:.2f} GB of bf16 weights in Llama 3.2 1B's shape; {v}; load before the run {r['machine']['load_1min']:.1f} on "
+              f"{r['machine']['cores']} cores; the copy {rate:.1f} GB/s; {r['date']}, revision {r['revision']}.\n")
+    head = ["", "ours, s", "peer, s", "faster", "aim", "CPU seconds", "peak, anonymous", "less", "peak, resident", "less", "aim", "share of a copy's rate"]
+    return about_ + "\n" + table(head, rows)
+
+
 def gpu_plans(results):
     """What kto-train plans for a GPU that is not there."""
     r, rows = results["gpu-plans"], []
@@ -207,6 +231,7 @@ SECTIONS = [
     ("Memory: predicted and measured", {"memory": 0}, memory),
     ("Kernels against their floors", {"kernels": 0}, kernels),
     ("Data tools", {"data-convert": 0, "data-tokenize": 0, "data-memory": 0}, data),
+    ("Quantizing and merging", {"rewrite": 0}, rewrite),
     ("GPU: the plan's numbers", {"gpu-plans": 0}, gpu_plans),
 ]
 

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""kto-quantize against transformers + bitsandbytes, kto-merge against PEFT: time and peak memory on a 1B-shaped bf16 model, in turn.
+"""kto-quantize beside transformers + bitsandbytes, kto-merge beside PEFT: time and peak memory on a 1B-shaped bf16 model, in turn.
 
-usage: rewrite.py [--rounds N] [--layers N] [--save FILE]     (PYTHON: an interpreter with torch, transformers, bitsandbytes, peft)
+usage: rewrite.py [--rounds N] [--layers N] [--save]     (with an interpreter that has numpy, torch, transformers, bitsandbytes, peft)
 
-Peer and tool alternate. Ours is timed as a process; of the peer what it does after its imports is counted too (`work`), so that its start
-does not count for us; processor seconds are those of the whole process. Peak memory is the resident set. A copy of the weights' bytes in one thread (read and write through the page cache)
-is timed in every round: the share of that rate which a tool reaches says how far from the machine's limit it is.
+Peer and tool alternate, the first of them another one each round. Ours is timed as a process, of the peer what it does after its
+imports (`work`), so that its start does not count for us; processor seconds are those of the whole process. Two peaks of each process:
+the resident set (VmHWM), and of it what is anonymous (RssAnon, asked every 5 ms), which mapped weights are not. Ours forces its result to the
+disk and hashes it for the manifest, the peers do neither. The floor is a copy: in every round the weights' files are copied through the page cache
+in one thread and forced to the disk; what a tool reads and writes, at that rate, against its time. --save writes bench/runs/DATE-rewrite.json.
 """
 import argparse
+import datetime
+import importlib.metadata
 import json
 import os
 import shutil
@@ -89,31 +93,34 @@ def make(folder, layers):
     return model, adapter, sum(t.bytes for t in tensors)
 
 
-def high_water(pid):
-    """The largest resident set of a process so far in MiB, or 0 when it is gone."""
+def peaks(pid):
+    """The largest resident set of a process so far and its anonymous part now, in bytes; zeros when it is gone."""
+    found = {"VmHWM": 0, "RssAnon": 0}
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
+            key, _, value = line.partition(":")
+            if key in found:
+                found[key] = int(value.split()[0]) * 1024
     except OSError:
         pass
-    return 0
+    return found["VmHWM"], found["RssAnon"]
 
 
 def run(command):
-    """Wall seconds, processor seconds, peak resident MiB, standard output. The peak that wait4 tells is no less than that of this process,
-    so the process is asked every few milliseconds."""
-    start, peak = time.perf_counter(), 0
+    """Wall seconds, processor seconds, peak resident and peak anonymous bytes, standard output. The peak that wait4 tells is no less than
+    that of this process, so the process is asked every few milliseconds."""
+    start, resident, anonymous = time.perf_counter(), 0, 0
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while True:
-        peak = max(peak, high_water(process.pid))
+        now = peaks(process.pid)
+        resident, anonymous = max(resident, now[0]), max(anonymous, now[1])
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
         time.sleep(0.005)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, command
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak, process.stdout.read()
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, resident, anonymous, process.stdout.read()
 
 
 def copy_rate(model, out):
@@ -125,51 +132,51 @@ def copy_rate(model, out):
         os.fsync(file.fileno())
     seconds = time.perf_counter() - start
     out.unlink()
-    return size / seconds / 1e9
+    return size / seconds
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--save", type=Path)
+    parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    python = os.environ.get("PYTHON", sys.executable)
-    rows = []
+    about, rows = machine.describe(), []
     (ROOT / "target/bench").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "target/bench") as folder:
         folder = Path(folder)
         model, adapter, size = make(folder, args.layers)
         out = folder / "out"
         jobs = {
-            ("quantize", "peer"): [python, "-c", QUANTIZE, model, "-", out],
+            ("quantize", "peer"): [sys.executable, "-c", QUANTIZE, model, "-", out],
             ("quantize", "kto"): [BIN / "kto-quantize", "-q", model, "-o", out],
-            ("merge", "peer"): [python, "-c", MERGE, model, adapter, out],
+            ("merge", "peer"): [sys.executable, "-c", MERGE, model, adapter, out],
             ("merge", "kto"): [BIN / "kto-merge", "-q", "--base", model, "--adapter", adapter, "-o", out],
         }
         for round_ in range(args.rounds):
             rate = copy_rate(model, folder / "copy")
-            for (job, who), command in jobs.items():
-                wall, cpu, peak, said = run(command)
-                work = float(said.split()[-1]) if who == "peer" else wall
-                rows.append({"round": round_, "job": job, "who": who, "wall_s": round(wall, 3), "work_s": round(work, 3), "cpu_s": round(cpu, 3),
-                             "peak_mib": round(peak, 1), "copy_gb_s": round(rate, 3)})
-                print(json.dumps(rows[-1]), flush=True)
-                shutil.rmtree(out)
-    result = {"machine": machine.describe(), "revision": machine.revision(), "model_bytes": size, "rank": RANK, "rows": rows, "summary": {}}
+            for job in ("quantize", "merge"):
+                for who in (("peer", "kto"), ("kto", "peer"))[round_ % 2]:
+                    wall, cpu, resident, anonymous, said = run(jobs[job, who])
+                    work = float(said.split()[-1]) if who == "peer" else wall
+                    written = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+                    rows.append({"round": round_, "job": job, "who": who, "wall_seconds": wall, "work_seconds": work, "cpu_seconds": cpu,
+                                 "peak_rss_bytes": resident, "peak_anonymous_bytes": anonymous, "read_bytes": size, "written_bytes": written,
+                                 "copy_bytes_per_second": rate})
+                    print(json.dumps(rows[-1]), flush=True)
+                    shutil.rmtree(out)
+    packages = ("torch", "transformers", "bitsandbytes", "peft")
+    result = {"case": "rewrite", "date": datetime.date.today().isoformat(), "revision": machine.revision(), "machine": about,
+              "versions": {name: importlib.metadata.version(name) for name in packages}, "settings": {"layers": args.layers, "rank": RANK}, "rows": rows}
     for job in ("quantize", "merge"):
-        median = lambda who, key: statistics.median(r[key] for r in rows if (r["job"], r["who"]) == (job, who))
-        read_rate = size / median("kto", "wall_s") / 1e9
-        result["summary"][job] = {
-            "peer_work_s": median("peer", "work_s"), "kto_s": median("kto", "wall_s"), "speedup": median("peer", "work_s") / median("kto", "wall_s"),
-            "peer_cpu_s": median("peer", "cpu_s"), "kto_cpu_s": median("kto", "cpu_s"),
-            "peer_peak_mib": median("peer", "peak_mib"), "kto_peak_mib": median("kto", "peak_mib"),
-            "memory_ratio": median("peer", "peak_mib") / median("kto", "peak_mib"),
-            "source_gb_s": read_rate, "share_of_copy": read_rate / statistics.median(r["copy_gb_s"] for r in rows),
-        }
-    print(json.dumps(result["summary"], indent=1))
+        median = lambda who, key: statistics.median(r[key] for r in rows if (r["job"], r["who"]) == (job, who))  # noqa: E731
+        print(f"{job}: {median('peer', 'work_seconds') / median('kto', 'wall_seconds'):.1f} times as fast, "
+              f"{median('peer', 'peak_anonymous_bytes') / median('kto', 'peak_anonymous_bytes'):.0f} times less anonymous memory")
     if args.save:
-        args.save.write_text(json.dumps(result, indent=1) + "\n")
+        path = ROOT / "bench" / "runs" / f"{result['date']}-rewrite.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"saved as {path.relative_to(ROOT)}")
 
 
-main()
+if __name__ == "__main__":
+    main()

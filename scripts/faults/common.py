@@ -24,15 +24,17 @@ ALL = "open,reopen,write,fsync,rename,truncate,mkdir,unlink,chmod,link"
 NOBODY = 999999999
 
 
-def options(text, rest=None, **numbers):
-    """Parses --short, --save, --work and whole numbers (--jobs, --seed and the given ones), which the environment may set in
-    capitals. With `rest`, also returns the names that stand without a flag."""
-    parser = argparse.ArgumentParser(description=text)
+def options(about, rest=None, text=None, **numbers):
+    """Parses --short, --save, --work, the options that `text` explains and whole numbers (--jobs, --seed and the given ones), which the
+    environment may set in capitals. With `rest`, also returns the names that stand without a flag."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--short", action="store_true", help="the form for CI")
     parser.add_argument("--save", action="store_true", help="write the result under bench/runs")
     parser.add_argument("--work", type=Path, help="folder for the runs, default a new one in the temporary folder")
     for name, default in {"jobs": 2, "seed": 1, **numbers}.items():
         parser.add_argument(f"--{name}", type=int, default=os.environ.get(name.upper(), default))
+    for name, help_ in (text or {}).items():
+        parser.add_argument(f"--{name}", help=help_)
     if rest:
         parser.add_argument(rest, nargs="*")
     args = parser.parse_args()
@@ -115,7 +117,7 @@ def tree(path):
 
 
 def leftovers(folder):
-    return [str(p.relative_to(folder)) for p in folder.rglob("*.kto-tmp")]
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith((".kto-tmp", ".partial"))]
 
 
 def remove(path):

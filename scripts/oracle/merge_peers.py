@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks kto-merge against PEFT: adapters of every kind, merged by both, compared tensor by tensor and in their logits.
 
-usage: merge_peers.py [MODEL_DIR...]      default: the Llama and the Qwen2 of testdata/trl, Phi 3 and StableLM of testdata/families
+usage: merge_peers.py [MODEL_DIR...]      default: those of testdata/trl, and every family of testdata/families
 
 For each model PEFT makes random adapters (plain, rslora, DoRA, ranks and alphas by module, modules_to_save, embedding, MLP only) and merges
 them (merge_and_unload, f32). kto-merge merges the same files; then the adapter goes to MLX's form and back and is merged once more. Ends
@@ -69,9 +69,14 @@ def compare(name, path, expected, logits_expected, rounding=2e-6):
     check(worst < rounding and off < 10 * rounding, f"{name}: weights off by {worst:.2g} of the largest, logits by {off:.2g}")
 
 
-DEFAULT = [ROOT / "testdata" / name for name in ("trl/llama/model", "trl/qwen2/model", "families/phi3", "families/stablelm")]
-for folder in sys.argv[1:] or DEFAULT:
+def defaults():
+    families = [d for d in sorted((ROOT / "testdata/families").iterdir()) if d.is_dir()]
+    return [ROOT / "testdata/trl/llama/model", ROOT / "testdata/trl/qwen2/model", *families]
+
+
+for folder in sys.argv[1:] or defaults():
     folder = Path(folder)
+    short = folder.parent.name if folder.name == "model" else folder.name
     fused = load(folder).config.model_type == "phi3"
     for kind, settings in (FUSED_KINDS if fused else KINDS).items():
         if kind == "embedding" and load(folder).config.tie_word_embeddings:
@@ -89,7 +94,7 @@ for folder in sys.argv[1:] or DEFAULT:
             with_adapter = logits(fresh)
             merged = fresh.merge_and_unload()
             expected = {k: v.clone() for k, v in merged.state_dict().items()}
-            name = f"{folder.parent.name if folder.name == 'model' else folder.name} {kind}"
+            name = f"{short} {kind}"
             check(float((logits(merged) - with_adapter).abs().max()) < 1e-4, f"{name}: PEFT's merge is its own adapter")
             merge("--base", folder, "--adapter", work / "adapter", "--dtype", "f32", "-o", work / "merged")
             compare(name, work / "merged", expected, with_adapter)
