@@ -124,6 +124,10 @@ impl Record {
         }
         self.write_rule(&self.outputs)
     }
+    /// Starts the directory that [`Record::commit`] makes final: who writes into it hears whether hashes of files are of use.
+    pub fn begin(&self, directory: &AtomicDir) {
+        directory.want_hashes(self.manifest_path(Some(PathBuf::new())).is_some());
+    }
     /// Makes the directory `target` final, with the manifest in it; then writes the rule.
     pub fn commit(&self, directory: AtomicDir, target: &Path) -> Result<()> {
         let own = directory.path().join(IN_DIRECTORY);
@@ -133,7 +137,23 @@ impl Record {
                 let files = files_below(directory.path())?;
                 let names = files.iter().filter_map(|f| f.strip_prefix(directory.path()).ok());
                 let names: Vec<_> = names.map(|name| target.join(name)).collect();
-                Some((path, self.manifest(written(&files, &names)?)?))
+                let known = directory.hashes();
+                let (read, read_as): (Vec<PathBuf>, Vec<PathBuf>) = files
+                    .iter()
+                    .cloned()
+                    .zip(names.iter().cloned())
+                    .filter(|(f, _)| !known.contains_key(f))
+                    .unzip();
+                let mut entries = written(&read, &read_as)?.into_iter();
+                let entry = |(file, name): (&PathBuf, &PathBuf)| match known.get(file) {
+                    Some(sha256) => {
+                        let size = fs::metadata(file).map_or(0, |m| m.len());
+                        Some(json!({ "path": shown(name), "size": size, "sha256": sha256 }))
+                    }
+                    None => entries.next(),
+                };
+                let entries = files.iter().zip(&names).filter_map(entry).collect();
+                Some((path, self.manifest(entries)?))
             }
         };
         match manifest {

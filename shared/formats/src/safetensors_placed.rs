@@ -5,7 +5,7 @@
 //! for which room was left, comes last. Invariant: the file appears under its name only when every announced byte was written.
 
 use crate::safetensors_out::{TensorSpec, header, standard_order};
-use kto_cli::{Error, Result, atomic::AtomicFile, escape};
+use kto_cli::{Error, Result, atomic::AtomicFile, escape, hash::Sha256Hex};
 use std::{collections::BTreeMap, path::Path};
 
 /// A safetensors file under construction.
@@ -22,19 +22,24 @@ pub struct PlacedWriter {
     start: u64,
     /// Where the late tensors begin.
     end: u64,
+    /// The hash of the file up to an offset, as long as bytes come in their order.
+    hash: Option<(Sha256Hex, u64)>,
 }
 
 impl PlacedWriter {
-    /// Starts `path`. `fixed` tensors have the sizes that are given, `late` ones at most these.
+    /// Starts `path`. `fixed` tensors have the sizes that are given, `late` ones at most these. With `hashed` a file without late tensors is
+    /// hashed as it is written, as far as its tensors come in the order of the file.
     pub fn new(
         path: &Path,
         mut fixed: Vec<TensorSpec>,
         late: &[TensorSpec],
         metadata: &BTreeMap<String, String>,
+        hashed: bool,
     ) -> Result<Self> {
         standard_order(&mut fixed);
         let all: Vec<_> = fixed.iter().chain(late).cloned().collect();
-        let start = 8 + header(&all, metadata).len() as u64;
+        let text = header(&all, metadata);
+        let start = 8 + text.len() as u64;
         let mut end = start;
         let mut places = BTreeMap::new();
         for spec in &fixed {
@@ -42,7 +47,13 @@ impl PlacedWriter {
             end += spec.bytes();
         }
         let (file, metadata) = (AtomicFile::create(path)?, metadata.clone());
-        Ok(Self { file, metadata, fixed, places, late: Vec::new(), expected: late.len(), start, end })
+        let hash = (hashed && late.is_empty()).then(|| {
+            let mut hash = Sha256Hex::new();
+            hash.update(&(text.len() as u64).to_le_bytes());
+            hash.update(text.as_bytes());
+            (hash, start)
+        });
+        Ok(Self { file, metadata, fixed, places, late: Vec::new(), expected: late.len(), start, end, hash })
     }
 
     /// Appends to what the fixed tensor `name` has.
@@ -54,8 +65,13 @@ impl PlacedWriter {
             let text = format!("{} bytes after {written} of {size}", bytes.len());
             return Err(Error::internal(format!("tensor \"{}\": {text}", escape(name))));
         }
-        self.file.write_at(bytes, *offset + *written)?;
+        let at = *offset + *written;
+        self.file.write_at(bytes, at)?;
         *written += bytes.len() as u64;
+        self.hash = self.hash.take().filter(|(_, next)| *next == at).map(|(mut hash, next)| {
+            hash.update(bytes);
+            (hash, next + bytes.len() as u64)
+        });
         Ok(())
     }
 
@@ -64,8 +80,8 @@ impl PlacedWriter {
         self.late.push((spec, bytes));
     }
 
-    /// Makes the file final. An internal error when bytes are missing.
-    pub fn finish(mut self) -> Result<()> {
+    /// Makes the file final; returns its hash if it is known. An internal error when bytes are missing.
+    pub fn finish(mut self) -> Result<Option<String>> {
         let short = self.places.iter().find(|(_, (_, size, written))| size != written);
         if let Some((name, _)) = short {
             return Err(Error::internal(format!("tensor \"{}\" was not written in full", escape(name))));
@@ -89,7 +105,8 @@ impl PlacedWriter {
         let mut bytes = (room as u64).to_le_bytes().to_vec();
         bytes.extend(text.into_bytes());
         self.file.write_at(&bytes, 0)?;
-        self.file.commit()
+        self.file.commit()?;
+        Ok(self.hash.filter(|(_, next)| *next == end).map(|(hash, _)| hash.finish()))
     }
 }
 
@@ -106,7 +123,7 @@ mod tests {
         let specs =
             vec![TensorSpec::new("codes", Dtype::U8, [4]), TensorSpec::new("scales", Dtype::F32, [2])];
         let late = [TensorSpec::new("a.state", Dtype::U8, [100]), TensorSpec::new("b.state", Dtype::U8, [9])];
-        let start = || PlacedWriter::new(&path, specs.clone(), &late, &pt_metadata()).unwrap();
+        let start = || PlacedWriter::new(&path, specs.clone(), &late, &pt_metadata(), true).unwrap();
         let mut writer = start();
         for _ in 0..2 {
             writer.append("codes", &[7, 8]).unwrap();
@@ -116,7 +133,7 @@ mod tests {
         writer.late(TensorSpec::new("b.state", Dtype::U8, [3]), b"xyz".to_vec());
         writer.late(TensorSpec::new("a.state", Dtype::U8, [5]), b"hello".to_vec());
         assert!(!path.exists());
-        writer.finish().unwrap();
+        assert_eq!(writer.finish().unwrap(), None, "the header is not known at the beginning");
         let store = TensorStore::open_file(&path).unwrap();
         assert_eq!(store.require("codes").unwrap().data, [7, 8, 7, 8]);
         assert_eq!(store.require("scales").unwrap().to_f32().unwrap(), [1.5, 1.5]);
@@ -127,5 +144,23 @@ mod tests {
         let mut writer = start();
         writer.append("codes", &[1; 4]).unwrap();
         assert!(writer.finish().is_err() && !path.exists());
+    }
+
+    #[test]
+    fn the_hash_is_that_of_the_file_when_tensors_come_in_its_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let specs: Vec<_> = ["a", "b"].map(|name| TensorSpec::new(name, Dtype::U8, [4])).into();
+        let write = |order: [&str; 2], hashed: bool| {
+            let mut writer = PlacedWriter::new(&path, specs.clone(), &[], &pt_metadata(), hashed).unwrap();
+            for name in order {
+                writer.append(name, &[1, 2]).unwrap();
+                writer.append(name, &[3, 4]).unwrap();
+            }
+            writer.finish().unwrap()
+        };
+        let hash = write(["a", "b"], true);
+        assert_eq!(hash, Some(kto_cli::hash::sha256_hex(&std::fs::read(&path).unwrap())));
+        assert!(write(["b", "a"], true).is_none() && write(["a", "b"], false).is_none());
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     encode::{Keep, Values, encode},
     form::{Origin, floats},
 };
-use kto_cli::{Context, Error, Result, Ui, atomic, escape, signal};
+use kto_cli::{Context, Error, Kind, Result, Ui, atomic, escape, signal};
 use kto_formats::{
     bnb::{NESTED_BLOCK, QuantState},
     python_json,
@@ -144,7 +144,12 @@ impl<'a> Layout<'a> {
                 }
                 continue;
             }
-            self.write_file(&path, range.clone(), metadata, &mut report, &|n| progress.add(n))?;
+            let hashed = directory.wants_hashes();
+            let hash =
+                self.write_file(&path, range.clone(), metadata, hashed, &mut report, &|n| progress.add(n))?;
+            if let Some(hash) = hash {
+                directory.note_hash(path, hash);
+            }
             directory.keep(i + 1 < self.files.len());
         }
         if kept > 0 {
@@ -162,9 +167,10 @@ impl<'a> Layout<'a> {
         path: &Path,
         range: std::ops::Range<usize>,
         metadata: &BTreeMap<String, String>,
+        hashed: bool,
         report: &mut Option<&mut Written>,
         done: &dyn Fn(u64),
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         let (mut fixed, mut late) = (Vec::new(), Vec::new());
         for item in &self.items[range.clone()] {
             for (spec, origin) in item.tensors()? {
@@ -172,7 +178,7 @@ impl<'a> Layout<'a> {
                 to.push(spec);
             }
         }
-        let mut writer = PlacedWriter::new(path, fixed, &late, metadata)?;
+        let mut writer = PlacedWriter::new(path, fixed, &late, metadata, hashed)?;
         for item in &self.items[range] {
             match &item.content {
                 Content::Copy(views, store) => {
@@ -194,7 +200,8 @@ impl<'a> Layout<'a> {
     fn index(&self, dir: &Path) -> Result<String> {
         let (mut map, mut total) = (Map::new(), 0);
         for (file, _) in &self.files {
-            let store = TensorStore::open_file(&dir.join(file))?;
+            // That our own file cannot be read back is a failure of the disk.
+            let store = TensorStore::open_file(&dir.join(file)).map_err(|e| e.with_kind(Kind::Io))?;
             for view in store.views() {
                 total += view.data.len() as u64;
                 map.insert(view.name.into(), json!(file));

@@ -62,6 +62,7 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         let if_changed = args.common.make.if_changed;
         let identity = plan.identity(args);
         let directory = atomic::AtomicDir::resume(&args.output, args.force, if_changed, &identity)?;
+        record.begin(&directory);
         let layout = Layout::plan(plan.items(args)?, args.max_shard_size)?;
         let bytes = layout.bytes();
         disk::require_free(&args.output, bytes.saturating_sub(disk::used(directory.path())) + COMPANIONS)?;

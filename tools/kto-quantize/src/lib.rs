@@ -56,6 +56,7 @@ fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
     let if_changed = args.common.make.if_changed;
     let layout = Layout::plan(plan.items()?, plan.max_shard)?;
     let directory = atomic::AtomicDir::resume(&plan.output, plan.force, if_changed, &plan.identity())?;
+    record.begin(&directory);
     let bytes = layout.bytes();
     disk::require_free(&plan.output, bytes.saturating_sub(disk::used(directory.path())) + COMPANIONS)?;
     if let Err(error) = write(args, &plan, &layout, &directory, ui) {
@@ -118,9 +119,13 @@ fn describe(plan: &Plan) -> Result<String> {
         text += &format!("skipped {}\n", escape(&plan.skipped.join(" ")));
     }
     text += &format!("size {} before, {} after\n", units::size(before), units::size(after));
-    if let Some((least, full, run)) = memory::needed(plan) {
-        let (least, full) = (units::size(least), units::size(full));
-        text += &format!("kto-train needs from {least}, with everything kept {full} ({run})\n");
+    if let Some(memory::Needed { host, gpu, run }) = memory::needed(plan) {
+        let range = |(least, full)| {
+            format!("from {}, with everything kept {}", units::size(least), units::size(full))
+        };
+        text += &format!("kto-train needs on the CPU {}\n", range(host));
+        text += &format!("kto-train needs on a GPU, in bf16, {} (planned, not run on one)\n", range(gpu));
+        text += &format!("run {run}\n");
     }
     Ok(text)
 }

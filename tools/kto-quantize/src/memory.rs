@@ -2,14 +2,18 @@
 
 use crate::plan::Plan;
 use kto_formats::bnb;
+use kto_kernels::Dense;
 use kto_model::{
     architecture::Architecture,
     lora::{LoraLayout, LoraSpec},
-    memory::{AdapterSize, BatchShape, Batches, Demand, Moments, WeightSize, plan},
+    memory::{
+        AdapterSize, BatchShape, Batches, Demand, GpuDemand, GpuWeights, MemoryPlan, Moments, WeightSize, plan,
+        plan_on_gpu,
+    },
     pack::{BranchSpec, Group},
     rows::Packing,
 };
-use kto_weights::Form;
+use kto_weights::{Form, roles::linears};
 
 /// Tokens of a prompt and of a completion of the run that is thought of.
 const TOKENS: usize = 512;
@@ -18,8 +22,18 @@ const ROWS: usize = 16;
 /// Rank of the adapter.
 const RANK: usize = 16;
 
-/// The memory of a run, smallest and without anything given up, in words; `None` for a decoder that kto-train does not know.
-pub fn needed(of: &Plan) -> Option<(u64, u64, String)> {
+/// The memory of a run: the least, and the most that is of use, in bytes.
+pub struct Needed {
+    /// On the processor.
+    pub host: (u64, u64),
+    /// On a GPU, of its memory.
+    pub gpu: (u64, u64),
+    /// The run, in words.
+    pub run: String,
+}
+
+/// Plans a run; `None` for a decoder that kto-train does not know.
+pub fn needed(of: &Plan) -> Option<Needed> {
     let architecture = Architecture::from_config(&of.model.config).ok()?;
     let spec = LoraSpec { rank: RANK, alpha: 1.0, modules: architecture.modules().to_vec() };
     let adapter = AdapterSize::fresh(&architecture, &LoraLayout::uniform(&architecture, &spec));
@@ -35,13 +49,22 @@ pub fn needed(of: &Plan) -> Option<(u64, u64, String)> {
         pack_rows: None,
         batches: &Rows,
     };
-    let least = match plan(&demand, 0) {
-        Err(smallest) => smallest.peak,
-        Ok(plan) => plan.peak,
+    let on_gpu = |limit| GpuDemand {
+        element: Dense::Bf16,
+        weights: gpu_weights(of, &architecture),
+        dropout: false,
+        longest: 2 * TOKENS,
+        limit,
     };
-    let full = plan(&demand, u64::MAX).ok()?.peak;
-    let text = format!("rank {RANK}, steps of {ROWS} rows of {TOKENS} + {TOKENS} tokens, CPU");
-    Some((least, full, text))
+    // Of nothing the smallest plan comes back as an error.
+    let either = |plan: Result<MemoryPlan, Box<MemoryPlan>>| plan.unwrap_or_else(|smallest| *smallest);
+    let host = |limit| either(plan(&demand, limit)).peak;
+    let gpu = |limit| either(plan_on_gpu(&demand, &on_gpu(limit))).on_gpu.map(|gpu| gpu.peak);
+    Some(Needed {
+        host: (host(0), host(u64::MAX)),
+        gpu: (gpu(0)?, gpu(u64::MAX)?),
+        run: format!("rank {RANK}, steps of {ROWS} rows of {TOKENS} + {TOKENS} tokens"),
+    })
 }
 
 /// The weights as they will be stored.
@@ -65,6 +88,44 @@ fn weights(of: &Plan, architecture: &Architecture) -> WeightSize {
     }
     size.blocks = blocks.iter().sum();
     size.block = blocks.into_iter().max().unwrap_or(0);
+    size
+}
+
+/// The same on a GPU that computes in bf16: floats lie there in bf16, quantized matrices as stored, with a place to widen each kind in.
+fn gpu_weights(of: &Plan, architecture: &Architecture) -> GpuWeights {
+    /// What the device rounds allocations up to.
+    const GRAIN: u64 = 256;
+    let mut blocks = vec![0u64; architecture.layers];
+    let linears = linears(of.forms.keys().map(String::as_str));
+    let mut widened = vec![0u64; linears.len()];
+    let mut size = GpuWeights::default();
+    for (name, form) in &of.forms {
+        let Some(form) = form else { continue };
+        let shape = shape_of(of, name);
+        let dense = 2 * shape.iter().map(|d| *d as u64).product::<u64>();
+        let stored = form.bytes(&shape).next_multiple_of(GRAIN);
+        let float = matches!(form, Form::Float(_));
+        let inner = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let Some((block, rest)) = inner else {
+            let head = if architecture.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+            if name == head && !float {
+                size.packed_head = stored;
+            }
+            continue;
+        };
+        let module = rest.strip_suffix(".weight").and_then(|m| linears.iter().position(|l| *l == m));
+        match (block.parse::<usize>().ok().and_then(|b| blocks.get_mut(b)), module) {
+            (Some(block), Some(_)) if float => *block += dense.next_multiple_of(GRAIN),
+            (Some(block), Some(module)) => {
+                *block += stored;
+                widened[module] = widened[module].max(dense.next_multiple_of(GRAIN));
+            }
+            _ => size.vectors += dense.next_multiple_of(GRAIN),
+        }
+    }
+    size.blocks = blocks.iter().sum();
+    size.block = blocks.into_iter().max().unwrap_or(0);
+    size.widened = widened.iter().sum();
     size
 }
 
@@ -107,3 +168,32 @@ pub fn sizes(of: &Plan) -> (u64, u64) {
 
 /// Tables and text that every 4-bit weight has beside its codes and scales, about.
 const CONSTANTS: u64 = 64 + 1024 + 200 + 4 * bnb::BLOCK as u64 / 64;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use kto_formats::model_dir::ModelDir;
+    use std::path::Path;
+
+    /// What is planned for the result must be what kto-train finds in the result, but for tables and text.
+    #[test]
+    fn the_result_is_planned_as_kto_train_finds_it() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/bnb");
+        let model = folder.join("tiny_llama_bf16");
+        let args = ["kto-quantize", model.to_str().unwrap(), "-o", "out"];
+        let ui = kto_cli::Ui::silent("kto-quantize");
+        let plan = Plan::new(&crate::Args::parse_from(args), &ui).unwrap();
+        let made = ModelDir::open(&folder.join("tiny_llama_bnb4")).unwrap();
+        let architecture = Architecture::from_config(&made.config).unwrap();
+        let (planned, found) =
+            (gpu_weights(&plan, &architecture), GpuWeights::of(&architecture, &made, Dense::Bf16));
+        assert!(planned.widened == found.widened && planned.vectors == found.vectors);
+        let matrices = (architecture.layers * architecture.modules().len()) as u64;
+        // quant_map, nested_quant_map, quant_state and the rounding of each part.
+        assert!(found.blocks > planned.blocks && found.blocks - planned.blocks < 3072 * matrices);
+        let host = (weights(&plan, &architecture), WeightSize::of(&architecture, &made, 0..256));
+        assert!(host.1.blocks > host.0.blocks && host.1.blocks - host.0.blocks < 2048 * matrices);
+    }
+}

@@ -8,6 +8,7 @@ use rustix::{
 };
 use std::{
     cell::{Cell, RefCell},
+    collections::BTreeMap,
     fs::{self, DirBuilder, File},
     io,
     path::{Path, PathBuf},
@@ -24,6 +25,8 @@ pub struct AtomicDir {
     /// Whether it may outlive this run, and what an earlier one has left in it.
     partial: Option<bool>,
     keep: Cell<bool>,
+    /// Hashes of files that were hashed as they were written, by path, if they are of use.
+    hashes: RefCell<Option<BTreeMap<PathBuf, String>>>,
     /// Open and locked while the writer lives.
     _lock: File,
 }
@@ -47,7 +50,18 @@ impl AtomicDir {
         let (temporary, lock) = stale::create(&resolved, make).map_err(fail)?;
         let shown = target.to_path_buf();
         let keep = Cell::new(false);
-        Ok(Self { shown, target: resolved, temporary, force, if_changed, partial: None, keep, _lock: lock })
+        let hashes = RefCell::new(None);
+        Ok(Self {
+            shown,
+            target: resolved,
+            temporary,
+            force,
+            if_changed,
+            partial: None,
+            keep,
+            hashes,
+            _lock: lock,
+        })
     }
     /// The same for a long job: the directory grows as `NAME.partial`, and a run that is killed leaves it for the next one with the same
     /// `job`, a text that tells everything the content depends on. Files in it must be made atomically. Errors also: 75 while another
@@ -58,7 +72,18 @@ impl AtomicDir {
         let partial::Partial { path, lock, resumed } = partial::open(target, &resolved, job)?;
         let (shown, partial) = (target.to_path_buf(), Some(resumed));
         let keep = Cell::new(false);
-        Ok(Self { shown, target: resolved, temporary: path, force, if_changed, partial, keep, _lock: lock })
+        let hashes = RefCell::new(None);
+        Ok(Self {
+            shown,
+            target: resolved,
+            temporary: path,
+            force,
+            if_changed,
+            partial,
+            keep,
+            hashes,
+            _lock: lock,
+        })
     }
     /// Returns whether an earlier run has worked on this directory.
     pub fn resumed(&self) -> bool {
@@ -67,6 +92,24 @@ impl AtomicDir {
     /// Says whether a directory of [`AtomicDir::resume`] stays when it is dropped without commit.
     pub fn keep(&self, keep: bool) {
         self.keep.set(keep && self.partial.is_some());
+    }
+    /// Asks who writes large files into the directory for their hashes.
+    pub fn want_hashes(&self, want: bool) {
+        self.hashes.replace(want.then(BTreeMap::new));
+    }
+    /// Returns whether hashes are of use.
+    pub fn wants_hashes(&self) -> bool {
+        self.hashes.borrow().is_some()
+    }
+    /// Notes the SHA-256 of a file of the directory, which saves reading it again.
+    pub fn note_hash(&self, path: PathBuf, sha256: String) {
+        if let Some(hashes) = &mut *self.hashes.borrow_mut() {
+            hashes.insert(path, sha256);
+        }
+    }
+    /// Returns the hashes that were noted.
+    pub(crate) fn hashes(&self) -> BTreeMap<PathBuf, String> {
+        self.hashes.borrow().clone().unwrap_or_default()
     }
     /// The temporary directory to write into.
     pub fn path(&self) -> &Path {
