@@ -54,6 +54,7 @@ pub fn needed(of: &Plan) -> Option<Needed> {
         weights: gpu_weights(of, &architecture),
         dropout: false,
         longest: 2 * TOKENS,
+        held: kto_kernels::gpu::PRODUCTS as u64,
         limit,
     };
     // Of nothing the smallest plan comes back as an error.
@@ -126,6 +127,7 @@ fn gpu_weights(of: &Plan, architecture: &Architecture) -> GpuWeights {
     size.blocks = blocks.iter().sum();
     size.block = blocks.into_iter().max().unwrap_or(0);
     size.widened = widened.iter().sum();
+    size.widest = widened.into_iter().max().unwrap_or(0);
     size
 }
 
@@ -189,7 +191,8 @@ mod tests {
         let architecture = Architecture::from_config(&made.config).unwrap();
         let (planned, found) =
             (gpu_weights(&plan, &architecture), GpuWeights::of(&architecture, &made, Dense::Bf16));
-        assert!(planned.widened == found.widened && planned.vectors == found.vectors);
+        let rest = |w: &GpuWeights| (w.widened, w.widest, w.vectors, w.packed_head);
+        assert_eq!(rest(&planned), rest(&found));
         let matrices = (architecture.layers * architecture.modules().len()) as u64;
         // quant_map, nested_quant_map, quant_state and the rounding of each part.
         assert!(found.blocks > planned.blocks && found.blocks - planned.blocks < 3072 * matrices);
