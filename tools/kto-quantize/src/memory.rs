@@ -7,8 +7,8 @@ use kto_model::{
     architecture::Architecture,
     lora::{LoraLayout, LoraSpec},
     memory::{
-        AdapterSize, BatchShape, Batches, Demand, GpuDemand, GpuWeights, MemoryPlan, Moments, WeightSize, plan,
-        plan_on_gpu,
+        AdapterSize, BatchShape, Batches, Demand, GpuDemand, GpuWeights, MemoryPlan, Moments, WeightSize,
+        plan, plan_on_gpu,
     },
     pack::{BranchSpec, Group},
     rows::Packing,
