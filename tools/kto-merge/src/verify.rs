@@ -10,7 +10,7 @@ use crate::{
 use candle_core::{DType, Tensor};
 use kto_cli::{Context, Error, Result, Ui, escape, signal};
 use kto_formats::{
-    adapter::{Adapter, AdapterConfig, AdapterMeta, LoraPair},
+    adapter::{Adapter, AdapterConfig, AdapterMeta, Targets},
     lora::LoraModule,
     model_dir::ModelDir,
     tokenizer::TextTokenizer,
@@ -56,14 +56,16 @@ impl Verify {
             let part = |i: &usize| (&inputs.adapters[*i].modules[name], inputs.weights[*i] * args.scale);
             tensors.insert(name.clone(), sum(&adapters.iter().map(part).collect::<Vec<_>>()));
         }
-        // All factors are in B.
+        // The settings are not looked at: each module has its own rank and scale.
         let config = AdapterConfig {
             r: 1,
             lora_alpha: 1.0,
             lora_dropout: 0.0,
-            target_modules: Vec::new(),
+            target_modules: Targets::default(),
             base_model_name_or_path: None,
             use_rslora: false,
+            use_dora: false,
+            kept: serde_json::Map::new(),
         };
         let adapter = Adapter { config, tensors, meta: AdapterMeta::default() };
         Ok(Self { lora: Lora::from_adapter(&architecture, &adapter, DType::F32)? })
@@ -130,7 +132,7 @@ fn likeliest(row: &[f32]) -> Option<usize> {
 }
 
 /// Returns Σ factor · scale · B · A as one pair: the matrices beside each other.
-fn sum(parts: &[(&LoraModule, f64)]) -> LoraPair {
+fn sum(parts: &[(&LoraModule, f64)]) -> LoraModule {
     let r = parts.iter().map(|(m, _)| m.r).sum();
     let (out_features, in_features) = (parts[0].0.out_features, parts[0].0.in_features);
     let a = parts.iter().flat_map(|(m, _)| &m.a).copied().collect();
@@ -141,7 +143,7 @@ fn sum(parts: &[(&LoraModule, f64)]) -> LoraPair {
             b.extend(m.b[row * m.r..][..m.r].iter().map(|v| (f64::from(*v) * scale) as f32));
         }
     }
-    LoraPair { a, b, r, in_features, out_features }
+    LoraModule { a, b, r, in_features, out_features, scale: 1.0, magnitude: None }
 }
 
 /// The prompts as token ids; of a model without a tokenizer ids spread over the vocabulary.

@@ -1,7 +1,7 @@
 //! `--verify`: every family merged, beside base and adapter in our engine; and what cannot be compared.
 
 use super::*;
-use kto_formats::{adapter::LoraPair, tensors::TensorStore};
+use kto_formats::{lora::LoraModule, tensors::TensorStore};
 use std::collections::BTreeMap;
 
 /// What stands between two phrases of the message of `--verify`.
@@ -20,7 +20,10 @@ fn family_adapter(family: &Path, dir: &Path) -> PathBuf {
         let module = name.strip_prefix("lora/").unwrap().strip_suffix(".lora_A.weight").unwrap();
         let (r, in_features, out_features) = (a.shape[0], a.shape[1], b.shape[0]);
         let (a, b) = (a.to_f32().unwrap(), b.to_f32().unwrap());
-        tensors.insert(module.to_string(), LoraPair { a, b, r, in_features, out_features });
+        tensors.insert(
+            module.to_string(),
+            LoraModule { a, b, r, in_features, out_features, scale: 1.5, magnitude: None },
+        );
     }
     let mut adapter = Adapter::read(&llama().1).unwrap();
     (adapter.config.r, adapter.config.lora_alpha, adapter.tensors) = (2, 3.0, tensors);
