@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -57,17 +58,32 @@ def pairs(rng, count):
         yield json.dumps({"id": i, "chosen": sides[0], "rejected": sides[1]}, ensure_ascii=False) + "\n"
 
 
-def timed(command, stdout):
-    """Wall and CPU seconds of a process and its peak resident set in bytes."""
-    start = time.perf_counter()
+def timed(command, stdout, feed=None):
+    """Wall and CPU seconds of a process, to whose standard input `feed` may write, and its peak resident set in bytes."""
+    start, peak = time.perf_counter(), 0
     with open(stdout, "wb") as out:
-        process = subprocess.Popen(command, stdout=out)
+        process = subprocess.Popen(command, stdout=out, stdin=subprocess.PIPE if feed else None)
+        gone = threading.Event()
+
+        def watch():
+            # The peak that wait4 tells is no less than that of this process.
+            nonlocal peak
+            while not gone.wait(0.005):
+                peak = max(peak, machine.peaks(process.pid)[0])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        if feed:
+            feed(process.stdin)
+            process.stdin.close()
         _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
+    gone.set()
+    watcher.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{command[0]} ended with {process.returncode}")
-    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * 1024}
+    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak": peak}
 
 
 def peer(script, *args):
@@ -161,18 +177,13 @@ def memory(args, folder):
     times = int(args.gigabytes * 1e9) // len(block)
     out = {}
     for name, flags in [("default", []), ("without the duplicate check", ["--no-duplicate-check"])]:
-        command = [str(BIN / "kto-convert"), "-q", *flags]
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        for _ in range(times):
-            process.stdin.write(block)
-        process.stdin.close()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        seconds = time.perf_counter() - start
-        out[name] = {"peak": usage.ru_maxrss * 1024, "seconds": seconds, "bytes": times * len(block)}
-        print(f"  {name}: {usage.ru_maxrss / 1024:.0f} MiB, {times * len(block) / 1e6 / seconds:.0f} MB/s", flush=True)
+        def feed(stream):
+            for _ in range(times):
+                stream.write(block)
+
+        done = timed([str(BIN / "kto-convert"), "-q", *flags], os.devnull, feed)
+        out[name] = {"peak": done["peak"], "seconds": done["seconds"], "bytes": times * len(block)}
+        print(f"  {name}: {done['peak'] / 2**20:.0f} MiB, {times * len(block) / 1e6 / done['seconds']:.0f} MB/s", flush=True)
     return {"runs": out}
 
 

@@ -33,3 +33,16 @@ def rates(threads):
     command = [cargo, "bench", "-q", "-p", "kto-kernels", "--bench", "kernels", "--", "--peaks", "--json", "--threads", str(threads)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def peaks(pid):
+    """The largest resident set of a process so far and its anonymous part now, in bytes; zeros when it is gone."""
+    found = {"VmHWM": 0, "RssAnon": 0}
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key in found:
+                found[key] = int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    return found["VmHWM"], found["RssAnon"]

@@ -93,26 +93,13 @@ def make(folder, layers):
     return model, adapter, sum(t.bytes for t in tensors)
 
 
-def peaks(pid):
-    """The largest resident set of a process so far and its anonymous part now, in bytes; zeros when it is gone."""
-    found = {"VmHWM": 0, "RssAnon": 0}
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key in found:
-                found[key] = int(value.split()[0]) * 1024
-    except OSError:
-        pass
-    return found["VmHWM"], found["RssAnon"]
-
-
 def run(command):
     """Wall seconds, processor seconds, peak resident and peak anonymous bytes, standard output. The peak that wait4 tells is no less than
     that of this process, so the process is asked every few milliseconds."""
     start, resident, anonymous = time.perf_counter(), 0, 0
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while True:
-        now = peaks(process.pid)
+        now = machine.peaks(process.pid)
         resident, anonymous = max(resident, now[0]), max(anonymous, now[1])
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
