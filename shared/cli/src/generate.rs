@@ -34,6 +34,8 @@ pub(crate) fn text(tool: &'static str, mut command: Command, kind: &str) -> Resu
 
 /// One page for the whole tool: subcommands follow as sections of their own.
 fn man(tool: &str, mut command: Command, out: &mut Vec<u8>) -> io::Result<()> {
+    // A page has room for what the short help leaves out.
+    command = everything(command);
     command.build();
     let subcommands: Vec<Command> =
         command.get_subcommands().filter(|c| c.get_name() != "help").cloned().collect();
@@ -59,6 +61,10 @@ fn man(tool: &str, mut command: Command, out: &mut Vec<u8>) -> io::Result<()> {
     out.extend_from_slice(sections(&extra).as_bytes());
     out.extend_from_slice(format!(".SH VERSION\n{tool} {}\n", crate::version::number()).as_bytes());
     Ok(())
+}
+
+fn everything(command: Command) -> Command {
+    command.mut_args(|arg| arg.hide_short_help(false)).mut_subcommands(everything)
 }
 
 /// A subcommand's text without what stands once, at the end of the page.

@@ -7,7 +7,7 @@ use crate::{
     Common, Error, Kind, Make, Result,
     atomic::{AtomicDir, AtomicFile},
     config::Resolution,
-    depfile,
+    depfile, escape,
     hash::{self, Hashed},
     manifest,
     output::Output,
@@ -30,6 +30,10 @@ pub struct Record {
     resolution: Resolution,
     inputs: Vec<Input>,
     outputs: Vec<PathBuf>,
+    /// Of the outputs those beside the result.
+    sides: Vec<PathBuf>,
+    /// The others.
+    results: Vec<PathBuf>,
     began: SystemTime,
     /// The inputs as the manifest has them, once they have been hashed.
     described: OnceLock<Vec<Value>>,
@@ -53,6 +57,8 @@ impl Record {
             make: common.make.clone(),
             inputs: Vec::new(),
             outputs: Vec::new(),
+            sides: Vec::new(),
+            results: Vec::new(),
             began: SystemTime::now(),
             described: OnceLock::new(),
         }
@@ -91,11 +97,36 @@ impl Record {
     }
     /// Notes an output file; one without a name, a pipe or a device is none.
     pub fn output(&mut self, path: Option<&Path>) {
-        self.outputs.extend(path.filter(|p| !crate::output::is_stdout(p)).map(Path::to_path_buf));
+        let path = path.filter(|p| !crate::output::is_stdout(p));
+        self.outputs.extend(path.map(Path::to_path_buf));
+        self.results.extend(path.map(Path::to_path_buf));
+    }
+    /// Notes an output beside the result, such as a report.
+    pub fn side(&mut self, path: Option<&Path>) {
+        let path = path.filter(|p| !crate::output::is_stdout(p));
+        self.outputs.extend(path.map(Path::to_path_buf));
+        self.sides.extend(path.map(Path::to_path_buf));
+    }
+    /// Fails (2) when what is written beside the result would overwrite an input, the result, or another such file.
+    pub fn check_sides(&self) -> Result<()> {
+        let named = [self.make.depfile.clone(), self.manifest_path(None)].into_iter().flatten();
+        let sides: Vec<PathBuf> = self.sides.iter().cloned().chain(named).collect();
+        let inputs: Vec<&PathBuf> = self.inputs.iter().flat_map(Input::paths).chain(&self.results).collect();
+        for (i, side) in sides.iter().enumerate() {
+            let Some(own) = place(side) else { continue };
+            let other = inputs.iter().copied().chain(&sides[..i]).find(|o| place(o).as_ref() == Some(&own));
+            if let Some(other) = other {
+                let (side, other) = (escape(&shown(side)), escape(&shown(other)));
+                return Err(Error::usage(format!("\"{side}\" would overwrite \"{other}\" of the same run"))
+                    .with_hint("another name for the report, manifest, rule or quarantine"));
+            }
+        }
+        Ok(())
     }
     /// Fails before the work: with 2 when a rule is asked for and there is nothing to make, with 73 when rule or manifest
     /// cannot be written.
     pub fn check(&self) -> Result<()> {
+        self.check_sides()?;
         if self.make.depfile.is_some() && self.outputs.is_empty() {
             return Err(Error::usage("--depfile needs an output with a name").with_hint("--output FILE"));
         }
@@ -320,6 +351,18 @@ fn entries_of(path: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = read(path).map_err(|e| Error::reading(path, &e).with_kind(Kind::Io))?;
     paths.sort();
     Ok(paths)
+}
+
+/// Returns where a file is or will be; nothing for a pipe or a device, which is not overwritten.
+fn place(path: &Path) -> Option<PathBuf> {
+    match fs::metadata(path) {
+        Ok(found) if !found.is_file() => None,
+        Ok(_) => fs::canonicalize(path).ok(),
+        Err(_) => {
+            let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Some(fs::canonicalize(parent).ok()?.join(path.file_name()?))
+        }
+    }
 }
 
 fn is_file(path: &Path) -> bool {

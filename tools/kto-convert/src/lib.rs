@@ -48,11 +48,12 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let mut record = Record::new(&args.common);
     let is_file = plan.splits.is_empty();
     record.output(plan.output.as_deref().filter(|_| is_file));
-    record.output(plan.report.as_deref());
+    record.side(plan.report.as_deref());
     if let plan::OnError::Quarantine(path) = &plan.rows.on_error {
-        record.output(Some(path));
+        record.side(Some(path));
     }
     record.files(&files);
+    record.check_sides()?;
     if is_file {
         record.check()?;
     }

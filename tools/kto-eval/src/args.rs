@@ -63,7 +63,7 @@ pub struct ModelsArgs {
 /// Flags about the model.
 #[derive(Group, Clone, Debug)]
 pub struct ModelArgs {
-    /// Model directory with config.json and safetensors (llama, mistral, qwen2, qwen3, gemma2, gemma3; dense, bitsandbytes NF4 or int8, MLX), or
+    /// Model directory with config.json and safetensors (llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3, stablelm; dense, bitsandbytes nf4, fp4 or int8, MLX), or
     /// org/name[@revision] on the hub
     #[arg(long, value_name = "DIR|NAME", alias = "model-name-or-path", help_heading = "Model")]
     pub model: PathBuf,

@@ -48,7 +48,7 @@ impl Verify {
             return refuse("modules that were trained whole exist only merged");
         }
         if inputs.adapters.iter().flat_map(|a| a.modules.values()).any(|m| m.magnitude.is_some()) {
-            return refuse("DoRA adapters exist only merged");
+            return refuse("it cannot hold a DoRA adapter beside its base");
         }
         let architecture = Architecture::from_config(&inputs.base.config).at(shown(&inputs.base.path))?;
         let mut tensors = BTreeMap::new();

@@ -51,7 +51,7 @@ pub struct Args {
     /// Check the input; print what would be done, sizes before and after, and the memory that kto-train would need
     #[arg(long, visible_alias = "plan", help_heading = "Output")]
     pub dry_run: bool,
-    /// Write the error of every quantized tensor as JSON Lines (- for standard output is not possible: the path goes there)
+    /// Write the error of every quantized tensor as JSON Lines (- is standard output, where the path of the result follows)
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
     /// Worker threads [default: all cores]

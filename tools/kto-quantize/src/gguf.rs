@@ -54,6 +54,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<Exit> {
     }
     let mut record = Record::new(&args.common);
     record.output(Some(&args.output));
+    record.side(args.report.as_deref());
     record.model(&model.path, || model.fingerprint());
     record.check()?;
     if args.output.exists() && !args.force {

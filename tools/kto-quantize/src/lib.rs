@@ -51,6 +51,7 @@ fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
     }
     let mut record = Record::new(&args.common);
     record.output(Some(&plan.output));
+    record.side(args.report.as_deref());
     record.model(&plan.model.path, || plan.model.fingerprint());
     record.check()?;
     let if_changed = args.common.make.if_changed;

@@ -5,6 +5,7 @@ use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{
     bnb,
     model_dir::{ModelDir, refuse_output},
+    tensors::TensorView,
 };
 use kto_hub::Need;
 use kto_weights::{
@@ -51,6 +52,7 @@ impl Plan {
     /// 2 for flags that do not fit the form, and names that match nothing.
     pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
         let model = open(args, ui)?;
+        check_scales(&model).at(escape(&model.path.display().to_string()))?;
         let job = if args.dequantize {
             Job::Dequantize(args.dtype.map(Dtype::from))
         } else {
@@ -133,6 +135,7 @@ impl Plan {
                 }
                 _ => {
                     let view = self.model.tensors.require(name)?;
+                    check_whole(&view).at(escape(&self.model.path.display().to_string()))?;
                     (view.shape.to_vec(), Content::Copy(vec![view], &self.model.tensors))
                 }
             };
@@ -158,6 +161,26 @@ impl Plan {
             forms.join("\n")
         )
     }
+}
+
+/// Refuses (65) codes whose scales are missing: copied, they would be taken for numbers.
+fn check_whole(view: &TensorView) -> Result<()> {
+    let is_float = matches!(view.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    if is_float || !view.name.ends_with(".weight") {
+        return Ok(());
+    }
+    Err(Error::data(format!("\"{}\" is {} without its scales", escape(view.name), view.dtype)))
+}
+
+/// Refuses (65) scales whose codes are missing.
+fn check_scales(model: &ModelDir) -> Result<()> {
+    for view in model.tensors.views() {
+        let owner = [".SCB", ".scales", ".weight.absmax"].iter().find_map(|end| view.name.strip_suffix(end));
+        if owner.is_some_and(|owner| model.tensors.require(&format!("{owner}.weight")).is_err()) {
+            return Err(Error::data(format!("\"{}\" scales a weight that is missing", escape(view.name))));
+        }
+    }
+    Ok(())
 }
 
 /// Opens the source. Errors (65) also: it is quantized and shall be quantized.

@@ -360,6 +360,59 @@ fn the_report_names_every_quantized_tensor() {
 }
 
 #[test]
+fn a_report_overwrites_neither_input_nor_result() {
+    let top = tempfile::tempdir().unwrap();
+    let model = edited(top.path(), &|_| (), |config| config);
+    let weights = model.join("model.safetensors");
+    let before = fs::read(&weights).unwrap();
+    let gguf = top.path().join("x.gguf");
+    for (out, more, report) in [
+        (top.path().join("q"), &[][..], &weights),
+        (gguf.clone(), &["--form", "gguf"], &gguf),
+        (gguf.clone(), &["--form", "gguf"], &weights),
+    ] {
+        let output = run(&[&[text(&model), "-o", text(&out), "--report", text(report)], more].concat());
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(!out.exists());
+    }
+    assert!(fs::read(&weights).unwrap() == before);
+}
+
+/// Codes without their scales, and scales without their codes, are no weights.
+#[test]
+fn a_quantized_model_with_a_part_missing_is_not_dequantized() {
+    for (model, lost) in [
+        ("tiny_llama_int8", "model.layers.0.mlp.down_proj.SCB"),
+        ("tiny_llama_int8", "model.layers.0.mlp.down_proj.weight"),
+        ("tiny_llama_bnb4", "model.layers.0.mlp.down_proj.weight"),
+    ] {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("model");
+        fs::create_dir(&dir).unwrap();
+        fs::copy(golden(model).join("config.json"), dir.join("config.json")).unwrap();
+        let store = TensorStore::open_file(&golden(model).join("model.safetensors")).unwrap();
+        let left: Vec<_> = store.views().filter(|v| v.name != lost).collect();
+        assert_eq!(left.len() + 1, store.views().count(), "{lost}");
+        let specs = left.iter().map(|v| TensorSpec::new(v.name, v.dtype, v.shape)).collect();
+        let mut writer =
+            SafetensorsWriter::new(&dir.join("model.safetensors"), specs, &Default::default()).unwrap();
+        left.iter().for_each(|v| writer.write(v.name, v.data).unwrap());
+        writer.finish().unwrap();
+        let (code, message) = refused(&dir, &["--dequantize", "--dtype", "bf16"]);
+        assert_eq!(code, 65, "{lost}: {message}");
+    }
+}
+
+#[test]
+fn biases_of_queries_and_keys_go_with_their_rows() {
+    let top = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/families/llama-biases");
+    let out = top.path().join("x.gguf");
+    let output = run(&[text(&model), "-o", text(&out), "--form", "gguf", "--type", "F32"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn a_gguf_file_says_what_it_is_and_is_replaced_only_with_force() {
     let top = tempfile::tempdir().unwrap();
     let out = top.path().join("m.gguf");

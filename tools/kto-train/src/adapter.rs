@@ -24,6 +24,7 @@ pub fn resolve(args: &Args, inputs: &Inputs) -> Result<(AdapterConfig, Option<Lo
         Some(adapter) => (adapter.config.clone(), None),
         None => {
             let config = asked(args, inputs.architecture)?;
+            check_patterns(&config, inputs.architecture)?;
             let layout = layout(&config, inputs.architecture)?;
             (config, Some(layout))
         }
@@ -81,6 +82,30 @@ fn asked(args: &Args, architecture: &Architecture) -> Result<AdapterConfig> {
         kept,
         ..Default::default()
     })
+}
+
+/// Refuses (2) a pattern that no adapted module matches: alone, with a number that nothing else has, it would change nothing.
+fn check_patterns(config: &AdapterConfig, architecture: &Architecture) -> Result<()> {
+    let mut plain = config.clone();
+    plain.kept.retain(|field, _| field != "rank_pattern" && field != "alpha_pattern");
+    let without = layout(&plain, architecture)?;
+    let others = [
+        ("rank_pattern", "--rank-pattern", json!(2 * config.r)),
+        ("alpha_pattern", "--alpha-pattern", json!(2.0 * config.lora_alpha)),
+    ];
+    for (field, flag, other) in others {
+        for pattern in config.kept.get(field).and_then(Value::as_object).into_iter().flat_map(Map::keys) {
+            let mut alone = plain.clone();
+            alone.kept.insert(field.into(), json!({ pattern: other }));
+            let with = layout(&alone, architecture)?;
+            if with.places().eq(without.places()) {
+                let text = format!("{flag}: no adapted module matches \"{}\"", escape(pattern));
+                return Err(Error::usage(text)
+                    .with_hint("the end of a module's path, such as down_proj, or a regular expression"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Returns what settings mean for the model.
@@ -156,6 +181,14 @@ pub fn alpha_pattern(text: &str) -> Result<(String, f64), String> {
 /// A pattern may hold an equals sign, a number never does.
 fn pattern(text: &str) -> Result<(String, &str), String> {
     let parts = text.rsplit_once('=').filter(|(pattern, _)| !pattern.is_empty());
+    // A regular expression may hold commas and equals signs, but hardly a number between them.
+    let is_list = |(pattern, _): &(&str, &str)| {
+        let ends = pattern.split('=').skip(1).filter_map(|after| after.split_once(','));
+        ends.clone().any(|(number, _)| number.parse::<f64>().is_ok())
+    };
+    if parts.as_ref().is_some_and(is_list) {
+        return Err("one PATTERN=NUMBER: give the flag once for each".into());
+    }
     parts
         .map(|(p, n)| (p.to_string(), n))
         .ok_or_else(|| "must be PATTERN=NUMBER, such as down_proj=32".into())
@@ -180,7 +213,8 @@ mod tests {
         assert_eq!(rank_pattern("down_proj=32"), Ok(("down_proj".into(), 32)));
         assert_eq!(rank_pattern("(?=x)y=1"), Ok(("(?=x)y".into(), 1)));
         assert_eq!(alpha_pattern("^a.b=0.5"), Ok(("^a.b".into(), 0.5)));
-        for text in ["down_proj", "=3", "a=", "a=0", "a=5000", "a=x"] {
+        assert_eq!(rank_pattern("a{1,2}=3"), Ok(("a{1,2}".into(), 3)));
+        for text in ["q_proj=32,v_proj=4", "down_proj", "=3", "a=", "a=0", "a=5000", "a=x"] {
             assert!(rank_pattern(text).is_err(), "{text}");
         }
         assert!(alpha_pattern("a=-1").is_err());

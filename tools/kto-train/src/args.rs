@@ -28,7 +28,7 @@ use std::{path::PathBuf, time::Duration};
 #[derive(Parser, Clone, Debug)]
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
-    /// Model directory with config.json and safetensors (llama, mistral, qwen2, qwen3, gemma2, gemma3), or org/name[@revision] on the hub
+    /// Model directory with config.json and safetensors (llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3, stablelm), or org/name[@revision] on the hub
     #[arg(
         long,
         value_name = "DIR|NAME",

@@ -66,6 +66,12 @@ impl Gguf {
         let mut tensors = Vec::new();
         for (weight, shape, dtype) in weights {
             let (name, heads) = family.tensor(weight)?;
+            let rows = shape.first().copied().unwrap_or(0);
+            if heads.is_some_and(|heads| heads == 0 || rows == 0 || rows % (2 * heads) != 0) {
+                let text =
+                    format!("\"{}\": {rows} rows are no heads as config.json has them", escape(weight));
+                return Err(Error::data(format!("{}: {text}", place())));
+            }
             let form = match wish(weight)? {
                 Some(form) => form,
                 None => types::form(&name, shape, *dtype, file, &family, tied),
@@ -146,14 +152,17 @@ impl Gguf {
 /// elements where transformers rotates halves.
 struct Interleaved<'a> {
     values: Box<dyn Values + 'a>,
+    columns: usize,
     /// Rows of a head.
     rows: usize,
 }
 
 impl<'a> Interleaved<'a> {
     fn new(values: Box<dyn Values + 'a>, heads: usize) -> Self {
-        let rows = values.len() / values.columns().max(1) / heads.max(1);
-        Self { values, rows }
+        // Of a bias every element is a row.
+        let columns = if values.columns() == values.len() { 1 } else { values.columns() };
+        let rows = values.len() / columns.max(1) / heads.max(1);
+        Self { values, columns, rows }
     }
 }
 
@@ -165,7 +174,7 @@ impl Values for Interleaved<'_> {
         self.values.columns()
     }
     fn read(&self, start: usize, out: &mut [f32]) {
-        let columns = self.columns();
+        let columns = self.columns;
         for (i, row) in out.chunks_mut(columns).enumerate() {
             let (head, j) = ((start / columns + i) / self.rows, (start / columns + i) % self.rows);
             let from = head * self.rows + j % 2 * (self.rows / 2) + j / 2;

@@ -27,6 +27,9 @@ fn halves_of_a_head_take_turns() {
     assert_eq!(rows, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0, 6.0, 9.0, 7.0, 10.0, 8.0, 11.0]);
     values.read(8, &mut out[..4]);
     assert_eq!(out[..4], [2.0, 2.0, 5.0, 5.0]);
+    // A bias, whose only row is as long as it is.
+    let bias = Interleaved::new(Box::new(Rows(1, 12)), 2);
+    assert_eq!((bias.columns, bias.rows), (1, 6));
 }
 
 #[test]

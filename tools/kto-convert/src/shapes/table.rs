@@ -143,7 +143,7 @@ fn is_dialogue(row: &Fields) -> bool {
 
 fn no_prompt() -> Problem {
     let error = Error::data("only a \"text\": nothing tells prompt from completion");
-    Reason::NoPrompt.error(error.with_hint("kto-train --loss sft takes such rows as they are, KTO cannot"))
+    Reason::NoPrompt.error(error.with_hint("KTO needs a prompt and a labelled completion: --map prompt=…,completion=…, or dialogues as HH-RLHF writes them"))
 }
 
 /// The names that `--from` takes.

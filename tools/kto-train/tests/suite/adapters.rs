@@ -183,6 +183,12 @@ fn what_names_nothing_is_refused() {
         (&["--rank-pattern", "q_proj"], "PATTERN=NUMBER"),
         (&["--rank-pattern", "q_proj=0"], "is no rank"),
         (&["--rank-pattern", "[=3"], "is no regular expression"),
+        (&["--rank-pattern", "q_proj=32,v_proj=4"], "once for each"),
+        (&["--rank-pattern", "q_proj=32", "--rank-pattern", "typo=8"], "no adapted module matches \"typo\""),
+        (
+            &["--target-modules", "q_proj", "--alpha-pattern", "v_proj=8"],
+            "no adapted module matches \"v_proj\"",
+        ),
         (
             &["--rank-pattern", "self_attn.q_proj=3", "--rank-pattern", "q_proj=4"],
             "two patterns with different numbers match \"model.layers.0.self_attn.q_proj\"",
