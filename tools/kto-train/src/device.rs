@@ -83,6 +83,10 @@ impl RunDevice {
         let free = opened.as_ref().map_or(0, |o| o.info.memory.1);
         let share = |share: f64| (free as f64 * share) as u64;
         Some(match asked {
+            // Others use the card too: a plan beyond what they leave would end in the middle of the upload.
+            Some(Size::Bytes(bytes)) if opened.is_some() && free < bytes => {
+                (free, "what is free, less than --memory".into())
+            }
             Some(Size::Bytes(bytes)) => (bytes, "--memory".into()),
             Some(Size::Share(part)) => (share(part), format!("{:.0} % of what is free", part * 100.0)),
             None => (share(DEFAULT_SHARE), format!("{:.0} % of what is free", DEFAULT_SHARE * 100.0)),
