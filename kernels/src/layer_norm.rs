@@ -4,16 +4,17 @@ use crate::{
     lanes::lane_sum,
     parallel::for_rows,
     real::Real,
+    rms_norm::dims,
     simd::simd,
     tensor::{apart, read, with_type, write},
 };
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 /// Writes `(x − mean(x)) / sd(x) · w + b` row by row to `out`, `sd(x) = sqrt(mean((x − mean(x))²) + eps)`.
 /// Shapes: x and out (T, C), w and b (C). Source: arXiv 1607.06450; sums in the element type, as torch does.
 pub fn layer_norm(out: &Tensor, x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<()> {
-    let c = dims(out, x, w)?;
-    dims(out, x, b)?;
+    let c = dims("layer_norm", out, x, w)?;
+    dims("layer_norm", out, x, b)?;
     with_type!(x, T => {
         let (rx, rw, rb) = (read(x), read(w), read(b));
         let (x_, w_, b_) = (rx.slice::<T>()?, rw.slice::<T>()?, rb.slice::<T>()?);
@@ -27,8 +28,8 @@ pub fn layer_norm(out: &Tensor, x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) ->
 /// Adds to `dx` the gradient of `x` for the gradient `dy` of the result. Shapes: all (T, C), w (C).
 /// Formula, with `r = 1/sd(x)`, `n = r·(x − mean(x))` and `g = dy·w`: `dx += r·(g − mean(g) − n·mean(g·n))`.
 pub fn layer_norm_backward(dx: &Tensor, dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
-    let c = dims(dx, x, w)?;
-    dims(dy, x, w)?;
+    let c = dims("layer_norm", dx, x, w)?;
+    dims("layer_norm", dy, x, w)?;
     apart(dx, dy)?;
     with_type!(x, T => {
         let (rd, rx, rw) = (read(dy), read(x), read(w));
@@ -67,20 +68,4 @@ fn moments<T: Real>(x: &[T], eps: T) -> (T, T) {
     let mean = lane_sum(x.len(), |j| x[j]) / n;
     let squares = lane_sum(x.len(), |j| (x[j] - mean) * (x[j] - mean));
     (mean, T::ONE / (squares / n + eps).sqrt())
-}
-
-/// Returns C. `of` is the weight or the bias.
-fn dims(out: &Tensor, x: &Tensor, of: &Tensor) -> Result<usize> {
-    let (t, c) = x.dims2()?;
-    if of.dims1()? != c || of.dtype() != x.dtype() || out.dims2()? != (t, c) || out.dtype() != x.dtype() {
-        bail!(
-            "layer_norm: weight {:?} and output {:?} for an input {:?}",
-            of.shape(),
-            out.shape(),
-            x.shape()
-        );
-    }
-    apart(out, x)?;
-    apart(out, of)?;
-    Ok(c)
 }

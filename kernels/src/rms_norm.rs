@@ -12,7 +12,7 @@ use candle_core::{Result, Tensor, bail};
 /// Writes `x / rms(x) · w` row by row to `out`, `rms(x) = sqrt(mean(x²) + eps)`. Shapes: x and out (T, C), w (C).
 /// Source: arXiv 1910.07467; sums in the element type, as Llama does.
 pub fn rms_norm(out: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
-    let (_, c) = dims(out, x, w)?;
+    let c = dims("rms_norm", out, x, w)?;
     with_type!(x, T => {
         let (rx, rw) = (read(x), read(w));
         let (x_, w_) = (rx.slice::<T>()?, rw.slice::<T>()?);
@@ -26,8 +26,8 @@ pub fn rms_norm(out: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
 /// Adds to `dx` the gradient of `x` for the gradient `dy` of the result. Shapes: all (T, C), w (C).
 /// Formula, with `r = 1/rms(x)` and `g = dy·w`: `dx += r·(g − x·r²·mean(g·x))`.
 pub fn rms_norm_backward(dx: &Tensor, dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
-    let (_, c) = dims(dx, x, w)?;
-    dims(dy, x, w)?;
+    let c = dims("rms_norm", dx, x, w)?;
+    dims("rms_norm", dy, x, w)?;
     apart(dx, dy)?;
     with_type!(x, T => {
         let (rd, rx, rw) = (read(dy), read(x), read(w));
@@ -59,14 +59,15 @@ simd! {
     }
 }
 
-fn dims(out: &Tensor, x: &Tensor, w: &Tensor) -> Result<(usize, usize)> {
+/// Returns C of a norm's operands. `w` is the weight, or the bias.
+pub(crate) fn dims(what: &str, out: &Tensor, x: &Tensor, w: &Tensor) -> Result<usize> {
     let (t, c) = x.dims2()?;
     if w.dims1()? != c || w.dtype() != x.dtype() || out.dims2()? != (t, c) || out.dtype() != x.dtype() {
-        bail!("rms_norm: weight {:?} and output {:?} for an input {:?}", w.shape(), out.shape(), x.shape());
+        bail!("{what}: weight {:?} and output {:?} for an input {:?}", w.shape(), out.shape(), x.shape());
     }
     apart(out, x)?;
     apart(out, w)?;
-    Ok((t, c))
+    Ok(c)
 }
 
 #[inline(always)]

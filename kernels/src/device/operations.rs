@@ -9,7 +9,7 @@ use crate::{
     DropoutKey, LogprobStats, RopeTable,
     gpu::{self, Matrix, operations as on, products::Frozen},
 };
-use candle_core::Result;
+use candle_core::{Result, bail};
 
 /// As [`crate::rms_norm`].
 pub fn rms_norm(out: &Tensor, x: &Tensor, w: &Tensor, eps: f64) -> Result<()> {
@@ -248,20 +248,20 @@ pub fn logprobs(
 }
 
 /// As [`logprobs`] of `x · Wᵀ`, for a head W of which only tiles are on the device; the gradient of every row of x goes to `unit`.
-/// Shapes: x and unit (rows, C). Nothing for a head that is there whole.
+/// Shapes: x and unit (rows, C). Error: the head is there whole.
 pub fn logprobs_in_tiles(
     head: &FrozenWeight,
     x: &Tensor,
     targets: &[u32],
     cap: Option<f64>,
     unit: Option<&Tensor>,
-) -> Result<Option<Vec<LogprobStats>>> {
-    let FrozenWeight::Gpu(Frozen::Tiles(tiles)) = head else { return Ok(None) };
+) -> Result<Vec<LogprobStats>> {
+    let FrozenWeight::Gpu(Frozen::Tiles(tiles)) = head else {
+        bail!("logprobs_in_tiles: a head that is there whole");
+    };
     match (x, unit) {
-        (Gpu(x), None) => gpu::head::logprobs_in_tiles(tiles, x, targets, cap, None).map(Some),
-        (Gpu(x), Some(Gpu(unit))) => {
-            gpu::head::logprobs_in_tiles(tiles, x, targets, cap, Some(unit)).map(Some)
-        }
+        (Gpu(x), None) => gpu::head::logprobs_in_tiles(tiles, x, targets, cap, None),
+        (Gpu(x), Some(Gpu(unit))) => gpu::head::logprobs_in_tiles(tiles, x, targets, cap, Some(unit)),
         _ => apart("logprobs_in_tiles"),
     }
 }

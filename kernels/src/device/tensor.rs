@@ -130,9 +130,7 @@ impl Tensor {
             Self::Host(t) => {
                 Self::Host(t.flatten_all()?.narrow(0, 0, rows * columns)?.reshape((rows, columns))?)
             }
-            Self::Gpu(m) => {
-                Self::Gpu(m.reshape(r * c, 1)?.narrow(0, rows * columns)?.reshape(rows, columns)?)
-            }
+            Self::Gpu(m) => Self::Gpu(m.first(rows, columns)?),
         })
     }
 

@@ -37,7 +37,7 @@ pub fn logprobs_in_tiles(
     let index = indices(gpu, targets)?;
     let memory = Matrix::short(gpu, rows, tiles.tile_rows, Dense::F32)?;
     let logits_of = |tile: &Matrix| -> Result<Matrix> {
-        let logits = leading(&memory, rows, tile.dims().0)?;
+        let logits = memory.first(rows, tile.dims().0)?;
         multiply(&logits, Base::Zero, [Ok(Term { a: x, b: tile.t(), scale: 1.0 })])?;
         cap.map_or(Ok(()), |cap| soft_cap(&logits, cap))?;
         Ok(logits)
@@ -64,7 +64,7 @@ pub fn logprobs_in_tiles(
     let sum = Matrix::short(gpu, rows, columns, Dense::F32)?;
     tiles.each(x, |first, tile| {
         let (logits, p) = (logits_of(&tile)?, params(first, &tile)?);
-        let gradient = leading(&gradients, rows, tile.dims().0)?;
+        let gradient = gradients.first(rows, tile.dims().0)?;
         logprob_gradient(&gradient, &logits, (&index, &stats), &p)?;
         cap.map_or(Ok(()), |cap| soft_cap_backward(&gradient, &logits, cap))?;
         let onto = if first == 0 { Base::Zero } else { Base::Itself };
@@ -72,11 +72,6 @@ pub fn logprobs_in_tiles(
     })?;
     cast(unit, &sum)?;
     Ok(joined)
-}
-
-/// Returns the first elements of a matrix as one of `columns` columns.
-fn leading(memory: &Matrix, rows: usize, columns: usize) -> Result<Matrix> {
-    memory.reshape(memory.elements(), 1)?.narrow(0, rows * columns)?.reshape(rows, columns)
 }
 
 /// Joins what the tiles say of one row: logp (of what is not in the tile, −log Σ exp), entropy, mean, log Σ exp.

@@ -96,6 +96,11 @@ impl Matrix {
         Ok(Self { rows, columns, ..self.clone() })
     }
 
+    /// Returns its first elements as another matrix. Error: it has fewer.
+    pub fn first(&self, rows: usize, columns: usize) -> Result<Self> {
+        self.reshape(self.elements(), 1)?.narrow(0, rows * columns)?.reshape(rows, columns)
+    }
+
     /// Returns its transpose, for products.
     pub fn t(&self) -> Self {
         Self { transposed: !self.transposed, rows: self.columns, columns: self.rows, ..self.clone() }

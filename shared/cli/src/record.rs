@@ -29,11 +29,9 @@ pub struct Record {
     make: Make,
     resolution: Resolution,
     inputs: Vec<Input>,
-    outputs: Vec<PathBuf>,
-    /// Of the outputs those beside the result.
-    sides: Vec<PathBuf>,
-    /// The others.
+    /// Outputs: the result, and what is written beside it.
     results: Vec<PathBuf>,
+    sides: Vec<PathBuf>,
     began: SystemTime,
     /// The inputs as the manifest has them, once they have been hashed.
     described: OnceLock<Vec<Value>>,
@@ -56,9 +54,8 @@ impl Record {
             resolution: common.make.resolution(),
             make: common.make.clone(),
             inputs: Vec::new(),
-            outputs: Vec::new(),
-            sides: Vec::new(),
             results: Vec::new(),
+            sides: Vec::new(),
             began: SystemTime::now(),
             described: OnceLock::new(),
         }
@@ -85,7 +82,7 @@ impl Record {
     }
     /// Notes a model directory. Its fingerprint is asked for when a manifest will tell it; note outputs first.
     pub fn model(&mut self, path: &Path, fingerprint: impl FnOnce() -> String) {
-        let named = if self.outputs.is_empty() { None } else { Some(PathBuf::new()) };
+        let named = if self.outputs().is_empty() { None } else { Some(PathBuf::new()) };
         let fingerprint = self.manifest_path(named).map(|_| fingerprint()).unwrap_or_default();
         self.known_model(path, fingerprint);
     }
@@ -97,15 +94,14 @@ impl Record {
     }
     /// Notes an output file; one without a name, a pipe or a device is none.
     pub fn output(&mut self, path: Option<&Path>) {
-        let path = path.filter(|p| !crate::output::is_stdout(p));
-        self.outputs.extend(path.map(Path::to_path_buf));
-        self.results.extend(path.map(Path::to_path_buf));
+        self.results.extend(named(path));
     }
     /// Notes an output beside the result, such as a report.
     pub fn side(&mut self, path: Option<&Path>) {
-        let path = path.filter(|p| !crate::output::is_stdout(p));
-        self.outputs.extend(path.map(Path::to_path_buf));
-        self.sides.extend(path.map(Path::to_path_buf));
+        self.sides.extend(named(path));
+    }
+    fn outputs(&self) -> Vec<PathBuf> {
+        self.results.iter().chain(&self.sides).cloned().collect()
     }
     /// Fails (2) when what is written beside the result would overwrite an input, the result, or another such file.
     pub fn check_sides(&self) -> Result<()> {
@@ -127,7 +123,7 @@ impl Record {
     /// cannot be written.
     pub fn check(&self) -> Result<()> {
         self.check_sides()?;
-        if self.make.depfile.is_some() && self.outputs.is_empty() {
+        if self.make.depfile.is_some() && self.outputs().is_empty() {
             return Err(Error::usage("--depfile needs an output with a name").with_hint("--output FILE"));
         }
         let named = [self.make.depfile.clone(), self.manifest_path(None)];
@@ -139,21 +135,21 @@ impl Record {
             AtomicFile::create(&path)?;
         }
         // Names that no rule can hold are found now too.
-        if self.make.depfile.is_some() { self.rule(&self.outputs).map(drop) } else { Ok(()) }
+        if self.make.depfile.is_some() { self.rule(&self.outputs()).map(drop) } else { Ok(()) }
     }
     /// Ends the record of a run whose output files are in their place: manifest, then rule.
     pub fn finish(&self) -> Result<()> {
-        let sidecar = self.outputs.first().filter(|path| is_file(path)).map(|path| {
+        let outputs = self.outputs();
+        let sidecar = outputs.first().filter(|path| is_file(path)).map(|path| {
             let mut name = path.clone().into_os_string();
             name.push(".manifest.json");
             PathBuf::from(name)
         });
         if let Some(path) = self.manifest_path(sidecar) {
-            let outputs: Vec<_> = self.outputs.iter().filter(|path| is_file(path)).cloned().collect();
-            let outputs = written(&outputs, &outputs)?;
-            self.write_manifest(&path, self.manifest(outputs)?)?;
+            let files: Vec<_> = outputs.iter().filter(|path| is_file(path)).cloned().collect();
+            self.write_manifest(&path, self.manifest(written(&files, &files)?)?)?;
         }
-        self.write_rule(&self.outputs)
+        self.write_rule(&outputs)
     }
     /// Starts the directory that [`Record::commit`] makes final: who writes into it hears whether hashes of files are of use.
     pub fn begin(&self, directory: &AtomicDir) {
@@ -351,6 +347,11 @@ fn entries_of(path: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = read(path).map_err(|e| Error::reading(path, &e).with_kind(Kind::Io))?;
     paths.sort();
     Ok(paths)
+}
+
+/// Returns an output that has a name.
+fn named(path: Option<&Path>) -> Option<PathBuf> {
+    path.filter(|p| !crate::output::is_stdout(p)).map(Path::to_path_buf)
 }
 
 /// Returns where a file is or will be; nothing for a pipe or a device, which is not overwritten.

@@ -155,23 +155,11 @@ pub struct Architecture {
     pub max_positions: usize,
 }
 
-/// The families that the engine computes.
-const WORKS: [Family; 8] = [
-    Family::Llama,
-    Family::Mistral,
-    Family::Qwen2,
-    Family::Qwen3,
-    Family::Phi3,
-    Family::Gemma2,
-    Family::Gemma3,
-    Family::StableLm,
-];
-
 impl Architecture {
     /// Reads a config.json. Errors (65): an unknown family or feature, one that the engine does not compute, a missing
     /// field, sizes that do not fit together.
     pub fn from_config(config: &Value) -> Result<Self> {
-        let record = Record::read(config, &WORKS)?;
+        let record = Record::read(config, &Family::all())?;
         Ok(Self {
             vocab_size: record.vocab_size,
             hidden: record.hidden,

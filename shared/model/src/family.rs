@@ -43,6 +43,11 @@ const FAMILIES: [(Family, &str, &str); 8] = [
 ];
 
 impl Family {
+    /// Returns all of them: the engine computes each.
+    pub fn all() -> [Self; FAMILIES.len()] {
+        FAMILIES.map(|(family, _, _)| family)
+    }
+
     /// Returns `model_type`.
     pub fn name(self) -> &'static str {
         FAMILIES.iter().find(|(family, _, _)| *family == self).map_or("", |(_, name, _)| name)

@@ -1,12 +1,13 @@
 //! Adapters of every kind against PEFT: what one KTO step with each computes, and that it is written as PEFT has written it (testdata/adapters).
 #![allow(clippy::unwrap_used)]
 
+mod kto_step;
+
 use candle_core::DType;
 use kto_formats::{
     adapter::{Adapter, AdapterMeta},
     model_dir::ModelDir,
     tensors::TensorStore,
-    tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
 };
 use kto_kernel_checks::emulated_gpu;
 use kto_kernels::{
@@ -17,12 +18,11 @@ use kto_kernels::{
 use kto_model::{
     architecture::Architecture,
     base::{BaseModel, Placement},
-    buffers::{Workspace, WorkspaceSpec},
     generate::Generator,
     lora::{Lora, LoraLayout, LoraSpec},
-    rows::{Batch, Job, Packing},
-    sweep::{BranchStats, Sweep},
+    rows::Packing,
 };
+use kto_step::{POSITIONS, distance, floats, step};
 use std::path::{Path, PathBuf};
 
 /// The adapter, and the model of testdata/families that it is on.
@@ -35,8 +35,6 @@ const CASES: [(&str, &str); 7] = [
     ("patterns", "qwen3"),
     ("regex", "mistral-window"),
 ];
-const POSITIONS: usize = 28;
-const BETA: f64 = 0.3;
 
 fn testdata(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata").join(path)
@@ -47,77 +45,21 @@ fn base(name: &str) -> BaseModel {
     BaseModel::load(directory, DType::F32, POSITIONS).unwrap()
 }
 
-fn ids(store: &TensorStore, name: &str) -> Vec<u32> {
-    let view = store.require(name).unwrap();
-    view.data.chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
-}
-
-fn floats(store: &TensorStore, name: &str) -> Vec<f32> {
-    store.require(name).unwrap().to_f32().unwrap()
-}
-
-/// Returns |a − b| / |b| of whole tensors.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
-    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
-    difference / norm(&mut b.iter().map(|b| f64::from(*b)))
-}
-
-fn tokens(store: &TensorStore, vocabulary: usize) -> TokenSet {
-    let meta =
-        TokenMeta { vocab_size: vocabulary as u32, max_length: POSITIONS as u32, ..Default::default() };
-    let mut set = TokenSet::new(meta);
-    for i in 0..2 {
-        let [prompt, completion] = ["prompt", "completion"].map(|part| ids(store, &format!("{i}.{part}")));
-        let prompt_hash = prompt_hash(&prompt);
-        set.push(TokenRow { prompt_ids: &prompt, completion_ids: &completion, label: i == 0, prompt_hash });
-    }
-    set
-}
-
-/// One step of TRL's KTO over two rows, the first desirable; the KL completion of a row is the other row's.
 fn check_step(name: &str, base: &BaseModel, lora: &Lora, packing: Packing, kept_layers: usize) {
     let store = TensorStore::open_file(&testdata("adapters").join(name).join("golden.safetensors")).unwrap();
-    let tokens = tokens(&store, base.architecture.vocab_size);
-    let spec = WorkspaceSpec { kept_layers, head_rows: 5, ..Default::default() };
-    let workspace = Workspace::new(&base.architecture, Some(lora), spec, base.device());
-    let job = |prompt, completion, gradient| Job { prompt, completion, gradient };
-    let jobs = [job(0, 0, true), job(1, 1, true), job(0, 1, false), job(1, 0, false)];
-    let batch = Batch::new(&tokens, base.architecture.limits(POSITIONS), &jobs, packing);
-    let sweep = Sweep { base, lora: None, dropout: None, workspace: &workspace, watch: None };
-    let reference = batch.by_job(&sweep.forward(&batch.packs, false).unwrap().branches);
-    let sweep = Sweep { lora: Some(lora), ..sweep };
-    let forward = sweep.forward(&batch.packs, true).unwrap();
-    let policy = batch.by_job(&forward.branches);
-    let rewards: Vec<f64> = policy.iter().zip(&reference).map(|(p, r)| p.logps - r.logps).collect();
-    let kl = ((rewards[2] + rewards[3]) / 2.0).max(0.0);
-    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
-    let arguments = [BETA * (rewards[0] - kl), BETA * (kl - rewards[1])];
-    let close = |what: &str, found: f64, expected: f32| {
-        let off = (found - f64::from(expected)).abs() / f64::from(expected).abs().max(1.0);
-        assert!(off < 1e-5, "{name} {what}: {found} {expected}");
-    };
-    close("kl", kl, floats(&store, "kl")[0]);
-    for i in 0..2 {
-        close("logps", policy[i].logps, floats(&store, "logps")[i]);
-        close("reference_logps", reference[i].logps, floats(&store, "reference_logps")[i]);
+    let found = step(&store, base, lora, packing, kept_layers);
+    for (what, found) in &found.numbers {
+        for (found, expected) in found.iter().zip(floats(&store, what)) {
+            let off = (found - f64::from(expected)).abs() / f64::from(expected).abs().max(1.0);
+            assert!(off < 1e-5, "{name} {what}: {found} {expected}");
+        }
     }
-    let slopes = arguments.map(|x| BETA / 2.0 * sigmoid(x) * (1.0 - sigmoid(x)));
-    let weights = [-slopes[0], slopes[1]];
-    let weight = |b: &BranchStats| if b.gradient { weights[b.tag] } else { 0.0 };
-    let coefficients: Vec<Vec<f64>> =
-        forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
-    let gradients = lora.zeros_like().unwrap();
-    sweep.backward(&batch.packs, forward, &coefficients, &gradients).unwrap();
-    let mut compared = 0;
-    for (tensor, gradient) in gradients.named_tensors() {
-        let found: Vec<f32> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+    for (tensor, gradient) in &found.gradients {
         let end = if tensor.ends_with("vector") { "" } else { ".weight" };
-        let off = distance(&found, &floats(&store, &format!("grad/{tensor}{end}")));
+        let off = distance(gradient, &floats(&store, &format!("grad/{tensor}{end}")));
         assert!(off < 1e-4, "{name} {tensor}: {off:.1e}");
-        compared += 1;
     }
+    let compared = found.gradients.len();
     assert_eq!(compared, store.names().filter(|n| n.starts_with("grad/")).count(), "{name}");
 }
 

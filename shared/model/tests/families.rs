@@ -2,12 +2,10 @@
 //! the processor and on an emulated GPU (testdata/families).
 #![allow(clippy::unwrap_used)]
 
+mod kto_step;
+
 use candle_core::{DType, Device as HostDevice, Tensor};
-use kto_formats::{
-    model_dir::ModelDir,
-    tensors::TensorStore,
-    tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
-};
+use kto_formats::{model_dir::ModelDir, tensors::TensorStore};
 use kto_kernel_checks::emulated_gpu;
 use kto_kernels::{
     Dense,
@@ -17,12 +15,11 @@ use kto_kernels::{
 use kto_model::{
     architecture::Architecture,
     base::{BaseModel, Placement},
-    buffers::{Workspace, WorkspaceSpec},
     generate::Generator,
     lora::{Lora, LoraSpec},
-    rows::{Batch, Job, Packing},
-    sweep::{BranchStats, Sweep},
+    rows::Packing,
 };
+use kto_step::{POSITIONS, distance, floats, ids, step};
 use std::path::{Path, PathBuf};
 
 const WORKS: [&str; 16] = [
@@ -43,25 +40,12 @@ const WORKS: [&str; 16] = [
     "stablelm",
     "stablelm-plain",
 ];
-/// Longest sequence.
-const POSITIONS: usize = 28;
-const BETA: f64 = 0.3;
-
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/families").join(name)
 }
 
 fn golden(name: &str) -> TensorStore {
     TensorStore::open_file(&folder(name).join("golden.safetensors")).unwrap()
-}
-
-fn ids(store: &TensorStore, name: &str) -> Vec<u32> {
-    let view = store.require(name).unwrap();
-    view.data.chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
-}
-
-fn floats(store: &TensorStore, name: &str) -> Vec<f32> {
-    store.require(name).unwrap().to_f32().unwrap()
 }
 
 fn base(name: &str, positions: usize, device: Option<&Device>) -> BaseModel {
@@ -74,14 +58,6 @@ fn base(name: &str, positions: usize, device: Option<&Device>) -> BaseModel {
 
 fn gpu() -> Option<Device> {
     Some(Device::Gpu(Gpu::new(emulated_gpu(1 << 30, Stream::Copy)?, 1 << 30), Dense::F32))
-}
-
-/// Returns |a − b| / |b| of whole tensors.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
-    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
-    difference / norm(&mut b.iter().map(|b| f64::from(*b)))
 }
 
 fn check_logits(name: &str, length: &str, base: &BaseModel) {
@@ -102,23 +78,6 @@ fn check_logits(name: &str, length: &str, base: &BaseModel) {
     }
 }
 
-/// The trained rows of a golden step as tokens.
-fn tokens(store: &TensorStore, vocabulary: usize) -> TokenSet {
-    let meta =
-        TokenMeta { vocab_size: vocabulary as u32, max_length: POSITIONS as u32, ..Default::default() };
-    let mut set = TokenSet::new(meta);
-    for i in 0..2 {
-        let [prompt, completion] = ["prompt", "completion"].map(|part| ids(store, &format!("{i}.{part}")));
-        set.push(TokenRow {
-            prompt_ids: &prompt,
-            completion_ids: &completion,
-            label: i == 0,
-            prompt_hash: prompt_hash(&prompt),
-        });
-    }
-    set
-}
-
 fn adapter(store: &TensorStore, architecture: &Architecture) -> Lora {
     let spec = LoraSpec { rank: 2, alpha: 3.0, modules: architecture.modules().to_vec() };
     let lora = Lora::fresh(architecture, &spec, 1, DType::F32).unwrap();
@@ -130,58 +89,9 @@ fn adapter(store: &TensorStore, architecture: &Architecture) -> Lora {
     lora
 }
 
-/// What one step says.
-struct Step {
-    /// By the name of a number: of the loss, or of the two rows.
-    numbers: Vec<(&'static str, Vec<f64>)>,
-    /// Of A and B of every matrix.
-    gradients: Vec<(String, Vec<f32>)>,
-}
-
-/// One step of TRL's KTO over two rows, the first desirable. The KL completion of a row is the other row's.
-fn step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize) -> Step {
-    let store = golden(name);
-    let tokens = tokens(&store, base.architecture.vocab_size);
-    let lora = adapter(&store, &base.architecture);
-    let spec = WorkspaceSpec { kept_layers, head_rows: 5, ..Default::default() };
-    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
-    let job = |prompt, completion, gradient| Job { prompt, completion, gradient };
-    let jobs = [job(0, 0, true), job(1, 1, true), job(0, 1, false), job(1, 0, false)];
-    let batch = Batch::new(&tokens, base.architecture.limits(POSITIONS), &jobs, packing);
-    let sweep = Sweep { base, lora: None, dropout: None, workspace: &workspace, watch: None };
-    let reference = batch.by_job(&sweep.forward(&batch.packs, false).unwrap().branches);
-    let sweep = Sweep { lora: Some(&lora), ..sweep };
-    let forward = sweep.forward(&batch.packs, true).unwrap();
-    let policy = batch.by_job(&forward.branches);
-    let rewards: Vec<f64> = policy.iter().zip(&reference).map(|(p, r)| p.logps - r.logps).collect();
-    let kl = ((rewards[2] + rewards[3]) / 2.0).max(0.0);
-    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
-    let arguments = [BETA * (rewards[0] - kl), BETA * (kl - rewards[1])];
-    let loss = arguments.iter().map(|x| 1.0 - sigmoid(*x)).sum::<f64>() / 2.0;
-    let slopes = arguments.map(|x| BETA / 2.0 * sigmoid(x) * (1.0 - sigmoid(x)));
-    let weights = [-slopes[0], slopes[1]];
-    let weight = |b: &BranchStats| if b.gradient { weights[b.tag] } else { 0.0 };
-    let coefficients: Vec<Vec<f64>> =
-        forward.branches.iter().map(|p| p.iter().map(weight).collect()).collect();
-    let gradients = lora.zeros_like().unwrap();
-    sweep.backward(&batch.packs, forward, &coefficients, &gradients).unwrap();
-    let rows = |stats: &[BranchStats]| stats[..2].iter().map(|s| s.logps).collect();
-    Step {
-        numbers: vec![
-            ("kl", vec![kl]),
-            ("loss", vec![loss]),
-            ("logps", rows(&policy)),
-            ("reference_logps", rows(&reference)),
-        ],
-        gradients: gradients
-            .named_tensors()
-            .map(|(name, tensor)| (name, tensor.flatten_all().unwrap().to_vec1().unwrap()))
-            .collect(),
-    }
-}
-
 fn check_step(name: &str, base: &BaseModel, packing: Packing, kept_layers: usize) {
-    let (store, found) = (golden(name), step(name, base, packing, kept_layers));
+    let store = golden(name);
+    let found = step(&store, base, &adapter(&store, &base.architecture), packing, kept_layers);
     for (what, found) in &found.numbers {
         for (found, expected) in found.iter().zip(floats(&store, what)) {
             let off = (found - f64::from(expected)).abs() / f64::from(expected).abs().max(1.0);
@@ -236,7 +146,8 @@ fn quantized_families_compute_with_what_is_decoded() {
             let found = found.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let off = distance(&found, &floats(&store, "logits.long"));
             assert!(off < 1e-5, "{name} {what}: {off:.1e}");
-            step(name, base, Packing::Shared(4096), 1)
+            let golden = golden(name);
+            step(&golden, base, &adapter(&golden, &base.architecture), Packing::Shared(4096), 1)
         };
         let expected = check(&open(), "on the processor");
         for (device, share_widened) in [(gpu(), false), (gpu(), true)] {

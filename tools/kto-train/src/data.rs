@@ -17,12 +17,12 @@ pub fn read(args: &Args) -> Result<TokenSet> {
     let spooled = args.out.join(SPOOL);
     let has_copy =
         is_piped(args) && args.resume.is_some() && spooled.exists() && Stored::read(&args.out).is_some();
+    // Whoever pipes into it may take long, and there is nothing yet to save.
+    let _at_once = is_piped(args).then(AtOnce::begin);
     let mut input = match has_copy && io::stdin().is_terminal() {
         true => input::open(&spooled)?,
         false => input::open(&input::or_stdin(std::slice::from_ref(&args.data))?[0])?,
     };
-    // Whoever pipes into it may take long, and there is nothing yet to save.
-    let _at_once = is_piped(args).then(AtOnce::begin);
     if has_copy && input.reader.fill_buf().map_err(|e| input::error(&input.name, &e))?.is_empty() {
         input = input::open(&spooled)?;
     }

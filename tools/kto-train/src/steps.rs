@@ -233,10 +233,15 @@ impl Steps<'_> {
         let mut evaluated = self.position.evaluated;
         let better = evaluated.note(step, loss);
         if better {
-            self.unsaved_best = Some(self.lora.deep_copy()?);
-            match self.save_best() {
-                Err(e) if is_of_disk(&e) => self.warn_of("best adapter", &e),
-                other => other?,
+            match run.write_adapter(BEST, self.lora) {
+                Err(e) if is_of_disk(&e) => {
+                    self.unsaved_best = Some(self.lora.deep_copy()?);
+                    self.warn_of("best adapter", &e);
+                }
+                other => {
+                    other?;
+                    self.unsaved_best = None;
+                }
             }
         }
         self.position.eval_bytes = self.logs.append_eval(&line)?;

@@ -7,17 +7,6 @@ use kto_formats::tensors::TensorStore;
 use serde_json::json;
 use std::path::PathBuf;
 
-const ALL: [Family; 8] = [
-    Family::Llama,
-    Family::Mistral,
-    Family::Qwen2,
-    Family::Qwen3,
-    Family::Phi3,
-    Family::Gemma2,
-    Family::Gemma3,
-    Family::StableLm,
-];
-
 fn folder(name: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/families")).join(name)
 }
@@ -34,7 +23,7 @@ fn names() -> Vec<String> {
 }
 
 fn record(name: &str) -> Record {
-    Record::read(&ModelDir::open(&folder(name)).unwrap().config, &ALL).unwrap()
+    Record::read(&ModelDir::open(&folder(name)).unwrap().config, &Family::all()).unwrap()
 }
 
 #[test]
@@ -136,7 +125,7 @@ fn config(model_type: &str, more: Value) -> Value {
 }
 
 fn read(model_type: &str, more: Value) -> Result<Record> {
-    Record::read(&config(model_type, more), &ALL)
+    Record::read(&config(model_type, more), &Family::all())
 }
 
 /// Files of before transformers 5 say the same in other words.

@@ -255,3 +255,32 @@ fn a_run_that_was_moved_says_so() {
     assert_eq!(output.status.code(), Some(74), "{}", stderr(&output));
     assert!(stderr(&output).contains("removed or moved") && !b.out().exists(), "{}", stderr(&output));
 }
+
+/// Who waits for piped rows has nothing to save: the first signal ends it.
+#[test]
+fn a_signal_ends_the_wait_for_piped_rows() {
+    let b = Bench::new();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kto-train"))
+        .args(["-q", "--model"])
+        .arg(&b.model)
+        .arg("--out")
+        .arg(b.out())
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    sleep(Duration::from_secs(1));
+    assert!(child.try_wait().unwrap().is_none());
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let began = Instant::now();
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if began.elapsed() > Duration::from_secs(20) => {
+                child.kill().unwrap();
+                panic!("it still waits");
+            }
+            None => sleep(Duration::from_millis(10)),
+        }
+    };
+    assert_eq!(status.code(), Some(143));
+}
