@@ -1,7 +1,7 @@
 //! The command line of kto-merge, as the user gives it.
 
 use clap::{ArgGroup, Parser, ValueEnum};
-use kto_cli::Common;
+use kto_cli::{Common, Error};
 use kto_formats::{lora::Ecosystem, shards::parse_size};
 use safetensors::Dtype;
 use std::path::PathBuf;
@@ -51,7 +51,10 @@ pub struct Args {
     #[arg(long = "adapter", value_name = "DIR", help_heading = "Input")]
     pub adapters: Vec<PathBuf>,
     /// Tuned model whose difference from the base becomes an adapter
-    #[arg(long, value_name = "DIR", requires = "rank", requires = "base", help_heading = "Input")]
+    #[arg(
+        long, value_name = "DIR", requires = "rank", requires = "base", help_heading = "Input",
+        conflicts_with_all = ["scale", "layers", "weights", "method", "density"]
+    )]
     pub extract: Option<PathBuf>,
     /// Merge even if an adapter was trained on another base or is in the base already
     #[arg(long, help_heading = "Input")]
@@ -69,10 +72,10 @@ pub struct Args {
     /// How several adapters are mixed
     #[arg(long, value_name = "METHOD", default_value = "linear", help_heading = "Change")]
     pub method: Method,
-    /// Share of elements that ties and dare keep
-    #[arg(long, value_name = "X", default_value_t = 0.5, value_parser = share, help_heading = "Change")]
-    pub density: f64,
-    /// Seed of dare
+    /// Share of elements that ties and dare keep [default: 0.5]
+    #[arg(long, value_name = "X", value_parser = share, help_heading = "Change")]
+    pub density: Option<f64>,
+    /// Seed of dare and of --rank
     #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Change")]
     pub seed: u64,
 
@@ -97,9 +100,9 @@ pub struct Args {
     /// Rank of the adapter that is written [default: as it is]
     #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = "Output")]
     pub rank: Option<u32>,
-    /// Largest weight file: 5GB, 500MB, 2GiB
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size, help_heading = "Output")]
-    pub max_shard_size: u64,
+    /// Largest weight file: 500MB, 2GiB [default: 5GB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["to", "extract"], help_heading = "Output")]
+    pub max_shard_size: Option<u64>,
     /// Check the inputs and print what would be done
     #[arg(long, visible_alias = "plan", help_heading = "Output")]
     pub dry_run: bool,
@@ -113,6 +116,45 @@ pub struct Args {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,
+}
+
+/// Share of elements that ties and dare keep, where none is given.
+const DENSITY: f64 = 0.5;
+/// Largest weight file, where none is given.
+const SHARD: u64 = 5_000_000_000;
+
+impl Args {
+    /// Refuses (2) what would have no effect.
+    pub fn check(&self) -> Result<(), Error> {
+        let refuse = |what: &str, hint: &str| Err(Error::usage(what).with_hint(hint));
+        let gguf = self.form == Some(FormName::Gguf);
+        match self.rank {
+            Some(rank) if self.to.is_none() && self.extract.is_none() => {
+                return Err(Error::usage(format!("--rank {rank} needs --to or --extract")));
+            }
+            _ => {}
+        }
+        if self.density.is_some() && self.method == Method::Linear {
+            return refuse("--density: the linear method keeps everything", "--method ties or --method dare");
+        }
+        if self.r#type.is_some() && !gguf {
+            return refuse("--type is of a GGUF file", "--form gguf");
+        }
+        if self.max_shard_size.is_some() && gguf {
+            return refuse("--max-shard-size: a GGUF file is one file", "leave it out");
+        }
+        Ok(())
+    }
+
+    /// Share of elements that ties and dare keep.
+    pub fn density(&self) -> f64 {
+        self.density.unwrap_or(DENSITY)
+    }
+
+    /// Largest weight file, in bytes.
+    pub fn max_shard_size(&self) -> u64 {
+        self.max_shard_size.unwrap_or(SHARD)
+    }
 }
 
 /// A float dtype on the command line.

@@ -121,7 +121,7 @@ fn mixed(args: &Args, rank: usize, ui: &Ui) -> Result<LoraSet> {
             Some(stored) => stored,
             None => &held,
         };
-        let mix = Mix::new(args.method, args.density, args.seed, name, &parts, base);
+        let mix = Mix::new(args.method, args.density(), args.seed, name, &parts, base);
         let difference = Difference { base, change: Change { parts, mix, scale: args.scale } };
         put(&mut modules, &mut least, name, &difference, rank, args.seed)?;
         progress.add(1);

@@ -41,7 +41,7 @@ impl Inputs {
         let (mut adapters, weights) = adapters(args)?;
         base.notes.iter().for_each(|note| ui.warn(note));
         // Before the shapes: of a wholly different base, that is what is wrong.
-        let metadata = origin::metadata(&base, &adapters, args.force_base)?;
+        let metadata = origin::metadata(&base, &adapters, args.force_base, ui)?;
         for (adapter, path) in adapters.iter().zip(&args.adapters) {
             check(&base, adapter).at(escape(&adapter::directory(path).display().to_string()))?;
         }
@@ -85,7 +85,7 @@ impl Inputs {
                 adapter: *i,
             })
             .collect();
-        let mix = Mix::new(args.method, args.density, args.seed, module, &parts, base);
+        let mix = Mix::new(args.method, args.density(), args.seed, module, &parts, base);
         Some(Change { parts, mix, scale: args.scale })
     }
 }

@@ -24,6 +24,7 @@ use kto_cli::{Error, Exit, Result, Ui, signal};
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
+    args.check()?;
     signal::install();
     let threads = args.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();

@@ -1,6 +1,6 @@
 //! Which base an adapter belongs to, and what has been merged already.
 
-use kto_cli::{Error, Result, escape, hash::Sha256Hex};
+use kto_cli::{Error, Result, Ui, escape, hash::Sha256Hex};
 use kto_formats::{lora::LoraSet, model_dir::ModelDir, safetensors_out::pt_metadata};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -10,7 +10,12 @@ const MERGED_FROM: &str = "kto.merged_from";
 
 /// Checks the adapters against the base and returns the metadata of the result: the merges so far and these.
 /// Errors (78): an adapter was trained on another base, or is merged into this one already.
-pub fn metadata(base: &ModelDir, adapters: &[LoraSet], force: bool) -> Result<BTreeMap<String, String>> {
+pub fn metadata(
+    base: &ModelDir,
+    adapters: &[LoraSet],
+    force: bool,
+    ui: &Ui,
+) -> Result<BTreeMap<String, String>> {
     let print = base.fingerprint();
     let place = escape(&base.path.display().to_string());
     let merged = base.tensors.metadata().get(MERGED_FROM);
@@ -18,13 +23,18 @@ pub fn metadata(base: &ModelDir, adapters: &[LoraSet], force: bool) -> Result<BT
         Some(Ok(Value::Array(list))) => list,
         _ => Vec::new(),
     };
+    let before = merges.len();
     for adapter in adapters {
         let identity = identity(adapter);
-        if !force && merges.iter().any(|m| m.get("adapter") == Some(&json!(identity))) {
+        let earlier = &merges[..before];
+        if !force && earlier.iter().any(|m| m.get("adapter") == Some(&json!(identity))) {
             return Err(Error::config(format!("{place}: this adapter is merged into this base already"))
                 .with_hint("--force-base merges it again"));
         }
         check_base(base, adapter, force)?;
+        if merges[before..].iter().any(|m| m.get("adapter") == Some(&json!(identity))) {
+            ui.warn("the same adapter is given twice: its change counts twice");
+        }
         merges.push(json!({"base": print, "adapter": identity}));
     }
     let mut metadata = pt_metadata();

@@ -140,6 +140,15 @@ impl Plan {
         Ok(items)
     }
 
+    /// Returns the bytes that a weight of the result takes, but for the tables and the text beside 4-bit codes.
+    pub fn bytes(&self, name: &str, target: Target) -> u64 {
+        let stored = || Weight::find(&self.inputs.base, name).ok().flatten();
+        match target {
+            Target::Form(form) => stored().map_or(0, |weight| form.bytes(&weight.shape)),
+            Target::Same => self.parts(name).iter().map(|part| part.data.len() as u64).sum(),
+        }
+    }
+
     /// The tensors that a weight is stored in.
     fn parts(&self, name: &str) -> Vec<TensorView<'_>> {
         let store = &self.inputs.base.tensors;
@@ -230,10 +239,10 @@ impl Plan {
             self.inputs.weights,
             args.scale,
             args.method,
-            args.density,
+            args.density(),
             args.seed,
             args.layers,
-            args.max_shard_size,
+            args.max_shard_size(),
             targets.join("\n")
         )
     }

@@ -1,7 +1,7 @@
 //! `--verify`: the merged model beside base and adapters on a few prompts, both computed by the engine that trains.
 //!
-//! What cannot be compared is refused before anything is written: the engine knows plain adapters of the linear layers, whose weighted sum
-//! is one adapter of the sum of their ranks.
+//! What cannot be compared is refused before anything is written: the engine knows adapters of the linear layers. The weighted sum of plain
+//! ones is one adapter of the sum of their ranks; one with DoRA stands alone in its layer and counts as it is.
 
 use crate::{
     args::{Args, FormName, Method},
@@ -47,14 +47,19 @@ impl Verify {
         if inputs.adapters.iter().any(|a| !a.saved.is_empty()) {
             return refuse("modules that were trained whole exist only merged");
         }
-        if inputs.adapters.iter().flat_map(|a| a.modules.values()).any(|m| m.magnitude.is_some()) {
-            return refuse("it cannot hold a DoRA adapter beside its base");
-        }
         let architecture = Architecture::from_config(&inputs.base.config).at(shown(&inputs.base.path))?;
         let mut tensors = BTreeMap::new();
         for (name, adapters) in &inputs.modules {
             let part = |i: &usize| (&inputs.adapters[*i].modules[name], inputs.weights[*i] * args.scale);
-            tensors.insert(name.clone(), sum(&adapters.iter().map(part).collect::<Vec<_>>()));
+            let parts: Vec<_> = adapters.iter().map(part).collect();
+            let module = match parts[..] {
+                [(module, 1.0)] => module.clone(),
+                _ if parts.iter().any(|(module, _)| module.magnitude.is_some()) => {
+                    return refuse("DoRA with a factor or beside another adapter exists only merged");
+                }
+                _ => sum(&parts),
+            };
+            tensors.insert(name.clone(), module);
         }
         // The settings are not looked at: each module has its own rank and scale.
         let config = AdapterConfig {
@@ -71,7 +76,7 @@ impl Verify {
         Ok(Self { lora: Lora::from_adapter(&architecture, &adapter, DType::F32)? })
     }
 
-    /// Compares the model at `merged` and says how far it is off. Error 65: its logits are not finite.
+    /// Compares the model at `merged`, which has not got its name yet, and says how far it is off. Error 65: its logits are not finite.
     pub fn run(&self, base: &Path, merged: &Path, ui: &Ui) -> Result<()> {
         let prompts = prompts(base)?;
         let positions = prompts.iter().map(Vec::len).max().unwrap_or(1);

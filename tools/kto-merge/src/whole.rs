@@ -3,7 +3,7 @@
 use crate::{
     args::{Args, FormName, GgufType},
     inputs::Inputs,
-    plan::{Plan, Target},
+    plan::Plan,
     verify::Verify,
 };
 use kto_cli::{
@@ -13,10 +13,10 @@ use kto_cli::{
 };
 use kto_formats::{adapter, companions, python_json};
 use kto_weights::{
-    Form, Layout, Weight,
+    Layout, Weight,
     gguf::{FileType, Gguf},
 };
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeSet, path::Path, sync::atomic::Ordering};
 
 /// Room that is left for tokenizer and other small files, in bytes.
 const COMPANIONS: u64 = 64 << 20;
@@ -38,14 +38,11 @@ impl From<GgufType> for FileType {
 
 /// Merges.
 pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
-    if let Some(rank) = args.rank {
-        return Err(Error::usage(format!("--rank {rank} needs --to or --extract")));
-    }
     let plan = Plan::new(args, Inputs::open(args, ui)?)?;
     let verify = args.verify.then(|| Verify::new(args, &plan.inputs)).transpose()?;
     if args.dry_run {
         let mut out = Output::create(None)?;
-        out.write(describe(args, &plan).as_bytes())?;
+        out.write(describe(args, &plan, ui)?.as_bytes())?;
         out.finish()?;
         return Ok(Exit::Ok);
     }
@@ -63,7 +60,7 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         let identity = plan.identity(args);
         let directory = atomic::AtomicDir::resume(&args.output, args.force, if_changed, &identity)?;
         record.begin(&directory);
-        let layout = Layout::plan(plan.items(args)?, args.max_shard_size)?;
+        let layout = Layout::plan(plan.items(args)?, args.max_shard_size())?;
         let bytes = layout.bytes();
         disk::require_free(&args.output, bytes.saturating_sub(disk::used(directory.path())) + COMPANIONS)?;
         if let Err(error) = layout.write(&directory, &plan.metadata(), ui, None) {
@@ -76,6 +73,12 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         let copied = companions::copy(&base.path, directory.path())?;
         let config = python_json::pretty_sorted(&plan.config()) + "\n";
         atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
+        if let Some(verify) = &verify
+            && let Err(error) = verify.run(&base.path, directory.path(), ui)
+        {
+            directory.keep(error.kind() != Kind::Data);
+            return Err(error);
+        }
         let resumed = directory.resumed();
         record.commit(directory, &args.output)?;
         if !resumed && plan.different.load(Ordering::Relaxed) == 0 {
@@ -90,9 +93,6 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
             if copied.is_empty() { "nothing else".into() } else { escape(&copied.join(", ")) }
         ));
     }
-    if let Some(verify) = verify {
-        verify.run(&base.path, &args.output, ui)?;
-    }
     print_path(&args.output)?;
     Ok(Exit::Ok)
 }
@@ -103,41 +103,43 @@ fn hinted(error: Error, args: &Args) -> Error {
     if large && args.form.is_none() { error.with_hint("--dtype bf16 or --dtype f32") } else { error }
 }
 
-fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
+/// The GGUF file that the result becomes.
+fn gguf_file(args: &Args, plan: &Plan, ui: &Ui) -> Result<Gguf> {
     let base = &plan.inputs.base;
     let mut all = Vec::new();
     for name in plan.targets.keys() {
         let weight = Weight::find(base, base.tensors.require(name)?.name)?;
         let weight = weight.ok_or_else(|| {
-            Error::data(format!(
-                "{}: tensor \"{}\" holds no floats",
-                base.tensors.place_of(name),
-                escape(name)
-            ))
+            let place = base.tensors.place_of(name);
+            Error::data(format!("{place}: tensor \"{}\" holds no floats", escape(name)))
         })?;
         all.push((name.clone(), weight.shape, weight.dtype));
     }
     let file = FileType::from(args.r#type.unwrap_or(GgufType::Q4KM));
-    let gguf = Gguf::new(base, &all, file, &|_| Ok(None), ui)?;
+    Gguf::new(base, &all, file, &|_| Ok(None), ui)
+}
+
+fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
+    let gguf = gguf_file(args, plan, ui)?;
     if args.output.exists() && !args.force {
         let text = format!("{}: already exists", escape(&args.output.display().to_string()));
         return Err(Error::new(Kind::CantCreate, text).with_hint("--force replaces it"));
     }
     disk::require_free(&args.output, gguf.size())?;
     gguf.write(&args.output, ui, &|name| plan.values(args, name), None)?;
-    let merged = plan.changed.len();
-    ui.note(format_args!("{merged} of {} tensors merged, {} MB", all.len(), gguf.size().div_ceil(1_000_000)));
+    let (merged, all, size) = (plan.changed.len(), plan.targets.len(), gguf.size());
+    ui.note(format_args!("{merged} of {all} tensors merged, {} MB", size.div_ceil(1_000_000)));
     Ok(())
 }
 
 /// The plan for --dry-run.
-fn describe(args: &Args, plan: &Plan) -> String {
-    let path = |path: &std::path::Path| escape(&path.display().to_string());
-    let mut text = format!("base {}\noutput {}\n", path(&plan.inputs.base.path), path(&args.output));
+fn describe(args: &Args, plan: &Plan, ui: &Ui) -> Result<String> {
+    let base = &plan.inputs.base;
+    let path = |path: &Path| escape(&path.display().to_string());
+    let mut text = format!("base {}\noutput {}\n", path(&base.path), path(&args.output));
     for ((adapter, weight), from) in plan.inputs.adapters.iter().zip(&plan.inputs.weights).zip(&args.adapters)
     {
-        let scales: std::collections::BTreeSet<String> =
-            adapter.modules.values().map(|m| m.scale.to_string()).collect();
+        let scales: BTreeSet<String> = adapter.modules.values().map(|m| m.scale.to_string()).collect();
         let scales: Vec<String> = scales.into_iter().collect();
         let dora = if adapter.modules.values().any(|m| m.magnitude.is_some()) { ", DoRA" } else { "" };
         text += &format!(
@@ -150,18 +152,11 @@ fn describe(args: &Args, plan: &Plan) -> String {
         );
     }
     text += &format!("tensors {}, of them dequantized {}\n", plan.targets.len(), plan.dequantized);
-    if args.form != Some(FormName::Gguf) {
-        let bytes = |(name, target): (&String, &Target)| {
-            let tensors = &plan.inputs.base.tensors;
-            let stored = tensors.get(name).and_then(|v| Weight::find(&plan.inputs.base, v.name).ok()?);
-            match (target, stored) {
-                (Target::Form(form), Some(weight)) => form.bytes(&weight.shape),
-                (Target::Form(Form::Float(_)) | Target::Same | Target::Form(_), stored) => {
-                    stored.map_or(0, |weight| weight.bytes())
-                }
-            }
-        };
-        text += &format!("size {}\n", units::size(plan.targets.iter().map(bytes).sum()));
-    }
-    text
+    let before = base.tensors.views().map(|view| view.data.len() as u64).sum();
+    let after = match args.form {
+        Some(FormName::Gguf) => gguf_file(args, plan, ui)?.size(),
+        _ => plan.targets.iter().map(|(name, target)| plan.bytes(name, *target)).sum(),
+    };
+    text += &format!("size {} before, {} after\n", units::size(before), units::size(after));
+    Ok(text)
 }

@@ -389,6 +389,25 @@ fn mixtures_layers_and_scales_are_those_of_the_definition() {
     {
         assert_eq!(refused(&base, &adapter, more).0, 2, "{more:?}");
     }
+    // What would have no effect.
+    for more in [
+        &["--density", "0.3"][..],
+        &["--type", "Q8_0", "--form", "nf4"],
+        &["--form", "gguf", "--max-shard-size", "1GB"],
+        &["--form", "gguf", "--dtype", "f32"],
+        &["--extract", "x", "--rank", "2"],
+    ] {
+        assert_eq!(refused(&base, &adapter, more).0, 2, "{more:?}");
+    }
+    // The same adapter twice is its double, and is said.
+    let twice =
+        run(&base, &adapter, &top.path().join("twice"), &["--adapter", text(&adapter), "--dtype", "f32"]);
+    let said = String::from_utf8(twice.stderr).unwrap();
+    assert!(twice.status.success() && said.contains("given twice"), "{said}");
+    let twice = ModelDir::open(&top.path().join("twice")).unwrap();
+    for ((w, s), b) in values(&whole, first).iter().zip(values(&twice, first)).zip(values(&b, first)) {
+        assert!((2.0 * f64::from(*w - b) - f64::from(s - b)).abs() < 1e-5);
+    }
 }
 
 #[test]
