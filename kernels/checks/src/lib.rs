@@ -12,6 +12,7 @@ mod dropout;
 mod elementwise;
 #[cfg(emulated)]
 mod emulator;
+mod gains;
 mod gated;
 #[cfg(emulated)]
 mod gpu;
@@ -55,12 +56,13 @@ pub fn emulated_gpu(memory: usize, lazy: Stream) -> Option<Arc<dyn GpuMachine>> 
 pub type Check = fn(&dyn Machine) -> Result<()>;
 
 /// All checks by name.
-pub const CHECKS: [(&str, Check); 13] = [
+pub const CHECKS: [(&str, Check); 14] = [
     ("attention", attention::check),
     ("casts", elementwise::check_casts),
     ("dequantize", dequantize::check),
     ("dropout", dropout::check),
     ("elementwise", elementwise::check),
+    ("gains", gains::check),
     ("gated", gated::check),
     ("layer_norm", layer_norm::check),
     ("logprob", logprob::check),

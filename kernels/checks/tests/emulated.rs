@@ -38,6 +38,7 @@ mod checks {
         dequantize,
         dropout,
         elementwise,
+        gains,
         gated,
         layer_norm,
         logprob,

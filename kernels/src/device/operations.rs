@@ -142,14 +142,22 @@ pub fn scale_in_place(x: &Tensor, factor: f64) -> Result<()> {
     }
 }
 
-/// As [`crate::scale_columns`]. Error: a GPU.
+/// As [`crate::scale_columns`]; on a GPU the factors are f32.
 pub fn scale_columns(x: &Tensor, factors: &Tensor) -> Result<()> {
-    crate::scale_columns(x.host()?, factors.host()?)
+    match (x, factors) {
+        (Host(x), Host(factors)) => crate::scale_columns(x, factors),
+        (Gpu(x), Gpu(factors)) => on::scale_columns(x, factors),
+        _ => apart("scale_columns"),
+    }
 }
 
-/// As [`crate::add_column_dots`]. Error: a GPU.
+/// As [`crate::add_column_dots`]; on a GPU the factors and the sums are f32.
 pub fn add_column_dots(to: &Tensor, x: &Tensor, y: &Tensor, factors: &Tensor) -> Result<()> {
-    crate::add_column_dots(to.host()?, x.host()?, y.host()?, factors.host()?)
+    match (to, x, y, factors) {
+        (Host(to), Host(x), Host(y), Host(factors)) => crate::add_column_dots(to, x, y, factors),
+        (Gpu(to), Gpu(x), Gpu(y), Gpu(factors)) => on::add_column_dots(to, x, y, factors),
+        _ => apart("add_column_dots"),
+    }
 }
 
 /// As [`crate::clear`].

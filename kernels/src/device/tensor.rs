@@ -81,6 +81,20 @@ impl Device {
         }
     }
 
+    /// Returns numbers (C) that multiply columns: on the host in the computation's type, on a GPU in f32.
+    pub fn numbers(&self, values: &[f64]) -> Result<Tensor> {
+        match self {
+            Self::Host(dtype) => {
+                let tensor = candle_core::Tensor::new(values, &candle_core::Device::Cpu)?;
+                Ok(Tensor::Host(tensor.to_dtype(*dtype)?))
+            }
+            Self::Gpu(gpu, _) => {
+                let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+                Ok(Tensor::Gpu(Matrix::of_floats(gpu, &values, 1, values.len(), Dense::F32)?))
+            }
+        }
+    }
+
     /// Returns the most memory in bytes that was taken of a GPU at any time; nothing on the processor.
     pub fn peak_memory(&self) -> Option<u64> {
         match self {
@@ -104,6 +118,14 @@ impl Tensor {
         Ok(match self {
             Self::Host(t) => Self::Host(t.narrow(0, start, count)?),
             Self::Gpu(m) => Self::Gpu(m.narrow(start, count)?),
+        })
+    }
+
+    /// Returns `count` elements of a vector from `start` on.
+    pub fn part(&self, start: usize, count: usize) -> Result<Self> {
+        Ok(match self {
+            Self::Host(t) => Self::Host(t.narrow(0, start, count)?),
+            Self::Gpu(m) => Self::Gpu(m.reshape(m.elements(), 1)?.narrow(start, count)?.reshape(1, count)?),
         })
     }
 

@@ -2,7 +2,7 @@
 //! CPU operations of the same names.
 
 use super::{
-    Dropout, Elements, Gated, Grid, LayerNorm, Logprob, RmsNorm, Rope, Rows,
+    Dropout, Elements, Gains, Gated, Grid, LayerNorm, Logprob, RmsNorm, Rope, Rows,
     matrix::Matrix,
     memory::{Gpu, Memory},
 };
@@ -195,6 +195,34 @@ pub fn add_bias(x: &Matrix, bias: &Matrix) -> Result<()> {
     }
     let at = [x.address(), bias.address()];
     x.gpu().launch("add_bias", x.element(), Grid::rows(rows, columns), &at, &rows_of(rows, columns)?)
+}
+
+/// As [`crate::scale_columns`]. Shape: factors (1, C) in f32.
+pub fn scale_columns(x: &Matrix, factors: &Matrix) -> Result<()> {
+    let (rows, columns) = x.dims();
+    same("scale_columns", (1, columns), Dense::F32, &[factors])?;
+    same("scale_columns", (rows, columns), x.element(), &[x])?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let p = Gains { rows: rows as u64, columns: width(columns)?, unused: 0 };
+    x.gpu().launch(
+        "scale_columns",
+        x.element(),
+        Grid::rows(rows, columns),
+        &[x.address(), factors.address()],
+        &p,
+    )
+}
+
+/// As [`crate::add_column_dots`]; sums are in f32, of 64 rows each and of those. Shapes: to and factors (1, C) in f32.
+pub fn add_column_dots(to: &Matrix, x: &Matrix, y: &Matrix, factors: &Matrix) -> Result<()> {
+    let (rows, columns) = x.dims();
+    same("add_column_dots", (1, columns), Dense::F32, &[to, factors])?;
+    same("add_column_dots", (rows, columns), x.element(), &[x, y])?;
+    let p = Gains { rows: rows as u64, columns: width(columns)?, unused: 0 };
+    let at = [to.address(), x.address(), y.address(), factors.address()];
+    x.gpu().launch("add_column_dots", x.element(), Grid::elements(columns), &at, &p)
 }
 
 /// As [`crate::gather_rows_into`].

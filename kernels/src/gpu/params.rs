@@ -184,6 +184,17 @@ params!(
     }
 );
 params!(
+    /// Of `scale_columns` and `add_column_dots`.
+    Gains {
+        /// Rows of x.
+        rows: u64,
+        /// Columns of x.
+        columns: u32,
+        /// Zero.
+        unused: u32,
+    }
+);
+params!(
     /// Of `add`, `scale`, `cast_to_f32` and `cast_of_f32`.
     Elements {
         /// Elements of each tensor.

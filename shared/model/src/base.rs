@@ -260,6 +260,10 @@ impl BaseModel {
             return Ok(found);
         }
         let found = own.linears[module].0.row_squares().numeric()?;
+        if self.placed.layers.is_some() {
+            // Nothing else reads the file's pages once the weights are on a GPU, or not soon.
+            own.use_.pages.release();
+        }
         Ok(own.squares[module].get_or_init(|| found))
     }
 

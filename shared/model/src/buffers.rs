@@ -197,7 +197,8 @@ impl Widths {
 
     /// Returns the elements a row that a backward pass on a GPU needs beyond [`Widths::forward_scratch`]; attention borrows its sums.
     pub fn backward_on_gpu(&self) -> usize {
-        self.hidden + 2 * self.queries + 2 * self.keys + self.raw.1 + self.sums + self.rank_sum()
+        let extra = self.raw.1 + self.sums + self.gains.0 + self.gains.1;
+        self.hidden + 2 * self.queries + 2 * self.keys + extra + self.rank_sum()
     }
 
     /// Returns the elements a row that a backward pass needs beyond [`Widths::forward_scratch`]. Attention sums the gradients of keys

@@ -2,14 +2,15 @@
 //!
 //! Called by the sweep and by generation, once for each block they enter. Formula (arXiv 2402.09353, as PEFT 0.21.2 computes it):
 //! gain = magnitude / ‖W + scale·B·A‖ by rows, the norm without gradient. The norm of W alone is computed once; what A and B add to it comes
-//! from A·Wᵀ and A·Aᵀ, so the sum of the matrices never exists. Deliberately absent: dropout on the adapter's input, and GPUs.
+//! from A·Wᵀ and A·Aᵀ, so the sum of the matrices never exists. On a GPU both products are made there; lengths and gains are the host's.
+//! Deliberately absent: dropout on the adapter's input.
 
 use crate::{
     base::BaseModel, block::BlockFactors, lora::Lora, numeric::Numeric, on_gpu::adapter, projection::Factors,
 };
 use candle_core::{DType, Tensor as HostTensor};
-use kto_cli::{Error, Kind, Result};
-use kto_kernels::device::{Factor, FrozenWeight, Onto, Product, Tensor, multiply};
+use kto_cli::Result;
+use kto_kernels::device::{Device, Factor, FrozenWeight, Onto, Product, Tensor, multiply};
 
 /// What the rows of one adapted weight are multiplied with.
 pub(crate) struct Lengths {
@@ -35,33 +36,32 @@ pub(crate) fn lengths(
         let Some((f, magnitude)) = factors.as_ref().and_then(|f| Some((f, f.magnitude.as_ref()?))) else {
             continue;
         };
-        let norms = norms(f, &linears[m].weight, base.row_squares(layer, m)?).numeric()?;
+        let squares = base.row_squares(layer, m)?;
+        let norms = norms(base.device(), f, &linears[m].weight, squares).numeric()?;
         let magnitude = magnitude.host().numeric()?;
-        let dtype = magnitude.dtype();
         let values = magnitude.to_dtype(DType::F64).and_then(|t| t.to_vec1::<f64>()).numeric()?;
-        let tensor = |values: Vec<f64>| {
-            let tensor = HostTensor::from_vec(values, norms.len(), &candle_core::Device::Cpu);
-            tensor.and_then(|t| t.to_dtype(dtype)).numeric().map(Tensor::Host)
-        };
         // A row of zeros has no direction to be long in; PEFT divides by zero there.
         let inverse: Vec<f64> = norms.iter().map(|n| if *n > 0.0 { 1.0 / n } else { 0.0 }).collect();
-        let gain = values.iter().zip(&inverse).map(|(m, i)| m * i).collect();
-        *to = Some(Lengths { gain: tensor(gain)?, inverse: tensor(inverse)? });
+        let gain: Vec<f64> = values.iter().zip(&inverse).map(|(m, i)| m * i).collect();
+        let numbers = |values: &[f64]| base.device().numbers(values).numeric();
+        *to = Some(Lengths { gain: numbers(&gain)?, inverse: numbers(&inverse)? });
     }
     Ok(all)
 }
 
 /// Returns ‖W + scale·B·A‖ by rows: ‖W‖² + 2·scale·B·(A·Wᵀ) + scale²·B·(A·Aᵀ)·Bᵀ, each row by itself.
-fn norms(f: &Factors<Tensor>, weight: &FrozenWeight, squares: &[f64]) -> candle_core::Result<Vec<f64>> {
-    let (a, b) = (f.a.host()?, f.b.host()?);
-    let ((out, r), dtype) = (b.dims2()?, a.dtype());
-    let zeros =
-        |columns: usize| HostTensor::zeros((r, columns), dtype, &candle_core::Device::Cpu).map(Tensor::Host);
-    let (crossed, gram) = (zeros(out)?, zeros(r)?);
+fn norms(
+    device: &Device,
+    f: &Factors<Tensor>,
+    weight: &FrozenWeight,
+    squares: &[f64],
+) -> candle_core::Result<Vec<f64>> {
+    let (out, r) = f.b.dims2()?;
+    let (crossed, gram) = (device.gradient(r, out)?, device.gradient(r, r)?);
     multiply(&crossed, Onto::Zero, &[Product::new(&f.a, Factor::Linear(weight))])?;
     multiply(&gram, Onto::Zero, &[Product::new(&f.a, Factor::Transposed(&f.a))])?;
-    let wide = |t: &HostTensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
-    let (crossed, gram, b) = (wide(crossed.host()?)?, wide(gram.host()?)?, wide(b)?);
+    let wide = |t: &Tensor| t.to_host()?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let (crossed, gram, b) = (wide(&crossed)?, wide(&gram)?, wide(&f.b)?);
     let row = |j: usize| {
         let b = &b[j * r..][..r];
         let mut sum = 0.0;
@@ -82,7 +82,7 @@ impl Lora {
 
     /// Sets the magnitudes of a fresh adapter to the lengths that the rows have, so that it changes nothing.
     pub fn measure(&self, base: &BaseModel) -> Result<()> {
-        // Where the processor computes these are the same memory, each computed module by itself.
+        // Magnitudes are the host's memory wherever the rest is, each computed module by itself.
         for (layer, block) in adapter::bring(base.device(), self)?.iter().enumerate() {
             if block.iter().flatten().all(|f| f.magnitude.is_none()) {
                 continue;
@@ -92,10 +92,9 @@ impl Lora {
                 let Some((f, to)) = f.as_ref().and_then(|f| Some((f, f.magnitude.as_ref()?))) else {
                     continue;
                 };
-                let (norms, to) = (
-                    norms(f, &linears[m].weight, base.row_squares(layer, m)?).numeric()?,
-                    to.host().numeric()?,
-                );
+                let squares = base.row_squares(layer, m)?;
+                let norms = norms(base.device(), f, &linears[m].weight, squares).numeric()?;
+                let to = to.host().numeric()?;
                 let values = HostTensor::from_vec(norms, to.dims(), &candle_core::Device::Cpu);
                 values.and_then(|v| to.slice_set(&v.to_dtype(to.dtype())?, 0, 0)).numeric()?;
             }
@@ -103,9 +102,4 @@ impl Lora {
         }
         Ok(())
     }
-}
-
-/// The error of DoRA on a GPU.
-pub(crate) fn not_on_gpu() -> Error {
-    Error::new(Kind::Unavailable, "DoRA is not computed on a GPU yet").with_hint("--device cpu")
 }

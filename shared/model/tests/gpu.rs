@@ -19,7 +19,7 @@ use kto_model::{
     base::{BaseModel, Placement},
     buffers::{Workspace, WorkspaceSpec},
     generate::Generator,
-    lora::{Lora, LoraSpec},
+    lora::{Lora, LoraLayout, LoraSpec},
     rows::{Batch, Job, Packing},
     sweep::Sweep,
 };
@@ -68,6 +68,7 @@ struct Form {
     packing: Packing,
     dropout: Option<DropoutKey>,
     modules: &'static [Module],
+    dora: bool,
 }
 
 const WHOLE: Form = Form {
@@ -76,6 +77,7 @@ const WHOLE: Form = Form {
     packing: Packing::Shared(4096),
     dropout: None,
     modules: &Module::ALL,
+    dora: false,
 };
 
 /// Scores and gradients of two sweeps.
@@ -104,10 +106,14 @@ fn run_in(model: &Path, device: Option<&Device>, form: Form) -> Found {
         base.place(device, form.placement, |_| {}).unwrap();
     }
     let spec = LoraSpec { rank: 3, alpha: 5.0, modules: form.modules.to_vec() };
-    let lora = Lora::fresh(&base.architecture, &spec, 7, DType::F32).unwrap();
+    let layout = LoraLayout { dora: form.dora, ..LoraLayout::uniform(&base.architecture, &spec) };
+    let lora = Lora::laid_out(&base.architecture, &layout, 7, DType::F32).unwrap();
+    lora.measure(&base).unwrap();
     for (stream, t) in lora.tensors().enumerate() {
         let value = |i: usize| random::uniform(stream as u64 + 50, i as u64) as f32 * 0.2 - 0.1;
-        let values: Vec<f32> = (0..t.elem_count()).map(value).collect();
+        // Lengths of rows stay near those that the rows have.
+        let before = if t.dims().len() == 1 { t.to_vec1().unwrap() } else { vec![0.0; t.elem_count()] };
+        let values: Vec<f32> = before.iter().enumerate().map(|(i, v)| v + value(i)).collect();
         t.slice_set(&Tensor::from_vec(values, t.shape(), t.device()).unwrap(), 0, 0).unwrap();
     }
     let tokens = tokens(base.architecture.vocab_size as u64);
@@ -178,16 +184,42 @@ fn in_f32_it_computes_what_the_processor_computes() {
     }
 }
 
+/// Also with one A for the parts of a fused matrix, streamed, in places that weights share.
+#[test]
+fn dora_is_what_the_processor_computes() {
+    let Some(gpu) = device(Dense::F32, Stream::Copy) else { return };
+    let placed = Placement { streamed: true, share_widened: true, head_tile: None };
+    for (model, placement) in [
+        ("bnb/tiny_llama_bnb4", WHOLE.placement),
+        ("bnb/tiny_llama_bnb4", placed),
+        ("trl/qwen2/model", placed),
+        ("families/gemma2", WHOLE.placement),
+        ("families/phi3", WHOLE.placement),
+    ] {
+        let fused = &[Module::Qkv, Module::O, Module::GateUp, Module::Down][..];
+        let modules = if model.ends_with("phi3") { fused } else { &Module::ALL };
+        let form = Form { dora: true, placement, modules, ..WHOLE };
+        let (found, expected) = (run(model, Some(&gpu), form), run(model, None, form));
+        let (scores, gradients) = differences(&found, &expected);
+        assert!(scores < 4e-6 && gradients < 4e-5, "{model}: scores {scores:.1e}, gradients {gradients:.1e}");
+        let plain = run(model, None, Form { dora: false, ..form });
+        assert!(found.gradients.len() == plain.gradients.len() / 2 * 3 && found.logps != plain.logps);
+    }
+}
+
 #[test]
 fn in_16_bits_it_stays_within_their_rounding() {
     for (element, scores_bound, gradients_bound) in [(Dense::Bf16, 1e-2, 6e-2), (Dense::F16, 2e-3, 1e-2)] {
         let Some(gpu) = device(element, Stream::Copy) else { return };
         for model in MODELS {
-            let (scores, gradients) = differences(&run(model, Some(&gpu), WHOLE), &run(model, None, WHOLE));
-            assert!(
-                scores < scores_bound && gradients < gradients_bound,
-                "{model} in {element:?}: scores {scores:.1e}, gradients {gradients:.1e}"
-            );
+            for dora in [false, true] {
+                let form = Form { dora, ..WHOLE };
+                let (scores, gradients) = differences(&run(model, Some(&gpu), form), &run(model, None, form));
+                assert!(
+                    scores < scores_bound && gradients < gradients_bound,
+                    "{model} in {element:?}, DoRA {dora}: scores {scores:.1e}, gradients {gradients:.1e}"
+                );
+            }
         }
     }
 }

@@ -115,14 +115,13 @@ impl Batches for One {
 }
 
 /// Runs a step as planned and returns the most that was taken.
-fn measured(dir: &Path, plan: &MemoryPlan, batches: &One, limit: usize) -> usize {
+fn measured(dir: &Path, plan: &MemoryPlan, batches: &One, limit: usize, dora: bool) -> usize {
     let gpu = Gpu::new(emulated_gpu(1 << 30, Stream::Copy).unwrap(), limit);
     let device = Device::Gpu(gpu.clone(), Dense::Bf16);
     let mut base = BaseModel::load(ModelDir::open(dir).unwrap(), DType::F32, LONGEST).unwrap();
     let on_gpu = plan.on_gpu.as_ref().unwrap();
     base.place(&device, on_gpu.placement, |_| {}).unwrap();
-    let spec = LoraSpec { rank: 8, alpha: 8.0, modules: Module::ALL.to_vec() };
-    let lora = Lora::fresh(&base.architecture, &spec, 7, DType::F32).unwrap();
+    let lora = Lora::laid_out(&base.architecture, &layout(&base.architecture, dora), 7, DType::F32).unwrap();
     let MemoryPlan { kept_layers, head_rows, .. } = *plan;
     let (head_in_tiles, offload_inputs) = (on_gpu.placement.head_tile.is_some(), on_gpu.offload_inputs);
     let spec = WorkspaceSpec { kept_layers, head_rows, head_in_tiles, offload_inputs };
@@ -136,21 +135,29 @@ fn measured(dir: &Path, plan: &MemoryPlan, batches: &One, limit: usize) -> usize
     gpu.used().1
 }
 
+fn layout(architecture: &Architecture, dora: bool) -> LoraLayout {
+    let spec = LoraSpec { rank: 8, alpha: 8.0, modules: Module::ALL.to_vec() };
+    LoraLayout { dora, ..LoraLayout::uniform(architecture, &spec) }
+}
+
 #[test]
 fn a_step_takes_what_the_plan_says() {
     if emulated_gpu(1, Stream::Copy).is_none() {
         return;
     }
+    [false, true].into_iter().for_each(takes_what_the_plan_says);
+}
+
+fn takes_what_the_plan_says(dora: bool) {
     let dir = tempfile::tempdir().unwrap();
     write_model(dir.path());
     let model = ModelDir::open(dir.path()).unwrap();
     let architecture = Architecture::from_config(&model.config).unwrap();
     let batches = One(tokens());
-    let spec = LoraSpec { rank: 8, alpha: 8.0, modules: Module::ALL.to_vec() };
     let demand = Demand {
         architecture: &architecture,
         weights: WeightSize::of(&architecture, &model, 0..VOCABULARY as u32),
-        adapter: AdapterSize::fresh(&architecture, &LoraLayout::uniform(&architecture, &spec)),
+        adapter: AdapterSize::fresh(&architecture, &layout(&architecture, dora)),
         moments: Moments::F32,
         adapter_copy: false,
         positions: LONGEST,
@@ -173,11 +180,11 @@ fn a_step_takes_what_the_plan_says() {
     for limit in [roomy, roomy * 6 / 10, least] {
         let plan = plan(limit).unwrap();
         let (predicted, found) =
-            (peak(&plan) as f64, measured(dir.path(), &plan, &batches, limit as usize) as f64);
+            (peak(&plan) as f64, measured(dir.path(), &plan, &batches, limit as usize, dora) as f64);
         let on_gpu = plan.on_gpu.as_ref().unwrap();
         assert!(
             found <= predicted && found > 0.85 * predicted,
-            "{limit}: predicted {predicted}, found {found}"
+            "{limit}, DoRA {dora}: predicted {predicted}, found {found}"
         );
         seen.push(on_gpu.placement);
     }

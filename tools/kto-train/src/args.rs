@@ -117,7 +117,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "init_adapter", help_heading = "Adapter")]
     pub use_rslora: bool,
 
-    /// Train the length of each row of an adapted weight too (DoRA); on the processor only
+    /// Train the length of each row of an adapted weight too (DoRA)
     #[arg(long, conflicts_with = "init_adapter", help_heading = "Adapter")]
     pub use_dora: bool,
 

@@ -1,9 +1,6 @@
 //! The device of a run: opened before anything is planned, because the plan depends on its memory and element type.
 
-use crate::{
-    args::{Args, ElementKind},
-    plan::Plan,
-};
+use crate::args::{Args, ElementKind};
 use kto_cli::{Error, Exit, Result, number::Size, output::Output, units};
 use kto_kernels::{
     Dense,
@@ -56,15 +53,6 @@ impl RunDevice {
             }
             _ => Ok(chosen),
         }
-    }
-
-    /// Fails (69) when the plan asks for what is not computed there.
-    pub fn check(&self, plan: &Plan) -> Result<()> {
-        if plan.use_dora && matches!(self, Self::Gpu(..)) {
-            let text = "DoRA (use_dora) is not computed on a GPU yet";
-            return Err(Error::new(kto_cli::Kind::Unavailable, text).with_hint("--device cpu"));
-        }
-        Ok(())
     }
 
     /// Returns what the plan says of it.

@@ -100,11 +100,16 @@ fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
     ]
 }
 
+/// The widths of a workspace with the adapter.
+pub(super) fn widths(demand: &Demand) -> Widths {
+    let w = Widths::with_ranks(demand.architecture, demand.adapter.ranks);
+    if demand.adapter.magnitudes > 0 { w.with_gains() } else { w }
+}
+
 /// The buffers of `Workspace::reserve`, each as large as the batch that needs most of it.
 fn buffers(demand: &Demand, choice: &MemoryPlan, steps: BatchShape, reference: BatchShape) -> Vec<Item> {
     let a = demand.architecture;
-    let (w, blocks) = (Widths::with_ranks(a, demand.adapter.ranks), demand.adapter.blocks(a));
-    let w = if demand.adapter.magnitudes > 0 { w.with_gains() } else { w };
+    let (w, blocks) = (widths(demand), demand.adapter.blocks(a));
     let both = steps.max(reference);
     let of = |rows: usize, width: usize| rows as u64 * width as u64 * F32;
     let trained = steps.all.gradient_rows;

@@ -10,7 +10,6 @@ use super::{
 use crate::{
     architecture::{Architecture, Module},
     base::Placement,
-    buffers::Widths,
     weights::{EMBEDDING, HEAD, weight_name},
 };
 use kto_formats::model_dir::ModelDir;
@@ -250,8 +249,20 @@ fn fixed(demand: &Demand, gpu: &GpuDemand, placement: Placement) -> Vec<Item> {
         },
         item("head", head),
         item("work space of products", gpu.held),
+        item("gains of rows", gains(demand)),
         item("norms, biases and rotary tables", w.vectors + a.rope_elements(demand.positions) as u64 * F32),
     ]
+}
+
+/// DoRA's two numbers a row, and the products that they come from, of one matrix at a time.
+fn gains(demand: &Demand) -> u64 {
+    if demand.adapter.magnitudes == 0 {
+        return 0;
+    }
+    let (a, rank) = (demand.architecture, demand.adapter.ranks.into_iter().max().unwrap_or(0));
+    let widest = a.modules().iter().map(|m| a.weight_shape(*m).0).max().unwrap_or(0);
+    let matrices = (a.layers * a.modules().len()) as u64;
+    demand.adapter.magnitudes * 2 * F32 + 2 * matrices * GRAIN + (rank * (widest + rank)) as u64 * F32
 }
 
 fn buffers(
@@ -262,7 +273,7 @@ fn buffers(
     offload_inputs: bool,
 ) -> Vec<Item> {
     let (a, size) = (demand.architecture, gpu.element.size() as u64);
-    let (w, blocks) = (Widths::with_ranks(a, demand.adapter.ranks).on_gpu(), demand.adapter.blocks(a));
+    let (w, blocks) = (items::widths(demand).on_gpu(), demand.adapter.blocks(a));
     let MemoryPlan { steps, reference, .. } = *choice;
     let both = steps.max(reference);
     let of = |rows: usize, width: usize| rows as u64 * width as u64 * size;
@@ -301,7 +312,7 @@ fn buffers(
 /// Short-lived memory, whose parts are not in use together: the most of them.
 fn borrowed(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, placement: Placement) -> Vec<Item> {
     let (a, size) = (demand.architecture, gpu.element.size() as u64);
-    let w = Widths::with_ranks(a, demand.adapter.ranks);
+    let w = items::widths(demand);
     let MemoryPlan { steps, reference, .. } = *choice;
     let both = steps.max(reference);
     let widest = w.hidden.max(w.queries).max(w.intermediate) as u64;

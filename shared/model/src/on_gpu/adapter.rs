@@ -6,7 +6,6 @@
 use crate::{
     architecture::{Module, Parts},
     block::BlockFactors,
-    dora::not_on_gpu,
     lora::{Factors, LayerFactors, Lora},
     numeric::Numeric,
 };
@@ -26,24 +25,39 @@ const ALIGN: usize = 256;
 /// Where a tensor lies in a run of bytes, and its shape.
 type Spot = (usize, usize, usize);
 
-/// Lays the tensors of some factors out one after the other; returns their places and the size of all.
-fn places(factors: &LayerFactors, from: usize, size: usize) -> (Vec<Spot>, usize) {
+/// The matrices of a block, which are brought.
+fn matrices(block: &LayerFactors) -> impl Iterator<Item = &HostTensor> {
+    block.iter().flatten().flat_map(|f| [&f.a, &f.b])
+}
+
+/// All that has a gradient: the matrices, and the magnitudes, of which a sweep needs gains only.
+fn trained(block: &LayerFactors) -> impl Iterator<Item = &HostTensor> {
+    block.iter().flatten().flat_map(|f| [&f.a, &f.b].into_iter().chain(&f.magnitude))
+}
+
+/// Lays tensors out one after the other; returns their places and the size of all.
+fn places<'t>(tensors: impl Iterator<Item = &'t HostTensor>, from: usize, size: usize) -> (Vec<Spot>, usize) {
     let (mut all, mut at) = (Vec::new(), from);
-    for tensor in factors.iter().flatten().flat_map(|f| [&f.a, &f.b]) {
-        let (rows, columns) = (tensor.dims()[0], tensor.dims()[1]);
+    for tensor in tensors {
+        let (rows, columns) = match tensor.dims() {
+            [rows, columns] => (*rows, *columns),
+            dims => (1, dims.iter().product()),
+        };
         all.push((at, rows, columns));
         at = (at + rows * columns * size).next_multiple_of(ALIGN);
     }
     (all, at)
 }
 
-/// Returns factors of the shape of `like` at some places of a memory.
+/// Returns factors of the shape of `like` at some places of a memory. Magnitudes have a place where gradients are; what is brought leaves
+/// them on the host.
 fn within(
     (like, parts): (&LayerFactors, Parts),
     memory: &Arc<Memory>,
     places: &[Spot],
     element: Dense,
 ) -> Result<BlockFactors> {
+    let with_magnitudes = places.len() == trained(like).count();
     let mut places = places.iter();
     let mut next = || {
         places.next().map(|(at, r, c)| Tensor::Gpu(Matrix::in_memory(memory.clone(), *at, *r, *c, element)))
@@ -52,7 +66,11 @@ fn within(
     for module in Module::NAMED {
         let Some(f) = &like[module as usize] else { continue };
         if let Some((a, b)) = next().zip(next()) {
-            split(&mut out, (module, parts), Factors { a, b, scale: f.scale, magnitude: None })?;
+            let magnitude = match &f.magnitude {
+                Some(_) if with_magnitudes => next(),
+                on_host => on_host.clone().map(Tensor::Host),
+            };
+            split(&mut out, (module, parts), Factors { a, b, scale: f.scale, magnitude })?;
         }
     }
     Ok(out)
@@ -61,8 +79,8 @@ fn within(
 /// Gives the factors of a matrix to the modules whose rows it has: all get A, each its rows of B and of the magnitudes.
 fn split(out: &mut BlockFactors, of: (Module, Parts), f: Factors<Tensor>) -> Result<()> {
     for (part, rows) in of.1.of(of.0) {
-        let own = |t: &Tensor| t.narrow(rows.start, rows.len()).numeric();
-        let (b, magnitude) = (own(&f.b)?, f.magnitude.as_ref().map(own).transpose()?);
+        let b = f.b.narrow(rows.start, rows.len()).numeric()?;
+        let magnitude = f.magnitude.as_ref().map(|m| m.part(rows.start, rows.len()).numeric()).transpose()?;
         out[part as usize] = Some(Factors { a: f.a.clone(), b, scale: f.scale, magnitude });
     }
     Ok(())
@@ -73,16 +91,13 @@ pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors>> {
     let Device::Gpu(gpu, element) = device else {
         return lora.layers.iter().map(|block| on_host(device, block, lora.parts)).collect();
     };
-    if lora.has_magnitudes() {
-        return Err(not_on_gpu());
-    }
     let (mut all, mut end) = (Vec::with_capacity(lora.layers.len()), 0);
     for block in &lora.layers {
-        let (of, next) = places(block, end, element.size());
+        let (of, next) = places(matrices(block), end, element.size());
         (end, _) = (next, all.push(of));
     }
     let memory = Arc::new(gpu.borrow(end).numeric()?);
-    let tensors: Vec<_> = lora.tensors().zip(all.iter().flatten()).collect();
+    let tensors: Vec<_> = lora.layers.iter().flat_map(matrices).zip(all.iter().flatten()).collect();
     tensors.par_iter().try_for_each(|(tensor, (at, rows, columns))| {
         let mut bytes = vec![0; rows * columns * element.size()];
         element.encode(&floats(tensor)?, &mut bytes);
@@ -142,7 +157,7 @@ impl<'a> Gradient<'a> {
         let Device::Gpu(gpu, _) = device else { return Ok(Self::Host(gradients, device)) };
         let (mut blocks, mut end, mut most) = (Vec::with_capacity(gradients.layers.len()), 0, 0);
         for block in &gradients.layers {
-            let (of, bytes) = places(block, 0, Dense::F32.size());
+            let (of, bytes) = places(trained(block), 0, Dense::F32.size());
             blocks.push((of, bytes, end));
             (end, most) = (end + bytes, most.max(bytes));
         }
@@ -195,8 +210,7 @@ impl<'a> Gradient<'a> {
         let bytes = g.memory.host.read();
         let mut all = Vec::new();
         for (block, (places, _, start)) in g.lora.layers.iter().zip(&g.blocks).skip(first) {
-            let tensors = block.iter().flatten().flat_map(|f| [&f.a, &f.b]);
-            all.extend(tensors.zip(places).map(|(tensor, (at, rows, columns))| {
+            all.extend(trained(block).zip(places).map(|(tensor, (at, rows, columns))| {
                 (tensor, (*rows, *columns), &bytes[start + at..][..rows * columns * 4])
             }));
         }
@@ -206,7 +220,7 @@ impl<'a> Gradient<'a> {
                     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                 let found = HostTensor::from_vec(values, *shape, &candle_core::Device::Cpu)?
                     .to_dtype(tensor.dtype())?;
-                kto_kernels::add(tensor, &found)
+                kto_kernels::add(&tensor.reshape(*shape)?, &found)
             })
             .numeric()?;
         *home.borrow_mut() = Some(g.memory);
