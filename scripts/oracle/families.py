@@ -59,6 +59,14 @@ FAMILIES = {
                               final_logit_softcapping=3.0)),
     "gemma3": ("gemma3_text", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=8, num_hidden_layers=3,
                                    layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    # Images too: the language model is a part of it. Fields that have their defaults are left out, as published files leave them out.
+    "gemma3-images": ("gemma3", dict(
+        text_config=dict(BASE, head_dim=16, query_pre_attn_scalar=12, sliding_window=8, num_hidden_layers=3, rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}, sliding_window_pattern=2),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                           patch_size=14),
+        mm_tokens_per_image=4, image_token_index=47, boi_token_index=45, eoi_token_index=46)),
     "stablelm": ("stablelm", dict(use_qkv_bias=True, partial_rotary_factor=0.5)),
     "stablelm-plain": ("stablelm", dict(rope("default", partial_rotary_factor=0.25), num_key_value_heads=4)),
 }
@@ -81,7 +89,7 @@ def fill(model, seed):
 
 def make(name, out):
     model_type, fields = FAMILIES[name]
-    fields = {k: v for k, v in {**BASE, **fields}.items() if v is not None}
+    fields = {k: v for k, v in {**({} if "text_config" in fields else BASE), **fields}.items() if v is not None}
     config = AutoConfig.for_model(model_type, **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill(model, seed=sum(map(ord, name)))
@@ -93,7 +101,17 @@ def make(name, out):
         folder.mkdir(parents=True)
         for file in ("config.json", "model.safetensors"):
             shutil.copyfile(Path(saved) / file, folder / file)
+    if "text_config" in fields:
+        spare(folder / "config.json", type(config.text_config))
     return folder
+
+
+def spare(path, kind):
+    """Leaves out of the part of a configuration what is a default."""
+    config, defaults = json.loads(path.read_text()), kind().to_dict()
+    part = config["text_config"]
+    config["text_config"] = {k: v for k, v in part.items() if k == "model_type" or defaults.get(k, v) != v}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def forget(model):
@@ -105,7 +123,7 @@ def forget(model):
 
 def rotation(model, length):
     """The frequencies in use, and the factor of sine and cosine."""
-    module = model.model.rotary_emb
+    module = getattr(model.model, "language_model", model.model).rotary_emb
     found = {}
     for name, buffer in module.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
@@ -166,7 +184,9 @@ def golden(folder):
     data |= step(model, data)
     for name, p in model.named_parameters():
         if "lora_" in name:
-            short = name.removeprefix("base_model.model.").replace(".default", "")
+            short = name.removeprefix("base_model.model.").replace(".default", "").replace("model.language_model.", "model.")
+            if "vision" in short:
+                continue
             data[f"lora/{short}"], data[f"grad/{short}"] = p.detach(), p.grad
     tensors = {k: (v.to(torch.int32) if v.dtype == torch.int64 else v).contiguous() for k, v in data.items()}
     save_file(tensors, folder / "golden.safetensors")

@@ -32,5 +32,6 @@ pub mod spans;
 pub mod table;
 pub mod template;
 pub mod tensors;
+pub mod text_part;
 pub mod tokenizer;
 pub mod tokens;

@@ -9,6 +9,7 @@ use crate::{
     mmap::{Map, shown},
     safetensors_header::refuse_other_formats,
     tensors::{TensorStore, TensorView},
+    text_part,
 };
 use kto_cli::{Context, Error, Kind, Result, escape, hash::Sha256Hex};
 use serde_json::Value;
@@ -33,12 +34,14 @@ const NOT_IDENTITY: [&str; 5] =
 pub struct ModelDir {
     /// The directory as given.
     pub path: PathBuf,
-    /// config.json, always an object.
+    /// config.json, always an object; of a model that takes images too that of its language model.
     pub config: Value,
     /// The weights.
     pub tensors: TensorStore,
     /// What was odd but harmless (an index with a wrong total, tensors that it does not name); for the tool to pass on.
     pub notes: Vec<String>,
+    /// Whether it is the language model of one that takes images too ([`crate::text_part`]).
+    pub is_part: bool,
 }
 
 impl ModelDir {
@@ -52,11 +55,21 @@ impl ModelDir {
         let config = read_json(&path.join("config.json"))?;
         refuse_remote_code(&config).at(shown(&path.join("config.json")))?;
         let mut notes = Vec::new();
-        let tensors = open_weights(path, &mut notes)?;
+        let mut tensors = open_weights(path, &mut notes)?;
+        let part = text_part::config(&config);
+        if let Some(part) = &part {
+            refuse_remote_code(part).at(shown(&path.join("config.json")))?;
+            let left = tensors.rename(text_part::name)?;
+            notes.push(format!(
+                "{}: the language model is used, {left} tensors of images are not",
+                shown(path)
+            ));
+        }
         if tensors.is_empty() {
             return Err(Error::data(format!("{}: the weights hold no tensor", shown(path))));
         }
-        Ok(Self { path: path.into(), config: Value::Object(config), tensors, notes })
+        let (is_part, config) = (part.is_some(), Value::Object(part.unwrap_or(config)));
+        Ok(Self { path: path.into(), config, tensors, notes, is_part })
     }
 
     /// Returns the identity of the model: SHA-256 over config.json (without entries that do not touch the weights),

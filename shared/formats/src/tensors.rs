@@ -76,6 +76,27 @@ impl TensorStore {
         Ok(count)
     }
 
+    /// Gives every tensor the name that `of` returns for its own, and leaves out those without one. Returns how many were left out. Error
+    /// (65): two get the same.
+    pub(crate) fn rename(&mut self, of: impl Fn(&str) -> Option<String>) -> Result<usize> {
+        let before = std::mem::take(&mut self.entries);
+        let mut out = 0;
+        for (name, entry) in before {
+            match of(&name) {
+                None => out += 1,
+                Some(new) if self.entries.contains_key(&new) => {
+                    return Err(Error::data(format!(
+                        "{}: tensor \"{}\" is there twice",
+                        self.place,
+                        escape(&new)
+                    )));
+                }
+                Some(new) => drop(self.entries.insert(new, entry)),
+            }
+        }
+        Ok(out)
+    }
+
     /// Returns the names in byte order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)

@@ -1,7 +1,7 @@
 //! Which files of a model a tool needs, and which of them a directory lacks.
 
 use kto_cli::{Error, Kind, Result, escape, input};
-use kto_formats::{companions, model_dir};
+use kto_formats::{companions, model_dir, text_part};
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
@@ -66,7 +66,9 @@ impl Need {
         let Self::Weights(check) = self else { return Ok(Vec::new()) };
         let path = dir.join(CONFIG);
         let config = serde_json::from_slice(&input::read(&path, model_dir::MAX_JSON)?);
-        check(&config.map_err(|e| Error::data(format!("{CONFIG}: not JSON: {}", escape(&e.to_string()))))?)?;
+        let config =
+            config.map_err(|e| Error::data(format!("{CONFIG}: not JSON: {}", escape(&e.to_string()))))?;
+        check(&text_part::of_value(config))?;
         if listed.contains(SINGLE) {
             return Ok(vec![SINGLE.into()]);
         }

@@ -22,9 +22,10 @@ use kto_model::{
 use kto_step::{POSITIONS, distance, floats, ids, step};
 use std::path::{Path, PathBuf};
 
-const WORKS: [&str; 16] = [
+const WORKS: [&str; 17] = [
     "gemma2",
     "gemma3",
+    "gemma3-images",
     "llama-biases",
     "llama-linear",
     "llama-yarn",

@@ -16,6 +16,7 @@ pub use config::TokenizerConfig;
 pub use prefix::Prefix;
 pub use shield::Shield;
 
+use crate::text_part;
 use kto_cli::{Context, Error, Kind, Result, escape, guard, hash, input};
 use serde_json::Value;
 use std::{path::Path, sync::OnceLock};
@@ -235,7 +236,8 @@ fn model_config(dir: &Path) -> Result<Value> {
     }
     let bytes = input::read(&path, 16 << 20)?;
     let place = escape(&path.display().to_string());
-    serde_json::from_slice(&bytes).map_err(|e| Error::data(e.to_string())).at(place)
+    let config = serde_json::from_slice(&bytes).map_err(|e| Error::data(e.to_string())).at(place)?;
+    Ok(text_part::of_value(config))
 }
 
 /// `vocab_size` of config.json, if it is there.

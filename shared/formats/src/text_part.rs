@@ -1,0 +1,114 @@
+//! The language model of a model that takes images too, as a model of its own: Gemma 3 from 4B on.
+//!
+//! Called by [`crate::model_dir`]. The configuration of the part takes the place of the whole, with what its files leave out; tensors get the
+//! names that they have in a text model, those of the image part are left out. So no tool knows of it but for the names in an adapter,
+//! which PEFT puts on the whole.
+
+use serde_json::{Map, Value, json};
+
+/// `model_type` of the whole.
+const WHOLE: &str = "gemma3";
+/// Beginnings of names: as published files have them, and as the module is called in transformers.
+const PREFIXES: [(&str, &str); 3] = [
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+];
+/// What the whole says of the weights and of the text's end.
+const OF_THE_WHOLE: [&str; 6] =
+    ["quantization_config", "quantization", "dtype", "torch_dtype", "eos_token_id", "transformers_version"];
+
+/// Returns the configuration of the language model; `None` where the whole is one.
+pub fn config(whole: &Map<String, Value>) -> Option<Map<String, Value>> {
+    if whole.get("model_type").and_then(Value::as_str) != Some(WHOLE) {
+        return None;
+    }
+    let mut part = whole.get("text_config")?.as_object()?.clone();
+    for (field, value) in defaults() {
+        part.entry(field).or_insert(value);
+    }
+    for field in OF_THE_WHOLE {
+        if let Some(value) = whole.get(field) {
+            part.insert(field.into(), value.clone());
+        }
+    }
+    // What the whole was built with is said there once.
+    if whole.contains_key("torch_dtype") {
+        part.remove("dtype");
+    }
+    part.insert("architectures".into(), json!(["Gemma3ForCausalLM"]));
+    Some(part)
+}
+
+/// Defaults of transformers' Gemma3TextConfig (5.23) that are no defaults of a text model's own file here.
+fn defaults() -> [(String, Value); 8] {
+    [
+        ("model_type", json!("gemma3_text")),
+        ("vocab_size", json!(262_208)),
+        ("hidden_size", json!(2304)),
+        ("intermediate_size", json!(9216)),
+        ("num_hidden_layers", json!(26)),
+        ("num_attention_heads", json!(8)),
+        ("num_key_value_heads", json!(4)),
+        ("max_position_embeddings", json!(131_072)),
+    ]
+    .map(|(field, value)| (field.to_string(), value))
+}
+
+/// As [`config`], of any value; what is no object, or no such model, comes back as it is.
+pub fn of_value(whole: Value) -> Value {
+    match whole.as_object().and_then(config) {
+        Some(part) => Value::Object(part),
+        None => whole,
+    }
+}
+
+/// Returns the name of a tensor or module in a text model; `None` for one of the image part.
+pub fn name(of_whole: &str) -> Option<String> {
+    let known = PREFIXES.iter().find_map(|(from, to)| Some((to, of_whole.strip_prefix(from)?)));
+    match known {
+        Some((to, rest)) => Some(format!("{to}{rest}")),
+        None => of_whole.starts_with("lm_head.").then(|| of_whole.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes of the published model of 4B, whose file leaves most of them out.
+    #[test]
+    fn what_a_published_file_leaves_out_is_filled_in() {
+        let text = r#"{"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "model_type": "gemma3",
+            "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+            "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152}}"#;
+        let whole: Map<String, Value> = serde_json::from_str(text).unwrap();
+        let part = config(&whole).unwrap();
+        let of = |field: &str| part.get(field).cloned().unwrap_or_default();
+        assert_eq!(
+            (of("hidden_size"), of("num_attention_heads"), of("vocab_size")),
+            (json!(2560), json!(8), json!(262_208))
+        );
+        assert_eq!(
+            (of("eos_token_id"), of("torch_dtype"), of("sliding_window")),
+            (json!([1, 106]), json!("bfloat16"), json!(1024))
+        );
+        assert!(config(&part).is_none() && !part.contains_key("vision_config"));
+    }
+
+    #[test]
+    fn names_lose_what_stands_before_the_language_model() {
+        for (from, to) in [
+            ("language_model.model.layers.0.mlp.up_proj.weight", Some("model.layers.0.mlp.up_proj.weight")),
+            ("model.language_model.norm.weight", Some("model.norm.weight")),
+            ("language_model.lm_head.weight", Some("lm_head.weight")),
+            ("lm_head.weight", Some("lm_head.weight")),
+            ("vision_tower.vision_model.post_layernorm.bias", None),
+            ("model.vision_tower.post_layernorm.bias", None),
+            ("multi_modal_projector.mm_soft_emb_norm.weight", None),
+        ] {
+            assert_eq!(name(from).as_deref(), to, "{from}");
+        }
+    }
+}
