@@ -6,9 +6,10 @@
 use crate::{
     architecture::{Module, Parts},
     block::BlockFactors,
-    dora::not_on_gpu,
+    dora,
     lora::{Factors, LayerFactors, Lora},
     numeric::Numeric,
+    whole,
 };
 use candle_core::Tensor as HostTensor;
 use kto_cli::Result;
@@ -74,7 +75,10 @@ pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors>> {
         return lora.layers.iter().map(|block| on_host(device, block, lora.parts)).collect();
     };
     if lora.has_magnitudes() {
-        return Err(not_on_gpu());
+        return Err(dora::not_on_gpu());
+    }
+    if !lora.whole.is_empty() {
+        return Err(whole::not_on_gpu());
     }
     let (mut all, mut end) = (Vec::with_capacity(lora.layers.len()), 0);
     for block in &lora.layers {
