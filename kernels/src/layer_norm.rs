@@ -1,4 +1,4 @@
-//! Layer normalization with weight and bias, forward and backward. Both are frozen, so they get no gradient.
+//! Layer normalization with weight and bias, forward and backward. The gradients of trained ones are in `column_sums`.
 
 use crate::{
     lanes::lane_sum,
@@ -63,7 +63,7 @@ simd! {
 
 /// Returns mean(x) and 1/sd(x). The mean is taken off before squaring: a row far from zero loses nothing.
 #[inline(always)]
-fn moments<T: Real>(x: &[T], eps: T) -> (T, T) {
+pub(crate) fn moments<T: Real>(x: &[T], eps: T) -> (T, T) {
     let n = T::of(x.len() as f64);
     let mean = lane_sum(x.len(), |j| x[j]) / n;
     let squares = lane_sum(x.len(), |j| (x[j] - mean) * (x[j] - mean));

@@ -8,6 +8,7 @@
 mod adamw;
 pub mod adamw8;
 mod attention;
+mod column_sums;
 pub mod device;
 mod dropout;
 mod elementwise;
@@ -37,6 +38,7 @@ pub use attention::{
     ATTENTION_PARTS, AttentionGradients, AttentionInputs, AttentionLayout, AttentionOutputs, HeadShape,
     ScoreRule, Segment, attention, attention_backward, attention_scratch,
 };
+pub use column_sums::{add_column_sums, add_norm_gradient};
 pub use dropout::{DropoutKey, dropout};
 pub use elementwise::{
     add, add_bias, add_column_dots, first_non_finite, scale_columns, scale_in_place, soft_cap,

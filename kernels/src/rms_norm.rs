@@ -1,4 +1,4 @@
-//! Root-mean-square normalization, forward and backward. The weight is frozen, so it gets no gradient.
+//! Root-mean-square normalization, forward and backward. The gradient of a trained weight is in `column_sums`.
 
 use crate::{
     lanes::lane_sum,
@@ -70,8 +70,9 @@ pub(crate) fn dims(what: &str, out: &Tensor, x: &Tensor, w: &Tensor) -> Result<u
     Ok(c)
 }
 
+/// Returns 1/rms(x).
 #[inline(always)]
-fn inverse_rms<T: Real>(x: &[T], eps: T) -> T {
+pub(crate) fn inverse_rms<T: Real>(x: &[T], eps: T) -> T {
     let sum = lane_sum(x.len(), |j| x[j] * x[j]);
     T::ONE / (sum / T::of(x.len() as f64) + eps).sqrt()
 }

@@ -29,10 +29,20 @@ CASES = {
     "dora-fused": ("phi3", dict(target_modules=FUSED, use_dora=True)),
     "dora-layers": ("llama-linear", dict(
         target_modules=["q_proj", "down_proj"], use_dora=True, layers_to_transform=[1], rank_pattern={"down_proj": 4})),
+    "bias-adapted": ("llama-biases", dict(target_modules=["q_proj", "o_proj", "down_proj"], bias="lora_only", use_dora=True)),
+    "bias-all": ("stablelm", dict(target_modules=["q_proj", "v_proj"], bias="all", layers_to_transform=[1])),
     "patterns": ("qwen3", dict(
         target_modules=SEPARATE, rank_pattern={"down_proj": 5, r"layers\.1\.self_attn\.(q|v)_proj": 1},
         alpha_pattern={"up_proj": 7, r"^model\.layers\.0\.mlp\.down_proj": 2})),
     "regex": ("mistral-window", dict(target_modules=r".*layers\.1\.(self_attn\.(q|o)|mlp\.gate)_proj", use_rslora=True)),
+    # Above a trained embedding everything needs a gradient.
+    "whole-embedding": ("qwen2", dict(target_modules=["v_proj"], layers_to_transform=[1], modules_to_save=["embed_tokens"])),
+    "whole-ends": ("llama-biases", dict(target_modules=["q_proj", "down_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    "whole-fused": ("phi3", dict(target_modules=["o_proj", "gate_up_proj"], modules_to_save=["qkv_proj", "lm_head"])),
+    "whole-head": ("qwen2", dict(target_modules=["v_proj"], layers_to_transform=[1], modules_to_save=["lm_head"])),
+    "whole-layers": ("stablelm", dict(target_modules=["q_proj", "up_proj"], modules_to_save=["norm", "down_proj", "k_proj"])),
+    "whole-norms": ("gemma3", dict(target_modules=["v_proj", "gate_proj"], layers_to_transform=[2], modules_to_save=["norm"])),
+    "whole-tied": ("gemma2", dict(target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head", "embed_tokens"])),
 }
 
 
@@ -57,7 +67,9 @@ def golden(families, folder, name):
                 p.copy_(noise * 0.2)
             else:
                 p.add_(noise * 0.05)
-    data |= step(model, data)
+    # Without its adapter a model keeps trained biases in PEFT; the reference is the base as it was.
+    base_of = lambda: AutoModelForCausalLM.from_pretrained(families / base, dtype=torch.float32, attn_implementation="eager").eval()
+    data |= step(model, data, base_of() if fields.get("bias") else None)
     for parameter, p in trained:
         short = parameter.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
         short = short.replace(".base_layer", "").replace("magnitude_vector.weight", "magnitude_vector")

@@ -12,6 +12,7 @@ KTO step of two rows at beta 0.3, i.prompt, i.completion, i.kl (the other row's 
 is desirable, row 1 is not; kl is the clamped mean over both rows. Values of weights are exact in bf16, so f32 has them too.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -147,15 +148,15 @@ def logps(model, prompt, completion):
     return scores.gather(1, completion[:, None]).sum()
 
 
-def step(model, data):
-    """The loss of TRL's KTO over two rows, and its gradients."""
+def step(model, data, base=None):
+    """The loss of TRL's KTO over two rows, and its gradients. The reference is the model without its adapter, or `base`."""
     rows = [(data[f"{i}.prompt"], data[f"{i}.completion"], data[f"{i}.kl"]) for i in range(2)]
     policy = torch.stack([logps(model, p, c) for p, c, _ in rows])
     with torch.no_grad():
         shifted = torch.stack([logps(model, p, k) for p, _, k in rows])
-        with model.disable_adapter():
-            reference = torch.stack([logps(model, p, c) for p, c, _ in rows])
-            shifted_reference = torch.stack([logps(model, p, k) for p, _, k in rows])
+        with model.disable_adapter() if base is None else contextlib.nullcontext():
+            reference = torch.stack([logps(base or model, p, c) for p, c, _ in rows])
+            shifted_reference = torch.stack([logps(base or model, p, k) for p, _, k in rows])
     kl = (shifted - shifted_reference).mean().clamp(min=0)
     ratio = policy - reference
     losses = torch.stack([1 - torch.sigmoid(BETA * (ratio[0] - kl)), 1 - torch.sigmoid(BETA * (kl - ratio[1]))])

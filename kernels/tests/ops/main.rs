@@ -12,6 +12,7 @@ mod attention;
 mod attention_layout;
 mod attention_refusals;
 mod attention_rules;
+mod column_sums;
 mod dropout;
 mod elementwise;
 mod gated;

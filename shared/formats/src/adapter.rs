@@ -1,11 +1,11 @@
 //! A LoRA adapter directory in PEFT form: adapter_config.json, adapter_model.safetensors, README.md.
 //!
 //! Called by kto-train (start and result) and kto-eval. The files are read and written by [`crate::lora`]; here is what training can
-//! start from and leaves: matrices on linear layers with the settings that made them. Adapters of mlx-lm are read too.
+//! start from and leaves: matrices on linear layers, and weights trained whole, with the settings that made them. Adapters of mlx-lm are read too.
 
 pub use crate::adapter_config::{AdapterConfig, Targets, whole};
 use crate::{
-    lora::{Ecosystem, LoraModule, LoraSet, is_embedding, peft},
+    lora::{Ecosystem, LoraModule, LoraSet, Saved, is_embedding, peft},
     mmap::shown,
     model_dir::{ModelDir, same_origin},
 };
@@ -38,6 +38,8 @@ pub struct Adapter {
     pub config: AdapterConfig,
     /// Linear layer (`model.layers.0.self_attn.q_proj`) to matrices.
     pub tensors: BTreeMap<String, LoraModule>,
+    /// What takes the place of a tensor of the base (`lm_head.weight`): `modules_to_save` and trained biases.
+    pub saved: BTreeMap<String, Saved>,
     /// What the file said about its origin.
     pub meta: AdapterMeta,
 }
@@ -68,7 +70,7 @@ impl Adapter {
             config.target_modules = Targets::Names(set.modules.keys().cloned().collect());
         }
         let meta = AdapterMeta { base_fingerprint: set.base_fingerprint };
-        Ok(Self { config, tensors: set.modules, meta })
+        Ok(Self { config, tensors: set.modules, saved: set.saved, meta })
     }
 
     /// Returns whether the adapter was trained on this base, on a 4-bit form of it or on the weights that it is a 4-bit
@@ -83,7 +85,7 @@ impl Adapter {
     pub fn write(&self, dir: &Path, meta: AdapterMeta) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::writing(dir, &e))?;
         let fingerprint = meta.base_fingerprint.as_deref();
-        peft::write_weights(&dir.join(WEIGHTS), &self.tensors, &BTreeMap::new(), fingerprint)?;
+        peft::write_weights(&dir.join(WEIGHTS), &self.tensors, &self.saved, fingerprint)?;
         atomic::write(&dir.join("README.md"), self.model_card().as_bytes())?;
         atomic::write(&dir.join(CONFIG), self.config.to_json().as_bytes())
     }
@@ -96,12 +98,16 @@ impl Adapter {
         } else {
             format!("base_model: {}\n", serde_json::json!(base))
         };
+        let whole = match self.saved.len() {
+            0 => String::new(),
+            n => format!(", {n} tensors of the base trained whole"),
+        };
         format!(
             "---\n{front}library_name: peft\npipeline_tag: text-generation\ntags:\n- kto\n- lora\n---\n\n\
-             # LoRA adapter\n\nRank {}, alpha {}, {} adapted layers. Trained with kto-train; loads with PEFT.\n",
+             # LoRA adapter\n\nRank {}, alpha {}, {} adapted layers{whole}. Trained with kto-train; loads with PEFT.\n",
             self.config.r,
             self.config.lora_alpha,
-            self.tensors.len()
+            self.tensors.len(),
         )
     }
 }
@@ -139,7 +145,7 @@ mod tests {
             ..Default::default()
         };
         let tensors = BTreeMap::from([("model.layers.0.self_attn.q_proj".to_string(), pair)]);
-        Adapter { config, tensors, meta: AdapterMeta::default() }
+        Adapter { config, tensors, saved: BTreeMap::new(), meta: AdapterMeta::default() }
     }
 
     #[test]

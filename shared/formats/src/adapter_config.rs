@@ -1,7 +1,7 @@
 //! adapter_config.json of a PEFT LoRA adapter.
 //!
 //! Called by [`crate::adapter`]. Reading refuses by name every feature that would change the arithmetic and that these
-//! tools do not have (trained biases, modules trained whole, methods that rewrite the base weights, …), known or not:
+//! tools do not have (single trained tokens, methods that rewrite the base weights, …), known or not:
 //! an unknown field passes only when it is null, false, zero or empty. What the fields mean is in [`crate::peft`]. Writing gives the fields of
 //! PEFT 0.21.2; what training leaves alone (exclusions, patterns) is written as it was read.
 
@@ -20,10 +20,11 @@ use std::{fmt, path::Path};
 const PEFT_VERSION: &str = "0.21.2";
 
 /// Fields that may hold anything: they do not change the product of the two matrices.
-const HARMLESS: [&str; 25] = [
+const HARMLESS: [&str; 27] = [
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
+    "bias",
     "ensure_weight_tying",
     "exclude_modules",
     "inference_mode",
@@ -35,6 +36,7 @@ const HARMLESS: [&str; 25] = [
     "lora_dropout",
     "megatron_config",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -48,13 +50,16 @@ const HARMLESS: [&str; 25] = [
     "use_rslora",
 ];
 
-/// Fields that choose modules and their sizes beside `target_modules`; written as they are.
-const KEPT: [&str; 6] = [
+/// Fields that choose what is trained, and its sizes, beside `target_modules`; written as they are.
+const KEPT: [&str; 9] = [
     "alpha_pattern",
+    "bias",
+    "ensure_weight_tying",
     "exclude_modules",
     "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
+    "modules_to_save",
     "rank_pattern",
 ];
 
@@ -193,10 +198,10 @@ pub(crate) fn from_object(object: &Map<String, Value>) -> Result<AdapterConfig> 
 fn kept(object: &Map<String, Value>) -> Map<String, Value> {
     let says = |field: &str, value: &Value| match value {
         Value::Null => false,
-        Value::Bool(flag) => !(*flag && field == "init_lora_weights"),
+        Value::Bool(flag) => *flag != (field == "init_lora_weights"),
         Value::Object(map) => !map.is_empty(),
         Value::Array(list) => !list.is_empty(),
-        Value::String(text) => !text.is_empty(),
+        Value::String(text) => !(text.is_empty() || field == "bias" && text == "none"),
         Value::Number(_) => true,
     };
     let fields = KEPT.iter().filter_map(|field| Some((*field, object.get(*field)?)));
@@ -233,7 +238,7 @@ fn refuse_unsupported(object: &Map<String, Value>) -> Result<()> {
     for (key, value) in object {
         let nothing = match value {
             Value::Null | Value::Bool(false) => true,
-            Value::String(s) => s.is_empty() || (key == "bias" && s == "none"),
+            Value::String(s) => s.is_empty(),
             Value::Array(a) => a.is_empty(),
             Value::Object(o) => o.is_empty(),
             Value::Number(n) => n.as_f64() == Some(0.0),
@@ -241,10 +246,7 @@ fn refuse_unsupported(object: &Map<String, Value>) -> Result<()> {
         };
         if !nothing && !HARMLESS.contains(&key.as_str()) {
             let text: String = value.to_string().chars().take(60).collect();
-            let error = Error::data(format!("{} = {} is not supported", escape(key), escape(&text)));
-            // These change the base itself; merged into it they are its weights.
-            let merges = ["modules_to_save", "bias"].contains(&key.as_str());
-            return Err(if merges { error.with_hint("kto-merge makes a base of it") } else { error });
+            return Err(Error::data(format!("{} = {} is not supported", escape(key), escape(&text))));
         }
     }
     Ok(())
@@ -293,8 +295,7 @@ mod tests {
     #[test]
     fn unsupported_features_are_named() {
         for (key, value) in [
-            ("bias", json!("all")),
-            ("modules_to_save", json!(["lm_head"])),
+            ("bias", json!("some")),
             ("lora_bias", json!(true)),
             ("fan_in_fan_out", json!(true)),
             ("trainable_token_indices", json!([1])),

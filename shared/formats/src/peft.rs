@@ -125,12 +125,13 @@ pub struct PeftConfig {
     pub bias: Bias,
     /// `true`, `false`, or the name of a method.
     pub init_lora_weights: String,
-    /// Modules that were trained whole, by the ends of their names.
+    /// Modules that are trained whole, by the ends of their names.
     pub modules_to_save: Vec<String>,
     target: Option<Modules>,
     exclude: Option<Modules>,
     layers: Option<Vec<u64>>,
     layer_patterns: Vec<Pattern>,
+    /// As it keeps LoRA away from them.
     saved: Vec<Pattern>,
     ranks: Vec<(Pattern, usize)>,
     alphas: Vec<(Pattern, f64)>,
@@ -178,7 +179,7 @@ impl PeftConfig {
 
     /// Returns whether a linear layer of the base, by its full name, has a pair of matrices.
     pub fn adapts(&self, module: &str) -> Result<bool> {
-        if self.saves(module)? || self.exclude.as_ref().is_some_and(|e| matches!(e, Modules::AllLinear)) {
+        if self.spares(module)? || self.exclude.as_ref().is_some_and(|e| matches!(e, Modules::AllLinear)) {
             return Ok(false);
         }
         if let Some(exclude) = &self.exclude
@@ -198,8 +199,13 @@ impl PeftConfig {
         }
     }
 
-    /// Returns whether a module was trained whole.
-    pub fn saves(&self, module: &str) -> Result<bool> {
+    /// Returns whether a module is trained whole. PEFT looks at the end of the name alone, so `norm` names `input_layernorm` too.
+    pub fn saves(&self, module: &str) -> bool {
+        self.modules_to_save.iter().any(|name| module.ends_with(name.as_str()))
+    }
+
+    /// Returns whether `modules_to_save` keeps LoRA away from a module. This rule of PEFT's goes by whole parts of the name.
+    fn spares(&self, module: &str) -> Result<bool> {
         self.saved.iter().try_fold(false, |found, pattern| Ok(found || pattern.matches(module)?))
     }
 
@@ -378,7 +384,7 @@ mod tests {
             }
             for name in row["saved"].as_object().unwrap().keys().filter(|name| !name.contains(".lora_")) {
                 let module = name.trim_start_matches("base_model.model.").rsplit_once('.').unwrap().0;
-                let whole = config.saves(module).unwrap();
+                let whole = config.saves(module);
                 assert!(whole || config.bias != Bias::None, "{name}");
             }
             cases += 1;

@@ -202,6 +202,27 @@ impl BaseModel {
         Err(Error::new(kto_cli::Kind::Unavailable, text).with_hint("--device cpu"))
     }
 
+    /// Returns the values of a tensor as the checkpoint has them, widened. Error (65): one that is not finite.
+    pub(crate) fn values(&self, name: &str, shape: &[usize]) -> Result<HostTensor> {
+        let loader = Loader {
+            architecture: &self.architecture,
+            directory: &self.directory,
+            dtype: match &self.device {
+                Device::Host(dtype) => *dtype,
+                Device::Gpu(..) => DType::F32,
+            },
+        };
+        let name = if name == HEAD && self.architecture.tied { EMBEDDING } else { name };
+        let &[rows, columns] = shape else {
+            return loader.vector(name, shape.iter().product()).at(self.shown());
+        };
+        let (stored, _) = loader.stored(name, rows, columns)?;
+        if let Some((index, value)) = stored.first_non_finite() {
+            return Err(non_finite(name, index, value)).at(self.shown());
+        }
+        Weight::Stored(stored).to_dense(loader.dtype).numeric()
+    }
+
     /// Returns where it computes.
     pub fn device(&self) -> &Device {
         &self.device

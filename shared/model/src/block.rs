@@ -5,15 +5,17 @@ use crate::{
     base::LayerWeights,
     buffers::{Activations, ForwardScratch, KeyValues, Scratch},
     dora::BlockLengths,
-    norm::NormWeights,
+    norm::{NormGradient, NormWeights},
     projection::{Factors, Projection, input_gradient},
+    whole::WholeGradient,
 };
 use candle_core::Result;
 use kto_kernels::{
-    AttentionLayout, DropoutKey, HeadShape, ScoreRule,
+    AttentionLayout, DropoutKey, HeadShape, ScoreRule, add_column_sums,
     device::{
-        AttentionGradients, AttentionInputs, AttentionOutputs, Rotation, Tensor, add, attention,
-        attention_backward, clear, gated, gated_backward, gather_rows, rope, scatter_add_rows,
+        AttentionGradients, AttentionInputs, AttentionOutputs, Factor, Onto, Product, Rotation, Tensor, add,
+        attention, attention_backward, clear, gated, gated_backward, gather_rows, multiply, rope,
+        scatter_add_rows,
     },
     random,
 };
@@ -21,6 +23,12 @@ use std::borrow::Cow;
 
 /// The factors (or their gradients) of one block where it is computed, by [`Module`]; of a fused matrix all have the same A.
 pub type BlockFactors = [Option<Factors<Tensor>>; 7];
+
+/// Where the gradients of one block are added to.
+pub(crate) struct BlockGradient {
+    pub factors: BlockFactors,
+    pub whole: WholeGradient,
+}
 
 /// A block's weights and what is common to a pass.
 pub(crate) struct Block<'a> {
@@ -178,22 +186,29 @@ impl Block<'_> {
         norm.forward(&y.in_rows_of(dim)?, &x.in_rows_of(dim)?, self.architecture.norm_eps)
     }
 
-    /// Writes the gradient of heads before their norm.
-    fn unnorm_heads(&self, dx: &Tensor, dy: &Tensor, x: &Tensor, norm: &NormWeights<Tensor>) -> Result<()> {
-        let dim = self.architecture.shape.dim;
+    /// Writes the gradient of heads before their norm, and adds to that of the norm.
+    fn unnorm_heads(
+        &self,
+        dx: &Tensor,
+        dy: &Tensor,
+        x: &Tensor,
+        (norm, to): (&NormWeights<Tensor>, &NormGradient),
+    ) -> Result<()> {
+        let (dim, eps) = (self.architecture.shape.dim, self.architecture.norm_eps);
         clear(dx)?;
         let [dx, dy, x] = [dx.in_rows_of(dim)?, dy.in_rows_of(dim)?, x.in_rows_of(dim)?];
-        norm.backward(&dx, &dy, &x, self.architecture.norm_eps)
+        norm.add_gradient(to, &dy, &x, eps)?;
+        norm.backward(&dx, &dy, &x, eps)
     }
 
-    /// Adds to the factors' gradients. `d` is the gradient of the block's output (selected or T, C) and is used up; the gradient of
+    /// Adds to the gradients of what is trained. `d` is the gradient of the block's output (selected or T, C) and is used up; the gradient of
     /// the input goes to `dh` (T, C), which is `d` itself when nothing is selected, if `need_dh`. Uses up gate and up.
     pub fn backward(
         &self,
         (dh, d): (&Tensor, &Tensor),
         pass: Pass,
         scratch: &Scratch<Tensor>,
-        gradient: &BlockFactors,
+        gradient: &BlockGradient,
         need_dh: bool,
     ) -> Result<()> {
         let Pass { h, rows, a, .. } = pass;
@@ -202,26 +217,30 @@ impl Block<'_> {
             Module::K | Module::V => self.projection(m, rows.keys),
             _ => self.projection(m, &keys),
         };
-        let back = Back { gradient, a, scratch };
+        let (back, trained) = (Back { gradient, a, scratch }, &gradient.whole.norms);
+        let need_dh = need_dh || trained.input.is_some();
         let eps = self.architecture.norm_eps;
         let (few, dattended) = (scratch.flow.0.narrow(0, rows.results())?, &scratch.flow.1);
 
         // The gradient of an output before its norm, or `d` itself.
-        let before = |norm: Option<&NormWeights<Tensor>>, x: &Tensor| -> Result<Tensor> {
-            let Some(norm) = norm else { return Ok(d.clone()) };
+        let before = |norm: Option<(&NormWeights<Tensor>, &NormGradient)>, x: &Tensor| -> Result<Tensor> {
+            let Some((norm, to)) = norm else { return Ok(d.clone()) };
+            norm.add_gradient(to, d, x, eps)?;
             clear(&scratch.before.1)?;
             norm.backward(&scratch.before.1, d, x, eps)?;
             Ok(scratch.before.1.clone())
         };
-        let post = self.weights.norms.post.as_ref();
+        let post = self.weights.norms.post.as_ref().zip(trained.post.as_ref());
+        let (post_attention, post_mlp) =
+            post.map(|((a, mlp), (to_a, to_mlp))| ((a, to_a), (mlp, to_mlp))).unzip();
 
-        let (down, dout) = (layer(Module::Down), before(post.map(|(_, mlp)| mlp), &a.sums.1)?);
+        let (down, dout) = (layer(Module::Down), before(post_mlp, &a.sums.1)?);
         let ddown = down.before_gains(&dout, &scratch.before_gains)?;
         back.inner(Module::Down, &down, &ddown)?;
         back.input(&scratch.wide, &[(Module::Down, &down, &ddown)])?;
         gated_backward(self.architecture.gate, &scratch.wide, &a.gate, &a.up)?;
         back.factors(Module::Down, &down, &ddown, &scratch.wide)?;
-        back.magnitude(Module::Down, &down, &dout, &scratch.wide)?;
+        back.output(Module::Down, &down, &dout, &scratch.wide)?;
 
         let (gate, up) = (layer(Module::Gate), layer(Module::Up));
         let normed = scratch.normed.narrow(0, rows.results())?;
@@ -233,10 +252,11 @@ impl Block<'_> {
         back.input(&few, &[(Module::Gate, &gate, &a.gate), (Module::Up, &up, &a.up)])?;
         back.factors(Module::Gate, &gate, &a.gate, &normed)?;
         back.factors(Module::Up, &up, &a.up, &normed)?;
+        self.weights.norms.mlp.add_gradient(&trained.mlp, &few, &a.h2, eps)?;
         self.weights.norms.mlp.backward(d, &few, &a.h2, eps)?;
 
-        let (o, after) = (layer(Module::O), before(post.map(|(attention, _)| attention), &a.sums.0)?);
-        back.magnitude(Module::O, &o, &after, &a.attended)?;
+        let (o, after) = (layer(Module::O), before(post_attention, &a.sums.0)?);
+        back.output(Module::O, &o, &after, &a.attended)?;
         let dout = o.before_gains(&after, &scratch.before_gains)?;
         back.inner(Module::O, &o, &dout)?;
         back.input(dattended, &[(Module::O, &o, &dout)])?;
@@ -246,12 +266,12 @@ impl Block<'_> {
         attention_backward(AttentionGradients { dq, dk, dv }, dattended, pass.attended(), inputs)?;
         rope(dq, self.rope, &positions, true)?;
         rope(dk, self.rope, rows.positions, true)?;
-        let (dq, dk) = match &self.weights.norms.heads {
+        let (dq, dk) = match self.weights.norms.heads.as_ref().zip(trained.heads.as_ref()) {
             None => (dq, dk),
             // The gradient of attention's output is used up.
-            Some((q, k)) => {
-                self.unnorm_heads(dattended, dq, &a.raw.0, q)?;
-                self.unnorm_heads(&scratch.before.0, dk, &a.raw.1, k)?;
+            Some(((q, k), (to_q, to_k))) => {
+                self.unnorm_heads(dattended, dq, &a.raw.0, (q, to_q))?;
+                self.unnorm_heads(&scratch.before.0, dk, &a.raw.1, (k, to_k))?;
                 (dattended, &scratch.before.0)
             }
         };
@@ -288,6 +308,7 @@ impl Block<'_> {
                 scatter_add_rows(dh, d, index)?;
             }
         }
+        self.weights.norms.input.add_gradient(&trained.input, dn1, h, eps)?;
         self.weights.norms.input.backward(dh, dn1, h, eps)
     }
 
@@ -306,7 +327,7 @@ impl Block<'_> {
 
 /// The way back through the linear layers of a block.
 struct Back<'a> {
-    gradient: &'a BlockFactors,
+    gradient: &'a BlockGradient,
     a: &'a Activations<Tensor>,
     scratch: &'a Scratch<Tensor>,
 }
@@ -320,22 +341,35 @@ impl Back<'_> {
     /// Adds to the gradients of a layer's factors; `x` is the layer's input.
     fn factors(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
         let i = m as usize;
-        layer.factor_gradients(self.gradient[i].as_ref(), dy, x, &self.a.inner[i], &self.scratch.inner[i])
+        layer.factor_gradients(
+            self.gradient.factors[i].as_ref(),
+            dy,
+            x,
+            &self.a.inner[i],
+            &self.scratch.inner[i],
+        )
     }
 
-    /// Adds to the gradient of a layer's magnitudes; `dy` is the gradient of its output, `x` its input.
-    fn magnitude(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
+    /// Adds to the gradients of a layer's weight, bias and magnitudes; `dy` is the gradient of its output, `x` its input.
+    fn output(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
+        if let Some(weight) = &self.gradient.whole.weights[m as usize] {
+            let to = Tensor::Host(weight.clone());
+            multiply(&to, Onto::Itself, &[Product::new(&dy.t()?, Factor::Plain(x))])?;
+        }
+        if let Some(bias) = &self.gradient.whole.biases[m as usize] {
+            add_column_sums(bias, dy.host()?)?;
+        }
         if layer.lengths.is_none() {
             return Ok(());
         }
         let (i, (rows, columns)) = (m as usize, dy.dims2()?);
         let room = self.scratch.gained.first(rows, columns)?;
-        layer.magnitude_gradient(self.gradient[i].as_ref(), (dy, x, &self.a.inner[i]), &room)
+        layer.magnitude_gradient(self.gradient.factors[i].as_ref(), (dy, x, &self.a.inner[i]), &room)
     }
 
     /// Does this, then makes `dy` the gradient before the layer's gains.
     fn gained(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
-        self.magnitude(m, layer, dy, x)?;
+        self.output(m, layer, dy, x)?;
         layer.use_gains(dy)
     }
 

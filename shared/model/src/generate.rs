@@ -10,6 +10,7 @@ use crate::{
     lora::Lora,
     numeric::Numeric,
     on_gpu::adapter,
+    whole::Policy,
 };
 use candle_core::{DType, Tensor as HostTensor};
 use kto_cli::{Error, Result};
@@ -113,12 +114,14 @@ impl<'a> Generator<'a> {
         let architecture = &self.base.architecture;
         let device = self.base.device();
         let h = device.matrix(ids.len(), architecture.hidden).numeric()?;
-        gather_rows_into(&h, self.base.embedding()?, &ids).numeric()?;
+        let policy = Policy::new(self.base, self.lora);
+        let embedding = policy.embedding()?;
+        gather_rows_into(&h, &embedding, &ids).numeric()?;
         self.base.scale_embedding(&h)?;
         let buffers = DecodeBuffers::new(architecture, self.lora, ids.len(), device)?;
         let rows = Rows { positions: &positions, keys: &[], selected: None, layout: &layout };
         for layer in 0..self.base.architecture.layers {
-            let weights = self.base.layer(layer)?;
+            let weights = policy.layer(layer)?;
             let factors = self.factors.as_ref().map(|f| &f[layer]);
             if self.lengths.len() == layer {
                 self.lengths.push(dora::lengths(self.base, layer, factors, &weights.linears)?);
@@ -153,13 +156,13 @@ impl<'a> Generator<'a> {
                 self.slots[*i].ids.extend_from_slice(ids);
             }
         }
-        let weight = self.base.head()?;
+        let (weight, norm) = (policy.head()?, policy.final_norm()?);
         let head = || {
             let h = if all || last.len() == ids.len() { h.clone() } else { gather_rows(&h, &last)? };
             let normed = h.zeros_like()?;
-            self.base.final_norm().forward(&normed, &h, architecture.norm_eps)?;
+            norm.forward(&normed, &h, architecture.norm_eps)?;
             let logits = device.logits(h.dims2()?.0, architecture.vocab_size)?;
-            multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(weight))])?;
+            multiply(&logits, Onto::Zero, &[Product::new(&normed, Factor::Linear(&weight))])?;
             architecture.logit_cap.map_or(Ok(()), |cap| soft_cap(&logits, cap))?;
             logits.to_host()
         };

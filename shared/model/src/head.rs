@@ -1,17 +1,17 @@
 //! The language-model head on completion positions only, a few rows at a time.
 //!
 //! Log-probabilities and their unit-coefficient gradient come from one pass over a (chunk × V) buffer;
-//! the head itself is frozen, so no gradient of its size exists. A head of which a GPU holds one tile at a time is gone through once
+//! where the head is frozen, no gradient of its size exists. A head of which a GPU holds one tile at a time is gone through once
 //! for the rows of all packs, and once more for their gradients.
 
 use crate::{buffers::Buffer, numeric::Numeric, pack::Entry};
-use candle_core::Result as Computed;
+use candle_core::{Result as Computed, Tensor as HostTensor};
 use kto_cli::Result;
 use kto_kernels::{
     LogprobStats,
     device::{
         Device, Factor, FrozenWeight, Onto, Product, Tensor, gather_rows, logprobs, logprobs_in_tiles,
-        multiply, soft_cap,
+        multiply, scale_rows, soft_cap,
     },
 };
 
@@ -61,6 +61,36 @@ pub(crate) fn run(
         start = end;
     }
     Ok(stats)
+}
+
+/// Adds to the gradient `to` of a trained head, `coefficients` being those of the entries, all trained.
+///
+/// What a row counts for is known only after the way up, so its logits are computed a second time, chunk by chunk: to keep them, or a
+/// sum of its own for every coefficient, would take rows × V or branches × V × C numbers. Shapes: normed (rows, C), head and to (V, C).
+pub(crate) fn add_weight_gradient(
+    chunks: &Chunks,
+    normed: &Tensor,
+    head: &FrozenWeight,
+    (entries, coefficients): (&[Entry], &[f64]),
+    to: &HostTensor,
+) -> Result<()> {
+    let to = Tensor::Host(to.clone());
+    let rows = entries.len().div_ceil(entries.len().div_ceil(chunks.rows).max(1)).max(1);
+    for (part, coefficients) in entries.chunks(rows).zip(coefficients.chunks(rows)) {
+        let (index, targets): (Vec<u32>, Vec<u32>) = part.iter().map(|e| (e.head_row, e.target)).unzip();
+        let logits = chunks.logits.rows(0, part.len())?;
+        let chunk = || {
+            let picked = gather_rows(normed, &index)?;
+            multiply(&logits, Onto::Zero, &[Product::new(&picked, Factor::Linear(head))])?;
+            chunks.cap.map_or(Ok(()), |cap| soft_cap(&logits, cap))?;
+            let (_, gradient) = logprobs(chunks.device, &logits, &targets, (true, chunks.cap))?;
+            let Some(gradient) = gradient else { return Ok(()) };
+            scale_rows(&gradient, coefficients)?;
+            multiply(&to, Onto::Itself, &[Product::new(&gradient.t()?, Factor::Plain(&picked))])
+        };
+        chunk().numeric()?;
+    }
+    Ok(())
 }
 
 /// As [`run`], with the head in tiles and `rows` rows at a time: `entries` are (row of `last`, target) of all packs, the trained ones

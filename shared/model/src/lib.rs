@@ -33,3 +33,4 @@ pub mod rotary;
 pub mod rows;
 pub mod sweep;
 pub mod weights;
+pub mod whole;

@@ -1,14 +1,15 @@
-//! The trained adapter: LoRA factors of every block, their gradients, and their form on disk.
+//! What is trained: LoRA factors of every block and tensors of the base that are trained whole; their gradients, and their form on disk.
 
 use crate::{
     architecture::{Architecture, Module, Parts},
     numeric::Numeric,
+    whole::{self, Whole},
 };
 use candle_core::{DType, Device, Tensor};
 use kto_cli::{Error, Result};
 use kto_formats::{
     adapter::{Adapter, AdapterConfig, AdapterMeta},
-    lora::LoraModule,
+    lora::{LoraModule, Saved},
 };
 use std::collections::BTreeMap;
 
@@ -20,11 +21,13 @@ pub use crate::{
 /// The factors of one block as they are trained, by [`Module::NAMED`]: one pair for each matrix that the checkpoint has.
 pub type LayerFactors = [Option<Factors>; Module::NAMED.len()];
 
-/// LoRA factors of a whole decoder.
+/// The trained part of a decoder.
 #[derive(Clone, Debug)]
 pub struct Lora {
     /// Factors by block and module.
     pub layers: Vec<LayerFactors>,
+    /// What takes the place of the base's tensors, by name.
+    pub whole: Whole,
     /// Which rows of a fused matrix are whose.
     pub parts: Parts,
 }
@@ -35,7 +38,8 @@ impl Lora {
         Self::laid_out(architecture, &LoraLayout::uniform(architecture, spec), seed, dtype)
     }
 
-    /// Returns a fresh adapter, a pure function of `seed`. With DoRA its magnitudes are still to be measured ([`Lora::measure`]).
+    /// Returns a fresh adapter, a pure function of `seed`. What is trained whole is still to be filled
+    /// ([`Lora::fill`]), and DoRA's magnitudes to be measured ([`Lora::measure`]).
     pub fn laid_out(
         architecture: &Architecture,
         layout: &LoraLayout,
@@ -56,10 +60,13 @@ impl Lora {
             }
             layers.push(block);
         }
-        Ok(Self { layers, parts: architecture.parts() })
+        let zeros = |shape: &Vec<usize>| Tensor::zeros(&shape[..], dtype, &Device::Cpu).numeric();
+        let whole = layout.whole.iter().map(|(name, shape)| Ok((name.clone(), zeros(shape)?)));
+        Ok(Self { layers, whole: whole.collect::<Result<_>>()?, parts: architecture.parts() })
     }
 
-    /// Takes an adapter read from disk. Errors (65): a tensor that fits no module of this decoder, or has another shape.
+    /// Takes an adapter read from disk. Errors (65): a tensor that fits no module of this decoder, or has another shape; one that the
+    /// settings name and the file lacks.
     pub fn from_adapter(architecture: &Architecture, adapter: &Adapter, dtype: DType) -> Result<Self> {
         let mut layers = vec![LayerFactors::default(); architecture.layers];
         let places: BTreeMap<String, (usize, Module)> = (0..architecture.layers)
@@ -81,26 +88,34 @@ impl Lora {
             }
             layers[layer][module as usize] = Some(factors(pair, dtype)?);
         }
-        Ok(Self { layers, parts: architecture.parts() })
+        let needed = whole::chosen(architecture, &adapter.config.peft()?)?;
+        whole::take(architecture, &needed, adapter.saved.iter().map(|(name, s)| (name, &s.shape[..])))?;
+        let tensor = |s: &Saved| {
+            Tensor::from_slice(&s.values, &s.shape[..], &Device::Cpu)
+                .and_then(|t| t.to_dtype(dtype))
+                .numeric()
+        };
+        let whole = adapter.saved.iter().map(|(name, s)| Ok((name.clone(), tensor(s)?)));
+        Ok(Self { layers, whole: whole.collect::<Result<_>>()?, parts: architecture.parts() })
     }
 
     /// Returns the form that goes to disk.
     pub fn to_adapter(&self, config: AdapterConfig) -> Result<Adapter> {
         let mut tensors = BTreeMap::new();
+        let flat = |t: &Tensor| {
+            t.to_dtype(DType::F32).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1::<f32>()).numeric()
+        };
         for (name, f) in self.named() {
             let (r, in_features) = f.a.dims2().numeric()?;
             let (out_features, _) = f.b.dims2().numeric()?;
-            let flat = |t: &Tensor| {
-                t.to_dtype(DType::F32)
-                    .and_then(|t| t.flatten_all())
-                    .and_then(|t| t.to_vec1::<f32>())
-                    .numeric()
-            };
             let (a, b, magnitude) = (flat(&f.a)?, flat(&f.b)?, f.magnitude.as_ref().map(flat).transpose()?);
             let scale = f.scale;
             tensors.insert(name, LoraModule { a, b, r, in_features, out_features, scale, magnitude });
         }
-        Ok(Adapter { config, tensors, meta: AdapterMeta::default() })
+        let saved = |t: &Tensor| Ok(Saved { shape: t.dims().to_vec(), values: flat(t)? });
+        let saved = self.whole.iter().map(|(name, t)| Ok((name.clone(), saved(t)?)));
+        let saved = saved.collect::<Result<_>>()?;
+        Ok(Adapter { config, tensors, saved, meta: AdapterMeta::default() })
     }
 
     /// Returns the adapted modules by their names in a checkpoint.
@@ -112,19 +127,22 @@ impl Lora {
 
     /// Returns every trained tensor with its name, in the order of [`Lora::tensors`].
     pub fn named_tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
-        self.named().flat_map(|(name, f)| {
+        let factors = self.named().flat_map(|(name, f)| {
             let magnitude = f.magnitude.as_ref().map(|m| (format!("{name}.lora_magnitude_vector"), m));
             let pair = [(format!("{name}.lora_A"), &f.a), (format!("{name}.lora_B"), &f.b)];
             pair.into_iter().chain(magnitude)
-        })
+        });
+        factors.chain(self.whole.iter().map(|(name, tensor)| (name.clone(), tensor)))
     }
 
-    /// Returns every trained tensor in a fixed order: A, B and perhaps magnitudes, module by module, block by block.
+    /// Returns every trained tensor in a fixed order: A, B and perhaps magnitudes, module by module, block by block; then what is
+    /// trained whole, by name.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.layers.iter().flatten().flatten().flat_map(|f| [&f.a, &f.b].into_iter().chain(&f.magnitude))
+        let factors = self.layers.iter().flatten().flatten();
+        factors.flat_map(|f| [&f.a, &f.b].into_iter().chain(&f.magnitude)).chain(self.whole.values())
     }
 
-    /// Returns an adapter of the same shape filled with zeros (gradients, optimizer moments).
+    /// Returns the same shape filled with zeros (gradients, optimizer moments).
     pub fn zeros_like(&self) -> Result<Self> {
         self.map(|t| t.zeros_like())
     }
@@ -145,12 +163,15 @@ impl Lora {
                 }
             }
         }
-        Ok(Self { layers, parts: self.parts })
+        let whole = self.whole.iter().map(|(name, t)| Ok((name.clone(), f(t).numeric()?)));
+        Ok(Self { layers, whole: whole.collect::<Result<_>>()?, parts: self.parts })
     }
 
-    /// Returns the lowest block that has factors; below it nothing needs a gradient.
+    /// Returns the lowest block that has something to train, or lies above a trained embedding; below it nothing needs a gradient.
     pub fn first_layer(&self) -> usize {
-        self.layers.iter().position(|b| b.iter().any(Option::is_some)).unwrap_or(self.layers.len())
+        let layers = self.layers.len();
+        let factors = self.layers.iter().position(|b| b.iter().any(Option::is_some)).unwrap_or(layers);
+        factors.min(whole::first_layer(self.whole.keys(), layers))
     }
 
     /// Returns the largest rank of the matrix that holds a computed module; 0 where there is none.

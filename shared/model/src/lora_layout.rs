@@ -3,7 +3,10 @@
 //! Called by [`crate::lora`] and the memory plan. Which modules the settings mean is decided in [`kto_formats::peft`].
 //! Numbers are a pure function of the seed and the place. Deliberately absent: initialisations that change the base (pissa, olora).
 
-use crate::architecture::{Architecture, Module};
+use crate::{
+    architecture::{Architecture, Module},
+    whole::{self, Shapes},
+};
 use kto_cli::{Error, Result};
 use kto_formats::peft::PeftConfig;
 use kto_kernels::random;
@@ -28,11 +31,13 @@ pub struct Place {
     pub scale: f64,
 }
 
-/// The factors of a whole decoder.
+/// What is trained of a whole decoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraLayout {
     /// By block and [`Module::NAMED`]; nothing where a layer is not adapted.
     pub blocks: Vec<[Option<Place>; Module::NAMED.len()]>,
+    /// What is trained whole beside them.
+    pub whole: Shapes,
     /// Whether rows have trained lengths.
     pub dora: bool,
     /// What the factors begin with.
@@ -56,7 +61,8 @@ impl LoraLayout {
     pub fn uniform(architecture: &Architecture, spec: &LoraSpec) -> Self {
         let place = Place { rank: spec.rank, scale: spec.alpha / spec.rank as f64 };
         let block = Module::NAMED.map(|m| spec.modules.contains(&m).then_some(place));
-        Self { blocks: vec![block; architecture.layers], dora: false, init: Init::Kaiming }
+        let blocks = vec![block; architecture.layers];
+        Self { blocks, whole: Shapes::new(), dora: false, init: Init::Kaiming }
     }
 
     /// Lays out what settings ask for. Errors (65): they name no linear layer; an initialisation that is not known.
@@ -74,7 +80,8 @@ impl LoraLayout {
         if blocks.iter().flatten().all(Option::is_none) {
             return Err(Error::data("no linear layer of the model is adapted"));
         }
-        Ok(Self { blocks, dora: config.use_dora, init: Init::named(&config.init_lora_weights)? })
+        let whole = whole::chosen(architecture, config)?;
+        Ok(Self { blocks, whole, dora: config.use_dora, init: Init::named(&config.init_lora_weights)? })
     }
 
     /// Returns the adapted layers with their places: (block, module, place).

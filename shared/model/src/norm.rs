@@ -1,9 +1,28 @@
 //! The norms of a decoder: by root mean square, or, where a norm has a bias, by mean and variance.
 
-use candle_core::Result;
-use kto_kernels::device::{Tensor, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
+use candle_core::{Result, Tensor as HostTensor};
+use kto_kernels::{
+    add_column_sums, add_norm_gradient,
+    device::{Tensor, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward},
+};
 
-/// A frozen norm.
+/// Where the gradients of a norm are added to, as far as it is trained.
+#[derive(Clone, Debug, Default)]
+pub struct NormGradient {
+    /// Of its weight (C).
+    pub weight: Option<HostTensor>,
+    /// Of its bias (C).
+    pub bias: Option<HostTensor>,
+}
+
+impl NormGradient {
+    /// Returns whether anything of it is trained.
+    pub fn is_some(&self) -> bool {
+        self.weight.is_some() || self.bias.is_some()
+    }
+}
+
+/// A norm.
 #[derive(Clone, Debug)]
 pub struct NormWeights<T> {
     /// As it is multiplied with (C).
@@ -34,5 +53,13 @@ impl NormWeights<Tensor> {
             None => rms_norm_backward(dx, dy, x, &self.weight, eps),
             Some(_) => layer_norm_backward(dx, dy, x, &self.weight, eps),
         }
+    }
+
+    /// Adds to the gradients of a trained norm for the gradient `dy` of the result. Shapes: dy and x (T, C).
+    pub(crate) fn add_gradient(&self, to: &NormGradient, dy: &Tensor, x: &Tensor, eps: f64) -> Result<()> {
+        if let Some(weight) = &to.weight {
+            add_norm_gradient(weight, dy.host()?, x.host()?, eps, self.bias.is_some())?;
+        }
+        to.bias.as_ref().map_or(Ok(()), |bias| add_column_sums(bias, dy.host()?))
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::{
     base::{BaseModel, LayerWeights},
-    block::{Block, BlockFactors, Pass, Rows},
+    block::{Block, BlockFactors, BlockGradient, Pass, Rows},
     buffers::{Activations, KeyValues, Workspace},
     dora::{self, BlockLengths},
     head,
@@ -14,6 +14,8 @@ use crate::{
     numeric::Numeric,
     on_gpu::adapter::{self, Gradient},
     pack::{Entry, Pack, Part},
+    weights::{EMBEDDING, HEAD},
+    whole::{self, Policy, WholeGradient},
 };
 use kto_cli::{Error, Result};
 use kto_kernels::{
@@ -86,6 +88,11 @@ struct Place {
 }
 
 impl Sweep<'_> {
+    /// Returns the weights that it goes through.
+    fn policy(&self) -> Policy<'_> {
+        Policy::new(self.base, self.lora)
+    }
+
     /// Runs `packs` forward. With `keep`, [`Sweep::backward`] can follow, before any other sweep in the same workspace.
     pub fn forward(&self, packs: &[Pack], keep: bool) -> Result<Forward> {
         self.awake(|| self.run_forward(packs, keep))
@@ -106,12 +113,12 @@ impl Sweep<'_> {
         let factors = self.lora.map(|lora| adapter::bring(self.base.device(), lora)).transpose()?;
         let mut lengths = Vec::with_capacity(layers);
         let places = places(packs);
-        let embedding = self.base.embedding()?;
+        let embedding = self.policy().embedding()?;
         w.inputs.begin(0)?;
         for (pack, place) in packs.iter().zip(&places) {
             for (part, state) in self.states(0, pack, *place, keep)? {
                 let ids = &pack.ids[part.rows.clone()];
-                gather_rows_into(&state, embedding, ids).numeric()?;
+                gather_rows_into(&state, &embedding, ids).numeric()?;
                 self.base.scale_embedding(&state)?;
             }
         }
@@ -125,7 +132,7 @@ impl Sweep<'_> {
             if next != input {
                 w.inputs.begin(next)?;
             }
-            let (weights, factors) = (self.base.layer(index)?, of(&factors, index));
+            let (weights, factors) = (self.policy().layer(index)?, of(&factors, index));
             let own = dora::lengths(self.base, index, factors, &weights.linears)?;
             let layer = Layer { index, weights, factors, lengths: &own };
             for (pack, place) in packs.iter().zip(&places) {
@@ -210,15 +217,19 @@ impl Sweep<'_> {
     fn head(&self, pack: &Pack, place: Place, keep: bool) -> Result<Vec<BranchStats>> {
         let (w, n) = (self.workspace, pack.head_rows());
         let (last, normed) = (w.last.0.rows(place.heads, n)?, w.last.1.rows(0, n)?);
-        self.base.final_norm().forward(&normed, &last, self.base.architecture.norm_eps).numeric()?;
+        self.policy().final_norm()?.forward(&normed, &last, self.base.architecture.norm_eps).numeric()?;
         let unit = match keep && pack.gradient_entries > 0 {
             true => Some(w.unit.rows(place.unit, pack.gradient_entries)?),
             false => None,
         };
-        let (device, cap) = (self.base.device(), self.base.architecture.logit_cap);
-        let chunks = head::Chunks { device, logits: &w.logits, rows: w.head_rows, cap };
-        let stats = head::run(&chunks, &normed, self.base.head()?, &pack.entries, unit.as_ref())?;
+        let head = self.policy().head()?;
+        let stats = head::run(&self.chunks(), &normed, &head, &pack.entries, unit.as_ref())?;
         Ok(branch_stats(pack, &stats))
+    }
+
+    fn chunks(&self) -> head::Chunks<'_> {
+        let (w, cap) = (self.workspace, self.base.architecture.logit_cap);
+        head::Chunks { device: self.base.device(), logits: &w.logits, rows: w.head_rows, cap }
     }
 
     /// As [`Sweep::head`] for all packs together.
@@ -275,18 +286,19 @@ impl Sweep<'_> {
         }
         let places = places(packs);
         for ((pack, place), coefficients) in packs.iter().zip(&places).zip(coefficients) {
-            self.head_backward(pack, *place, coefficients)?;
+            self.head_backward(pack, *place, coefficients, gradients)?;
         }
         let mut gradient = Gradient::new(self.base.device(), gradients, &w.gradient_memory)?;
         for index in (w.first..self.base.architecture.layers).rev() {
             w.inputs.fetch(index - w.first)?;
             let layer = Layer {
                 index,
-                weights: self.base.layer(index)?,
+                weights: self.policy().layer(index)?,
                 factors: of(&forward.factors, index),
                 lengths: &forward.lengths[index],
             };
-            let to = gradient.begin(index)?;
+            let whole = WholeGradient::of(&self.base.architecture, &gradients.whole, index)?;
+            let to = BlockGradient { factors: gradient.begin(index)?, whole };
             for (pack, place) in packs.iter().zip(&places).filter(|(p, _)| p.gradient_entries > 0) {
                 self.backward_layer(&layer, pack, *place, &to)?;
             }
@@ -294,11 +306,22 @@ impl Sweep<'_> {
             self.base.release(index)?;
             self.tell(self.base.architecture.layers - index, self.base.architecture.layers - w.first);
         }
+        if let Some(to) = gradients.whole.get(EMBEDDING) {
+            let to = Tensor::Host(to.clone());
+            for (pack, place) in packs.iter().zip(&places).filter(|(p, _)| p.gradient_entries > 0) {
+                let (ids, dh) = (
+                    &pack.ids[pack.trained.rows.clone()],
+                    w.gradient.0.rows(place.trained, pack.trained.rows.len())?,
+                );
+                self.base.scale_embedding(&dh)?;
+                scatter_add_rows(&to, &dh, ids).numeric()?;
+            }
+        }
         gradient.finish(w.first, &w.gradient_memory)
     }
 
-    /// Writes the gradient of the last block's output for the trained head rows.
-    fn head_backward(&self, pack: &Pack, place: Place, coefficients: &[f64]) -> Result<()> {
+    /// Writes the gradient of the last block's output for the trained head rows, and adds to those of a trained head and last norm.
+    fn head_backward(&self, pack: &Pack, place: Place, coefficients: &[f64], gradients: &Lora) -> Result<()> {
         if pack.gradient_entries == 0 {
             return Ok(());
         }
@@ -309,12 +332,20 @@ impl Sweep<'_> {
         let entries = &pack.entries[..pack.gradient_entries];
         let factors: Vec<f64> = entries.iter().map(|e| coefficients[e.branch as usize]).collect();
         let rows: Vec<u32> = entries.iter().map(|e| e.head_row).collect();
+        let (a, norm) = (&self.base.architecture, self.policy().final_norm()?);
+        if let Some(to) = gradients.whole.get(HEAD) {
+            norm.forward(&dnormed, &last, a.norm_eps).numeric()?;
+            let (head, entries) = (self.policy().head()?, (entries, &factors[..]));
+            head::add_weight_gradient(&self.chunks(), &dnormed, &head, entries, to)?;
+        }
+        let trained = whole::final_norm_gradient(a, &gradients.whole);
         let run = || {
             scale_rows(&unit, &factors)?;
             clear(&dnormed)?;
             scatter_add_rows(&dnormed, &unit, &rows)?;
+            norm.add_gradient(&trained, &dnormed, &last, a.norm_eps)?;
             clear(&d)?;
-            self.base.final_norm().backward(&d, &dnormed, &last, self.base.architecture.norm_eps)
+            norm.backward(&d, &dnormed, &last, a.norm_eps)
         };
         run().numeric()
     }
@@ -325,7 +356,7 @@ impl Sweep<'_> {
         layer: &Layer,
         pack: &Pack,
         place: Place,
-        gradient: &BlockFactors,
+        gradient: &BlockGradient,
     ) -> Result<()> {
         let (w, part, index) = (self.workspace, &pack.trained, layer.index);
         let last = index + 1 == self.base.architecture.layers;
@@ -348,7 +379,8 @@ impl Sweep<'_> {
             block.recompute(pass, &w.scratch.forward(count, results)?).numeric()?;
         }
         let scratch = w.scratch.rows(count, results)?.fit(layer.factors)?;
-        block.backward((&dh, &d), pass, &scratch, gradient, index > w.first).numeric()
+        let below = index > w.first || self.policy().trains(EMBEDDING);
+        block.backward((&dh, &d), pass, &scratch, gradient, below).numeric()
     }
 
     fn tell(&self, done: usize, of: usize) {

@@ -53,6 +53,17 @@ impl Norms<String> {
 }
 
 impl<T> Norms<T> {
+    /// Pairs the norms of two sets of the same decoder.
+    pub(crate) fn zip<U>(self, other: Norms<U>) -> Norms<(T, U)> {
+        let pair = |a: Option<(T, T)>, b: Option<(U, U)>| a.zip(b).map(|((a, b), (c, d))| ((a, c), (b, d)));
+        Norms {
+            input: (self.input, other.input),
+            mlp: (self.mlp, other.mlp),
+            heads: pair(self.heads, other.heads),
+            post: pair(self.post, other.post),
+        }
+    }
+
     /// Returns what `f` makes of every norm; it also gets the norm's length.
     pub(crate) fn map<U>(
         &self,

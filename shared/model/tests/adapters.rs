@@ -26,7 +26,9 @@ use kto_step::{POSITIONS, distance, floats, step};
 use std::path::{Path, PathBuf};
 
 /// The adapter, and the model of testdata/families that it is on.
-const CASES: [(&str, &str); 7] = [
+const CASES: [(&str, &str); 16] = [
+    ("bias-adapted", "llama-biases"),
+    ("bias-all", "stablelm"),
     ("dora", "qwen2"),
     ("dora-biases", "llama-biases"),
     ("dora-fused", "phi3"),
@@ -34,6 +36,13 @@ const CASES: [(&str, &str); 7] = [
     ("dora-norms", "gemma3"),
     ("patterns", "qwen3"),
     ("regex", "mistral-window"),
+    ("whole-embedding", "qwen2"),
+    ("whole-ends", "llama-biases"),
+    ("whole-fused", "phi3"),
+    ("whole-head", "qwen2"),
+    ("whole-layers", "stablelm"),
+    ("whole-norms", "gemma3"),
+    ("whole-tied", "gemma2"),
 ];
 
 fn testdata(path: &str) -> PathBuf {
@@ -55,7 +64,7 @@ fn check_step(name: &str, base: &BaseModel, lora: &Lora, packing: Packing, kept_
         }
     }
     for (tensor, gradient) in &found.gradients {
-        let end = if tensor.ends_with("vector") { "" } else { ".weight" };
+        let end = if tensor.contains(".lora_A") || tensor.contains(".lora_B") { ".weight" } else { "" };
         let off = distance(gradient, &floats(&store, &format!("grad/{tensor}{end}")));
         assert!(off < 1e-4, "{name} {tensor}: {off:.1e}");
     }
@@ -75,19 +84,22 @@ fn a_step_is_that_of_peft() {
     }
 }
 
-/// Ranks that differ from block to block share one buffer there too; DoRA is refused.
+/// Ranks that differ from block to block share one buffer there too; DoRA and what is trained whole are refused.
 #[test]
-fn a_gpu_computes_all_but_dora() {
+fn a_gpu_computes_plain_matrices() {
     let Some(machine) = emulated_gpu(1 << 30, Stream::Copy) else { return };
     let device = Device::Gpu(Gpu::new(machine, 1 << 30), Dense::F32);
-    for (name, family) in [("patterns", "qwen3"), ("regex", "mistral-window"), ("dora", "qwen2")] {
+    let refused = [("dora", "DoRA"), ("whole-head", "modules_to_save"), ("bias-all", "bias")];
+    let all =
+        [("patterns", "qwen3"), ("regex", "mistral-window"), ("dora", "qwen2"), ("whole-head", "qwen2")];
+    for (name, family) in all.into_iter().chain([("bias-all", "stablelm")]) {
         let mut base = base(family);
         base.place(&device, Placement::default(), |_| {}).unwrap();
         let adapter = Adapter::read(&testdata("adapters").join(name)).unwrap();
         let lora = Lora::from_adapter(&base.architecture, &adapter, DType::F32).unwrap();
-        if name == "dora" {
+        if let Some((_, text)) = refused.iter().find(|(refused, _)| *refused == name) {
             let error = Generator::new(&base, Some(&lora), 4).err().unwrap();
-            assert_eq!((error.kind().code(), error.to_string().contains("DoRA")), (69, true), "{error}");
+            assert_eq!((error.kind().code(), error.to_string().contains(text)), (69, true), "{error}");
         } else {
             check_step(name, &base, &lora, Packing::Shared(10), 1);
         }
@@ -121,7 +133,8 @@ fn a_fresh_adapter_has_the_shape_of_peft() {
         let given = Lora::from_adapter(&base.architecture, &adapter, DType::F32).unwrap();
         let shape = |lora: &Lora| -> Vec<_> {
             let factors = lora.named().map(|(n, f)| (n, f.a.dims().to_vec(), f.scale, f.magnitude.is_some()));
-            factors.collect()
+            let whole = lora.whole.iter().map(|(n, t)| (n.clone(), t.dims().to_vec(), 0.0, false));
+            factors.chain(whole).collect()
         };
         assert_eq!(shape(&fresh), shape(&given), "{name}");
     }

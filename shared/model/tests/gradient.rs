@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Tensor};
 use kto_formats::{
+    adapter::AdapterConfig,
     model_dir::ModelDir,
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tokens::{TokenMeta, TokenRow, TokenSet, prompt_hash},
@@ -12,12 +13,13 @@ use kto_model::{
     architecture::Module,
     base::BaseModel,
     buffers::{Workspace, WorkspaceSpec},
-    lora::{Lora, LoraSpec},
+    lora::{Lora, LoraLayout, LoraSpec},
     pack::Pack,
     rows::{Batch, Job, Packing},
     sweep::Sweep,
 };
 use safetensors::Dtype;
+use serde_json::json;
 use std::path::Path;
 
 const VOCAB: u64 = 41;
@@ -102,7 +104,7 @@ fn check(packing: Packing, dropout: Option<DropoutKey>, modules: &[Module], kept
 /// Adapts `modules`, or all that the model has.
 fn check_model(
     dir: &Path,
-    (packing, dropout): (Packing, Option<DropoutKey>),
+    form: (Packing, Option<DropoutKey>),
     modules: Option<&[Module]>,
     kept_layers: usize,
 ) {
@@ -110,16 +112,31 @@ fn check_model(
     let modules = modules.unwrap_or(base.architecture.modules());
     let spec = LoraSpec { rank: 3, alpha: 5.0, modules: modules.to_vec() };
     let lora = Lora::fresh(&base.architecture, &spec, 7, DType::F64).unwrap();
+    check_lora(&base, &lora, form, kept_layers);
+}
+
+/// Checks every trained tensor at three places, all of them away from where they begin.
+fn check_lora(
+    base: &BaseModel,
+    lora: &Lora,
+    (packing, dropout): (Packing, Option<DropoutKey>),
+    kept_layers: usize,
+) {
     for (stream, t) in lora.tensors().enumerate() {
         let values: Vec<f64> =
             (0..t.elem_count()).map(|i| random::uniform(stream as u64 + 50, i as u64) - 0.5).collect();
+        // What is trained whole stays near its weights.
+        let start: Vec<f64> = t.flatten_all().unwrap().to_vec1().unwrap();
+        let whole = lora.whole.values().any(|own| own.id() == t.id());
+        let values: Vec<f64> =
+            values.iter().zip(start).map(|(v, s)| if whole { s + 0.2 * v } else { *v }).collect();
         t.slice_set(&Tensor::from_vec(values, t.shape(), t.device()).unwrap(), 0, 0).unwrap();
     }
     let tokens = tokens();
     let packs = Batch::new(&tokens, base.architecture.limits(100), &jobs(), packing).packs;
     let spec = WorkspaceSpec { kept_layers, head_rows: 17, ..Default::default() };
-    let workspace = Workspace::new(&base.architecture, Some(&lora), spec, base.device());
-    let sweep = Sweep { base: &base, lora: Some(&lora), dropout, workspace: &workspace, watch: None };
+    let workspace = Workspace::new(&base.architecture, Some(lora), spec, base.device());
+    let sweep = Sweep { base, lora: Some(lora), dropout, workspace: &workspace, watch: None };
     let gradients = lora.zeros_like().unwrap();
     let forward = sweep.forward(&packs, true).unwrap();
     let weight = |b: &kto_model::sweep::BranchStats| if b.gradient { COEFFICIENTS[b.tag] } else { 0.0 };
@@ -179,6 +196,47 @@ fn families_of_another_form() {
         let dropout = Some(DropoutKey { p: 0.3, key: 99 });
         check_model(&dir, (Packing::Shared(4096), None), None, 1);
         check_model(&dir, (Packing::Single, dropout), None, 1);
+    }
+}
+
+/// Ends, norms, linear layers and biases that are trained whole, beside matrices on one layer of one block.
+#[test]
+fn what_is_trained_whole() {
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/families");
+    let odd = tempfile::tempdir().unwrap();
+    write_model(odd.path());
+    let (odd, family) = (odd.path().to_path_buf(), |name: &str| families.join(name));
+    for (dir, target, whole, bias) in [
+        (
+            odd.clone(),
+            "q_proj",
+            &["embed_tokens", "lm_head", "norm", "down_proj", "o_proj", "up_proj"][..],
+            "lora_only",
+        ),
+        (odd, "v_proj", &["lm_head"], "all"),
+        (family("gemma2"), "q_proj", &["embed_tokens"], "none"),
+        (family("gemma3"), "up_proj", &["norm", "lm_head", "k_proj"], "none"),
+        (family("phi3"), "o_proj", &["qkv_proj", "gate_up_proj"], "none"),
+        (family("stablelm"), "q_proj", &["embed_tokens", "gate_proj"], "all"),
+    ] {
+        let base = BaseModel::load(ModelDir::open(&dir).unwrap(), DType::F64, 100).unwrap();
+        let kept =
+            [("modules_to_save", json!(whole)), ("bias", json!(bias)), ("layers_to_transform", json!([1]))];
+        let config = AdapterConfig {
+            r: 3,
+            lora_alpha: 5.0,
+            target_modules: [target].into(),
+            kept: kept.into_iter().map(|(field, value)| (field.to_string(), value)).collect(),
+            ..Default::default()
+        };
+        let layout = LoraLayout::of_config(&base.architecture, &config.peft().unwrap()).unwrap();
+        let lora = Lora::laid_out(&base.architecture, &layout, 7, DType::F64).unwrap();
+        lora.fill(&base).unwrap();
+        assert!(!lora.whole.is_empty());
+        let dropout = Some(DropoutKey { p: 0.3, key: 99 });
+        check_lora(&base, &lora, (Packing::Shared(4096), None), 1);
+        check_lora(&base, &lora, (Packing::Shared(20), None), 3);
+        check_lora(&base, &lora, (Packing::Single, dropout), 0);
     }
 }
 

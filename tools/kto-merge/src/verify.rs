@@ -72,7 +72,7 @@ impl Verify {
             use_dora: false,
             kept: serde_json::Map::new(),
         };
-        let adapter = Adapter { config, tensors, meta: AdapterMeta::default() };
+        let adapter = Adapter { config, tensors, saved: BTreeMap::new(), meta: AdapterMeta::default() };
         Ok(Self { lora: Lora::from_adapter(&architecture, &adapter, DType::F32)? })
     }
 

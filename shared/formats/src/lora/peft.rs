@@ -2,7 +2,7 @@
 //!
 //! Names begin with `base_model.model.`. A linear layer has `lora_A.weight` (R, in) and `lora_B.weight` (out, R), with DoRA
 //! `lora_magnitude_vector` (out); an embedding `lora_embedding_A` (R, vocabulary) and `lora_embedding_B` (hidden, R); modules of
-//! `modules_to_save` their plain names.
+//! `modules_to_save` their plain names; a trained bias of a layer with matrices `base_layer.bias`.
 
 use super::{Ecosystem, LoraModule, LoraSet, Saved};
 use crate::{
@@ -23,17 +23,10 @@ use std::{
     path::Path,
 };
 
-/// Features that this reader has and the one of training has not.
-const MORE: [&str; 3] = ["modules_to_save", "bias", "trainable_token_indices"];
-
 pub fn read(dir: &Path) -> Result<LoraSet> {
     let place = shown(&dir.join(adapter::CONFIG));
-    let mut settings = read_json(&dir.join(adapter::CONFIG))?;
+    let settings = read_json(&dir.join(adapter::CONFIG))?;
     let peft = PeftConfig::read(&settings).at(&place)?;
-    if settings.get("trainable_token_indices").is_some_and(|v| !v.is_null()) {
-        return Err(Error::data(format!("{place}: trainable_token_indices is not supported")));
-    }
-    settings.retain(|key, _| !MORE.contains(&key.as_str()));
     let config = adapter_config::from_object(&settings).at(&place)?;
     let path = dir.join(WEIGHTS);
     if !path.exists() && dir.join("adapter_model.bin").exists() {
@@ -64,6 +57,9 @@ const PARTS: [&str; 6] = [
     ".lora_magnitude_vector.weight",
 ];
 
+/// What stands in names of a layer's own tensors where it has matrices: a trained bias, or an adapted embedding itself.
+const BASE_LAYER: &str = ".base_layer";
+
 type Tensors = (BTreeMap<String, LoraModule>, BTreeMap<String, Saved>);
 
 fn tensors(store: &TensorStore, peft: &PeftConfig) -> Result<Tensors> {
@@ -83,11 +79,16 @@ fn tensors(store: &TensorStore, peft: &PeftConfig) -> Result<Tensors> {
                     escape(view.name)
                 )));
             }
+            None if rest.contains(".original_module.") => {
+                return Err(Error::data(format!(
+                    "tensor \"{}\" is written where bias is \"all\" and a module of modules_to_save has a bias; not supported",
+                    escape(view.name)
+                )));
+            }
             None => {
                 let values = view.to_f32()?;
                 check_finite(view.name, 0, &values)?;
-                // Beside an adapted embedding PEFT saves the embedding itself.
-                let name = rest.replace(".modules_to_save", "").replace(".base_layer", "");
+                let name = rest.replace(".modules_to_save", "").replace(BASE_LAYER, "");
                 saved.insert(name, Saved { shape: view.shape.to_vec(), values });
             }
         }
@@ -193,6 +194,9 @@ pub fn write(set: &LoraSet, dir: &Path) -> Result<()> {
     atomic::write(&dir.join(adapter::CONFIG), config.to_json().as_bytes())
 }
 
+/// Values that are written at a time.
+const PIECE: usize = 1 << 18;
+
 /// Writes adapter_model.safetensors.
 pub fn write_weights(
     path: &Path,
@@ -232,7 +236,9 @@ pub fn write_weights(
         }
     }
     for (name, saved) in saved {
-        put(name.clone(), saved.shape.clone(), (&saved.values).into())?;
+        let adapted = name.rsplit_once('.').filter(|(module, _)| modules.contains_key(*module));
+        let name = adapted.map_or(name.clone(), |(module, own)| format!("{module}{BASE_LAYER}.{own}"));
+        put(name, saved.shape.clone(), (&saved.values).into())?;
     }
     standard_order(&mut specs);
     let mut metadata = pt_metadata();
@@ -242,9 +248,12 @@ pub fn write_weights(
     let mut writer = SafetensorsWriter::new(path, specs.clone(), &metadata)?;
     let mut bytes = Vec::new();
     for spec in specs {
-        bytes.clear();
-        push_floats(Dtype::F32, &values[&spec.name], &mut bytes)?;
-        writer.write(&spec.name, &bytes)?;
+        // A whole head is large: no second copy of it.
+        for piece in values[&spec.name].chunks(PIECE) {
+            bytes.clear();
+            push_floats(Dtype::F32, piece, &mut bytes)?;
+            writer.write(&spec.name, &bytes)?;
+        }
     }
     writer.finish()
 }

@@ -76,13 +76,15 @@ pub(super) fn host_of_gpu(demand: &Demand, plan: MemoryPlan, pinned: Vec<Item>) 
 fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
     let a = demand.architecture;
     let parameters = demand.adapter.parameters.saturating_mul(F32);
+    let (whole, copies) = (demand.adapter.whole.saturating_mul(F32), if demand.adapter_copy { 2 } else { 1 });
     let norms = ((2 * a.layers + 1) * a.hidden) as u64 * F32 * if a.norm_bias { 2 } else { 1 };
     let rope = a.rope_elements(demand.positions) as u64 * F32;
     let weight = (a.hidden * a.vocab_size.max(a.intermediate)) as u64 * F32;
     let weights = if stream { "weights, one block at a time" } else { "weights as stored" };
     vec![
         item(weights, demand.weights.resident(stream)),
-        item("adapter", parameters.saturating_mul(if demand.adapter_copy { 2 } else { 1 })),
+        item("adapter", parameters.saturating_sub(whole).saturating_mul(copies)),
+        item("modules trained whole", whole.saturating_mul(copies)),
         item("gradients", parameters),
         match demand.moments {
             Moments::F32 => item("AdamW moments", parameters.saturating_mul(2)),

@@ -3,6 +3,7 @@
 use crate::{
     architecture::{Architecture, Module},
     lora::{LoraLayout, Place},
+    whole,
 };
 use kto_formats::{adapter::Adapter, model_dir::ModelDir};
 use kto_kernels::adamw8::moment_bytes;
@@ -85,6 +86,8 @@ pub struct AdapterSize {
     pub ranks: [usize; 7],
     /// The lowest adapted block.
     pub first: usize,
+    /// Numbers that are trained whole, which are among the parameters; 0 where there are none.
+    pub whole: u64,
     /// Magnitudes of DoRA, which are among the parameters; 0 where there is none.
     pub magnitudes: u64,
 }
@@ -94,6 +97,7 @@ impl AdapterSize {
     pub fn fresh(architecture: &Architecture, layout: &LoraLayout) -> Self {
         let of = |(layer, module, place): (usize, Module, Place)| (layer, module, place.rank, layout.dora);
         Self::of(architecture, layout.places().map(of))
+            .with_whole(layout.whole.iter().map(|(name, shape)| (name, &shape[..])))
     }
 
     /// Returns the size of a given adapter.
@@ -103,7 +107,20 @@ impl AdapterSize {
         let of = all.filter_map(|(l, m)| {
             adapter.tensors.get(&m.path(l)).map(|own| (l, m, own.r, own.magnitude.is_some()))
         });
-        Self::of(architecture, of)
+        let saved = adapter.saved.iter().map(|(name, saved)| (name, &saved.shape[..]));
+        Self::of(architecture, of).with_whole(saved)
+    }
+
+    /// Adds what is trained whole.
+    fn with_whole<'a>(mut self, all: impl Iterator<Item = (&'a String, &'a [usize])> + Clone) -> Self {
+        for (_, shape) in all.clone() {
+            let n = shape.iter().fold(1u64, |n, side| n.saturating_mul(*side as u64));
+            self.whole = self.whole.saturating_add(n);
+            self.parameters = self.parameters.saturating_add(n);
+            self.moments8 = self.moments8.saturating_add(moment_bytes(n));
+        }
+        self.first = whole::first_layer(all.map(|(name, _)| name), self.first);
+        self
     }
 
     /// Adds up adapted matrices: (block, matrix, rank, whether DoRA).

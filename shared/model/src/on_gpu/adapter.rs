@@ -8,6 +8,7 @@ use crate::{
     block::BlockFactors,
     lora::{Factors, LayerFactors, Lora},
     numeric::Numeric,
+    whole,
 };
 use candle_core::Tensor as HostTensor;
 use kto_cli::Result;
@@ -91,6 +92,9 @@ pub(crate) fn bring(device: &Device, lora: &Lora) -> Result<Vec<BlockFactors>> {
     let Device::Gpu(gpu, element) = device else {
         return lora.layers.iter().map(|block| on_host(device, block, lora.parts)).collect();
     };
+    if !lora.whole.is_empty() {
+        return Err(whole::not_on_gpu());
+    }
     let (mut all, mut end) = (Vec::with_capacity(lora.layers.len()), 0);
     for block in &lora.layers {
         let (of, next) = places(matrices(block), end, element.size());
