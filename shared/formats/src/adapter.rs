@@ -8,6 +8,7 @@ use crate::{
     lora::{Ecosystem, LoraModule, LoraSet, Saved, is_embedding, peft},
     mmap::shown,
     model_dir::{ModelDir, same_origin},
+    text_part,
 };
 use kto_cli::{Context, Error, Result, atomic, escape};
 use std::{
@@ -29,6 +30,8 @@ pub(crate) const PREFIX: &str = "base_model.model.";
 pub struct AdapterMeta {
     /// [`crate::model_dir::ModelDir::fingerprint`] of the base it was trained on.
     pub base_fingerprint: Option<String>,
+    /// Whether the base is the language model of one that takes images too: PEFT puts the adapter on the whole.
+    pub of_part: bool,
 }
 
 /// A LoRA adapter.
@@ -69,7 +72,7 @@ impl Adapter {
         if config.target_modules == Targets::default() {
             config.target_modules = Targets::Names(set.modules.keys().cloned().collect());
         }
-        let meta = AdapterMeta { base_fingerprint: set.base_fingerprint };
+        let meta = AdapterMeta { base_fingerprint: set.base_fingerprint, of_part: set.of_part };
         Ok(Self { config, tensors: set.modules, saved: set.saved, meta })
     }
 
@@ -84,10 +87,13 @@ impl Adapter {
     /// `meta` goes into the safetensors metadata, where PEFT ignores it.
     pub fn write(&self, dir: &Path, meta: AdapterMeta) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::writing(dir, &e))?;
-        let fingerprint = meta.base_fingerprint.as_deref();
-        peft::write_weights(&dir.join(WEIGHTS), &self.tensors, &self.saved, fingerprint)?;
+        peft::write_weights(&dir.join(WEIGHTS), &self.tensors, &self.saved, &meta)?;
         atomic::write(&dir.join("README.md"), self.model_card().as_bytes())?;
-        atomic::write(&dir.join(CONFIG), self.config.to_json().as_bytes())
+        let config = match meta.of_part {
+            true => text_part::settings(&self.config, self.tensors.keys().map(String::as_str)),
+            false => self.config.clone(),
+        };
+        atomic::write(&dir.join(CONFIG), config.to_json().as_bytes())
     }
 
     /// The README.md that model hubs show.
@@ -165,7 +171,7 @@ mod tests {
     #[test]
     fn fingerprint_and_odd_alpha_survive() {
         let dir = tempfile::tempdir().unwrap();
-        let meta = AdapterMeta { base_fingerprint: Some("abc".into()) };
+        let meta = AdapterMeta { base_fingerprint: Some("abc".into()), of_part: false };
         sample().write(&dir.path().join("new"), meta.clone()).unwrap();
         let back = Adapter::read(&dir.path().join("new")).unwrap();
         assert_eq!((back.meta, back.tensors, back.config), (meta, sample().tensors, sample().config));

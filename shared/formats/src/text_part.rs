@@ -4,16 +4,16 @@
 //! names that they have in a text model, those of the image part are left out. So no tool knows of it but for the names in an adapter,
 //! which PEFT puts on the whole.
 
+use crate::adapter_config::{AdapterConfig, Targets};
 use serde_json::{Map, Value, json};
 
 /// `model_type` of the whole.
 const WHOLE: &str = "gemma3";
 /// Beginnings of names: as published files have them, and as the module is called in transformers.
-const PREFIXES: [(&str, &str); 3] = [
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-];
+const PREFIXES: [(&str, &str); 3] =
+    [("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."), (IN_WHOLE, "model.")];
+/// Where the part is in the module of transformers, so in the names of an adapter.
+const IN_WHOLE: &str = "model.language_model.";
 /// What the whole says of the weights and of the text's end.
 const OF_THE_WHOLE: [&str; 6] =
     ["quantization_config", "quantization", "dtype", "torch_dtype", "eos_token_id", "transformers_version"];
@@ -65,11 +65,39 @@ pub fn of_value(whole: Value) -> Value {
 
 /// Returns the name of a tensor or module in a text model; `None` for one of the image part.
 pub fn name(of_whole: &str) -> Option<String> {
-    let known = PREFIXES.iter().find_map(|(from, to)| Some((to, of_whole.strip_prefix(from)?)));
-    match known {
-        Some((to, rest)) => Some(format!("{to}{rest}")),
-        None => of_whole.starts_with("lm_head.").then(|| of_whole.to_string()),
+    inside(of_whole).or_else(|| of_whole.starts_with("lm_head.").then(|| of_whole.to_string()))
+}
+
+/// Returns the name in a text model of what lies under the language model by its name in the whole.
+pub fn inside(of_whole: &str) -> Option<String> {
+    PREFIXES.iter().find_map(|(from, to)| Some(format!("{to}{}", of_whole.strip_prefix(from)?)))
+}
+
+/// Returns the name in the whole, as an adapter has it.
+pub fn outside(of_part: &str) -> String {
+    of_part.strip_prefix("model.").map_or_else(|| of_part.to_string(), |rest| format!("{IN_WHOLE}{rest}"))
+}
+
+/// Returns the settings with which PEFT puts an adapter of the part on the whole. A list of names would mean layers of the image part too, so the
+/// target is a pattern, which PEFT takes no choice of layers beside: then it spells the modules out. `modules` are those of the adapter.
+pub fn settings<'a>(of_part: &AdapterConfig, modules: impl Iterator<Item = &'a str>) -> AdapterConfig {
+    let inner = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_string();
+    let mut settings = of_part.clone();
+    let choices = ["exclude_modules", "layers_to_transform", "layers_pattern"];
+    let chosen = choices.iter().filter(|field| settings.kept.remove(**field).is_some()).count() > 0;
+    let names: Vec<String> = match &of_part.target_modules {
+        Targets::Names(names) if !chosen => names.iter().map(|name| inner(name)).collect(),
+        _ => modules.map(inner).collect(),
+    };
+    let (start, names) = (IN_WHOLE.replace('.', r"\."), names.join("|").replace('.', r"\."));
+    settings.target_modules = Targets::Pattern(format!(r"{start}(?:.*\.)?(?:{names})"));
+    for field in ["rank_pattern", "alpha_pattern"] {
+        if let Some(Value::Object(patterns)) = settings.kept.get_mut(field) {
+            *patterns =
+                std::mem::take(patterns).into_iter().map(|(name, value)| (inner(&name), value)).collect();
+        }
     }
+    settings
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 //! a matrix of its own as soon as either of them is trained. Deliberately absent: parts of a module, and GPUs.
 
 use crate::{
-    architecture::{Architecture, Module},
+    architecture::Architecture,
     base::{BaseModel, LayerWeights},
     lora::Lora,
     norm::{NormGradient, NormWeights},
@@ -270,11 +270,11 @@ impl WholeGradient {
     /// Returns those of block `layer`.
     pub fn of(architecture: &Architecture, whole: &Whole, layer: usize) -> Result<Self> {
         let (mut weights, mut biases) = (<[Option<HostTensor>; 7]>::default(), Default::default());
-        let names: [(_, fn(Module, usize) -> String); 2] =
-            [(&mut weights, weight_name), (&mut biases, bias_name)];
-        for (to, name) in names {
-            for &module in architecture.modules() {
-                let Some(own) = whole.get(&name(module, layer)) else { continue };
+        for &module in architecture.modules() {
+            for (to, name) in
+                [(&mut weights, weight_name(module, layer)), (&mut biases, bias_name(module, layer))]
+            {
+                let Some(own) = whole.get(&name) else { continue };
                 for (part, rows) in architecture.parts().of(module) {
                     to[part as usize] = Some(own.narrow(0, rows.start, rows.len()).numeric()?);
                 }

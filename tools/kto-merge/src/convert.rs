@@ -138,6 +138,7 @@ fn mixed(args: &Args, rank: usize, ui: &Ui) -> Result<LoraSet> {
         base_name: first.base_name.clone(),
         dropout: 0.0,
         ecosystem: first.ecosystem,
+        of_part: first.of_part,
     })
 }
 
@@ -251,6 +252,7 @@ pub fn extract(args: &Args, tuned: &Path, ui: &Ui) -> Result<Exit> {
         base_name: base.path.to_str().map(str::to_string),
         dropout: 0.0,
         ecosystem: Ecosystem::Peft,
+        of_part: base.is_part,
     };
     write(args, &set, args.to.map_or(Ecosystem::Peft, Ecosystem::from), ui)
 }

@@ -250,8 +250,9 @@ impl Run<'_> {
         let base_model_name_or_path = Some(base_name(&plan.typed.model));
         let config = AdapterConfig { base_model_name_or_path, ..plan.typed.adapter.clone() };
         let directory = AtomicDir::create(&self.dir.file(name), true)?;
-        lora.to_adapter(config)?
-            .write(directory.path(), AdapterMeta { base_fingerprint: Some(plan.base.clone()) })?;
+        let of_part = self.base.directory().is_part;
+        let meta = AdapterMeta { base_fingerprint: Some(plan.base.clone()), of_part };
+        lora.to_adapter(config)?.write(directory.path(), meta)?;
         directory.commit()
     }
 

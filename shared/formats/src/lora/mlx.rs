@@ -15,6 +15,7 @@ use crate::{
     python_json,
     safetensors_out::{SafetensorsWriter, TensorSpec, standard_order},
     tensors::{TensorStore, check_finite, push_floats},
+    text_part,
 };
 use kto_cli::{Context, Error, Result, atomic, escape};
 use safetensors::Dtype;
@@ -24,6 +25,8 @@ use std::{
     path::Path,
 };
 
+/// Where mlx-lm has the language model of a model that takes images too.
+const IN_WHOLE: &str = "language_model.";
 /// File name of the matrices.
 pub const WEIGHTS: &str = "adapters.safetensors";
 
@@ -39,6 +42,7 @@ pub fn read(dir: &Path) -> Result<LoraSet> {
     let scale = scale.ok_or_else(|| Error::data(format!("{place}: no number lora_parameters.scale")))?;
     let store = TensorStore::open_file(&dir.join(WEIGHTS))?;
     let modules = modules(&store, scale, kind == "dora").at(shown(&dir.join(WEIGHTS)))?;
+    let of_part = store.names().any(|name| text_part::inside(name).is_some());
     Ok(LoraSet {
         modules,
         saved: BTreeMap::new(),
@@ -46,6 +50,7 @@ pub fn read(dir: &Path) -> Result<LoraSet> {
         base_name: settings.get("model").and_then(Value::as_str).map(str::to_string),
         dropout: parameters["dropout"].as_f64().unwrap_or(0.0),
         ecosystem: Ecosystem::Mlx,
+        of_part,
     })
 }
 
@@ -91,7 +96,7 @@ fn modules(store: &TensorStore, scale: f64, dora: bool) -> Result<BTreeMap<Strin
             let (a, b) = (transposed(&a, first, r), transposed(&b, r, last));
             LoraModule { a, b, r, in_features: first, out_features: last, scale, magnitude }
         };
-        modules.insert(module.to_string(), made);
+        modules.insert(text_part::inside(module).unwrap_or_else(|| module.to_string()), made);
     }
     Ok(modules)
 }
@@ -121,9 +126,10 @@ pub fn write(set: &LoraSet, dir: &Path) -> Result<()> {
         values.insert(name, data);
     };
     for (module, m) in &set.modules {
+        let module = if set.of_part { format!("{IN_WHOLE}{module}") } else { module.clone() };
         // Another scale than the common one goes into B.
         let b: Vec<f32> = m.b.iter().map(|v| (f64::from(*v) * (m.scale / scale)) as f32).collect();
-        if is_embedding(module) {
+        if is_embedding(&module) {
             put(format!("{module}.lora_a"), vec![m.out_features, r], b);
             put(format!("{module}.lora_b"), vec![r, m.in_features], m.a.clone());
         } else {

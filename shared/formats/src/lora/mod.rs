@@ -69,6 +69,8 @@ pub struct LoraSet {
     pub dropout: f64,
     /// Whose form it had.
     pub ecosystem: Ecosystem,
+    /// Whether PEFT puts it on a model that takes images too, whose language model it was trained on.
+    pub of_part: bool,
 }
 
 impl LoraSet {

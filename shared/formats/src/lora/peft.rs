@@ -6,13 +6,14 @@
 
 use super::{Ecosystem, LoraModule, LoraSet, Saved};
 use crate::{
-    adapter::{self, PREFIX, WEIGHTS},
+    adapter::{self, AdapterMeta, PREFIX, WEIGHTS},
     adapter_config::{self, AdapterConfig, Targets, whole},
     mmap::shown,
     model_dir::read_json,
     peft::PeftConfig,
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata, standard_order},
     tensors::{TensorStore, TensorView, check_finite, push_floats},
+    text_part,
 };
 use kto_cli::{Context, Error, Result, atomic, escape};
 use safetensors::Dtype;
@@ -37,6 +38,7 @@ pub fn read(dir: &Path) -> Result<LoraSet> {
     }
     let store = TensorStore::open_file(&path)?;
     let (modules, saved) = tensors(&store, &peft).at(shown(&path))?;
+    let own_name = |name: &str| name.strip_prefix(PREFIX).and_then(text_part::inside);
     Ok(LoraSet {
         modules,
         saved,
@@ -44,6 +46,7 @@ pub fn read(dir: &Path) -> Result<LoraSet> {
         base_name: config.base_model_name_or_path,
         dropout: config.lora_dropout,
         ecosystem: Ecosystem::Peft,
+        of_part: store.names().any(|name| own_name(name).is_some()),
     })
 }
 
@@ -89,13 +92,17 @@ fn tensors(store: &TensorStore, peft: &PeftConfig) -> Result<Tensors> {
                 let values = view.to_f32()?;
                 check_finite(view.name, 0, &values)?;
                 let name = rest.replace(".modules_to_save", "").replace(BASE_LAYER, "");
-                saved.insert(name, Saved { shape: view.shape.to_vec(), values });
+                saved.insert(
+                    text_part::inside(&name).unwrap_or(name),
+                    Saved { shape: view.shape.to_vec(), values },
+                );
             }
         }
     }
     let mut modules = BTreeMap::new();
     for module in names {
-        modules.insert(module.to_string(), read_module(store, module, peft)?);
+        let name = text_part::inside(module).unwrap_or_else(|| module.to_string());
+        modules.insert(name, read_module(store, module, peft)?);
     }
     Ok((modules, saved))
 }
@@ -185,8 +192,12 @@ pub fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 
 /// Writes a directory, the settings last.
 pub fn write(set: &LoraSet, dir: &Path) -> Result<()> {
-    write_weights(&dir.join(WEIGHTS), &set.modules, &set.saved, set.base_fingerprint.as_deref())?;
+    let meta = AdapterMeta { base_fingerprint: set.base_fingerprint.clone(), of_part: set.of_part };
+    write_weights(&dir.join(WEIGHTS), &set.modules, &set.saved, &meta)?;
     let mut config = config(set)?;
+    if set.of_part {
+        config = text_part::settings(&config, set.modules.keys().map(String::as_str));
+    }
     let saved: BTreeSet<&str> = set.saved.keys().filter_map(|name| name.strip_suffix(".weight")).collect();
     if !saved.is_empty() {
         config.kept.insert("modules_to_save".into(), json!(saved));
@@ -202,7 +213,7 @@ pub fn write_weights(
     path: &Path,
     modules: &BTreeMap<String, LoraModule>,
     saved: &BTreeMap<String, Saved>,
-    base_fingerprint: Option<&str>,
+    meta: &AdapterMeta,
 ) -> Result<()> {
     let mut specs = Vec::new();
     let mut values: BTreeMap<String, Cow<[f32]>> = BTreeMap::new();
@@ -212,7 +223,6 @@ pub fn write_weights(
         shape: Vec<usize>,
         data: Cow<'a, [f32]>,
     ) -> Result<()> {
-        let name = format!("{PREFIX}{name}");
         if data.len() != shape.iter().product::<usize>() {
             return Err(Error::internal(format!("{name}: {} values for shape {shape:?}", data.len())));
         }
@@ -220,7 +230,10 @@ pub fn write_weights(
         values.insert(name, data);
         Ok(())
     }
-    let mut put = |name: String, shape: Vec<usize>, data| put((&mut specs, &mut values), name, shape, data);
+    let mut put = |name: String, shape: Vec<usize>, data| {
+        let name = if meta.of_part { text_part::outside(&name) } else { name };
+        put((&mut specs, &mut values), format!("{PREFIX}{name}"), shape, data)
+    };
     for (module, m) in modules {
         if is_embedding(module) {
             let a = transposed(&m.b, m.out_features, m.r);
@@ -242,8 +255,8 @@ pub fn write_weights(
     }
     standard_order(&mut specs);
     let mut metadata = pt_metadata();
-    if let Some(fingerprint) = base_fingerprint {
-        metadata.insert(adapter::FINGERPRINT.into(), fingerprint.into());
+    if let Some(fingerprint) = &meta.base_fingerprint {
+        metadata.insert(adapter::FINGERPRINT.into(), fingerprint.clone());
     }
     let mut writer = SafetensorsWriter::new(path, specs.clone(), &metadata)?;
     let mut bytes = Vec::new();

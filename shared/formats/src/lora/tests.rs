@@ -17,6 +17,7 @@ fn module(r: usize, rows: usize, columns: usize, scale: f64, dora: bool) -> Lora
 
 fn set(modules: &[(&str, LoraModule)]) -> LoraSet {
     LoraSet {
+        of_part: false,
         modules: modules.iter().map(|(n, m)| (n.to_string(), m.clone())).collect(),
         saved: BTreeMap::new(),
         base_fingerprint: Some("abc".into()),

@@ -132,7 +132,7 @@ fn token_files_must_be_the_models() {
 fn an_adapter_of_another_base_is_78_unless_forced() {
     let dir = tempfile::tempdir().unwrap();
     let adapter = Adapter::read(&super::testdata("trl/llama/adapter_init")).unwrap();
-    let meta = AdapterMeta { base_fingerprint: Some("0".repeat(64)) };
+    let meta = AdapterMeta { base_fingerprint: Some("0".repeat(64)), ..AdapterMeta::default() };
     adapter.write(dir.path(), meta).unwrap();
     let shown = dir.path().display();
     let set = trl_tokens();
@@ -164,8 +164,10 @@ fn an_adapter_fits_the_4_bit_form_of_its_base_and_the_other_way_round() {
     assert!(print.len() > 64 && print.ends_with(&own.fingerprint()));
     let adapter = Adapter::read(&super::testdata("trl/llama/adapter_init")).unwrap();
     let (on_form, on_own) = (dir.path().join("on_form"), dir.path().join("on_own"));
-    adapter.write(&on_form, AdapterMeta { base_fingerprint: Some(print) }).unwrap();
-    adapter.write(&on_own, AdapterMeta { base_fingerprint: Some(own.fingerprint()) }).unwrap();
+    adapter.write(&on_form, AdapterMeta { base_fingerprint: Some(print), ..AdapterMeta::default() }).unwrap();
+    adapter
+        .write(&on_own, AdapterMeta { base_fingerprint: Some(own.fingerprint()), ..AdapterMeta::default() })
+        .unwrap();
     for model in [&own.path, &form] {
         for adapter in [&on_form, &on_own] {
             let line = format!("score --no-kl --model {} --adapter {}", model.display(), adapter.display());

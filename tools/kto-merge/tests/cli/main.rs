@@ -66,7 +66,7 @@ fn small_adapter(dir: &Path, base_fingerprint: Option<String>) -> PathBuf {
     pair.a.truncate(64);
     pair.b.truncate(32);
     adapter.tensors = [(module, pair)].into();
-    adapter.write(dir, AdapterMeta { base_fingerprint }).unwrap();
+    adapter.write(dir, AdapterMeta { base_fingerprint, ..AdapterMeta::default() }).unwrap();
     dir.to_path_buf()
 }
 
@@ -201,7 +201,7 @@ fn the_base_is_known_and_merging_twice_is_refused() {
     let mut strange = Adapter::read(&right).unwrap();
     strange.tensors =
         strange.tensors.into_values().map(|p| ("model.layers.9.mlp.up_proj".into(), p)).collect();
-    let meta = AdapterMeta { base_fingerprint: Some("0".repeat(64)) };
+    let meta = AdapterMeta { base_fingerprint: Some("0".repeat(64)), ..AdapterMeta::default() };
     strange.write(&top.path().join("strange"), meta).unwrap();
     assert_eq!(refused(&base, &top.path().join("strange"), &[]).0, 78);
     assert_eq!(refused(&base, &top.path().join("strange"), &["--force-base"]).0, 65);

@@ -130,7 +130,9 @@ fn an_initial_adapter_may_come_from_a_4_bit_form_of_the_base() {
     let adapter = Adapter::read(&Case::open("llama").file("adapter_init")).unwrap();
     let train = |trained_on: String| {
         let dir = b.dir.path().join("initial");
-        adapter.write(&dir, AdapterMeta { base_fingerprint: Some(trained_on) }).unwrap();
+        adapter
+            .write(&dir, AdapterMeta { base_fingerprint: Some(trained_on), ..AdapterMeta::default() })
+            .unwrap();
         b.train(&["--dry-run", "--init-adapter", &dir.display().to_string()])
     };
     for trained_on in [own.clone(), format!("{}+{own}", "a".repeat(64))] {
