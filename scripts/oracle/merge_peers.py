@@ -38,6 +38,8 @@ FUSED_KINDS = {
     "patterns": dict(r=4, lora_alpha=8, target_modules=FUSED, rank_pattern={"gate_up_proj": 2}, alpha_pattern={"qkv_proj": 3}),
     "saved": dict(r=3, lora_alpha=6, target_modules=["qkv_proj", "down_proj"], modules_to_save=["norm"]),
 }
+# Where the language model lies in one that takes images too; kto-merge makes a text model of it.
+PART = "model.language_model."
 failures = []
 
 
@@ -52,9 +54,22 @@ def load(path):
 
 
 def logits(model):
-    ids = torch.arange(40).reshape(1, 40) * 5 % model.config.vocab_size
+    ids = torch.arange(40).reshape(1, 40) * 5 % model.config.get_text_config().vocab_size
     with torch.no_grad():
         return model(ids).logits
+
+
+def in_part(settings):
+    """The settings that adapt the language model alone."""
+    names = [name.removeprefix("model.") for name in settings["target_modules"]]
+    return dict(settings, target_modules=PART.replace(".", r"\.") + r"(?:.*\.)?(?:" + "|".join(names).replace(".", r"\.") + ")")
+
+
+def own_weights(model):
+    """The weights by their names in a text model."""
+    state = model.state_dict()
+    part = {key.replace(PART, "model."): value for key, value in state.items() if PART in key or key.startswith("lm_head.")}
+    return part if any(PART in key for key in state) else dict(state)
 
 
 def merge(*words):
@@ -63,7 +78,7 @@ def merge(*words):
 
 def compare(name, path, expected, logits_expected, rounding=2e-6):
     ours = load(path)
-    state = ours.state_dict()
+    state = own_weights(ours)
     worst = max(float((state[key] - value).abs().max() / value.abs().max().clamp(min=1e-3)) for key, value in expected.items())
     off = float((logits(ours) - logits_expected).abs().max() / logits_expected.abs().max())
     check(worst < rounding and off < 10 * rounding, f"{name}: weights off by {worst:.2g} of the largest, logits by {off:.2g}")
@@ -77,10 +92,14 @@ def defaults():
 for folder in sys.argv[1:] or defaults():
     folder = Path(folder)
     short = folder.parent.name if folder.name == "model" else folder.name
-    fused = load(folder).config.model_type == "phi3"
+    fused, images = load(folder).config.model_type == "phi3", load(folder).config.model_type == "gemma3"
     for kind, settings in (FUSED_KINDS if fused else KINDS).items():
         if kind == "embedding" and load(folder).config.tie_word_embeddings:
             continue
+        if images:
+            if kind == "saved":
+                continue
+            settings = in_part(settings)
         with tempfile.TemporaryDirectory() as work:
             work = Path(work)
             torch.manual_seed(5)
@@ -93,7 +112,7 @@ for folder in sys.argv[1:] or defaults():
             fresh = PeftModel.from_pretrained(load(folder), work / "adapter")
             with_adapter = logits(fresh)
             merged = fresh.merge_and_unload()
-            expected = {k: v.clone() for k, v in merged.state_dict().items()}
+            expected = {k: v.clone() for k, v in own_weights(merged).items()}
             name = f"{short} {kind}"
             check(float((logits(merged) - with_adapter).abs().max()) < 1e-4, f"{name}: PEFT's merge is its own adapter")
             merge("--base", folder, "--adapter", work / "adapter", "--dtype", "f32", "-o", work / "merged")

@@ -48,6 +48,34 @@ fn both_forms_are_read_back() {
     }
 }
 
+/// PEFT and mlx-lm put it on the whole, where layers of the image part have the same names.
+#[test]
+fn an_adapter_of_a_part_has_the_names_of_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut made = set(&[
+        ("model.layers.0.mlp.up_proj", module(3, 5, 4, 1.5, false)),
+        ("model.layers.0.mlp.down_proj", module(2, 5, 4, 1.5, false)),
+    ]);
+    made.of_part = true;
+    let path = dir.path().join("peft");
+    made.write(&path, Ecosystem::Peft).unwrap();
+    let store = crate::tensors::TensorStore::open_file(&path.join(adapter::WEIGHTS)).unwrap();
+    let start = "base_model.model.model.language_model.layers.0.mlp.";
+    assert!(store.names().all(|name| name.starts_with(start)));
+    let config = crate::model_dir::read_json(&path.join(adapter::CONFIG)).unwrap();
+    assert_eq!(config["target_modules"], r"model\.language_model\.(?:.*\.)?(?:down_proj|up_proj)");
+    assert_eq!(config["rank_pattern"], serde_json::json!({"layers.0.mlp.down_proj": 2}));
+    made.modules.retain(|name, _| name.ends_with("up_proj"));
+    made.write(&dir.path().join("mlx"), Ecosystem::Mlx).unwrap();
+    let store = crate::tensors::TensorStore::open_file(&dir.path().join("mlx/adapters.safetensors")).unwrap();
+    assert!(store.names().all(|name| name.starts_with("language_model.model.layers.0.mlp.up_proj.lora_")));
+    for (name, modules) in [("peft", 2), ("mlx", 1)] {
+        let back = LoraSet::read(&dir.path().join(name)).unwrap();
+        assert!(back.of_part && back.modules.len() == modules);
+        assert!(back.modules["model.layers.0.mlp.up_proj"] == made.modules["model.layers.0.mlp.up_proj"]);
+    }
+}
+
 #[test]
 fn ranks_alphas_embeddings_and_saved_tensors_survive_in_peft() {
     let dir = tempfile::tempdir().unwrap();

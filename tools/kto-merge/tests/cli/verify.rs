@@ -54,7 +54,7 @@ fn every_family_merged_is_base_plus_adapter() {
             assert!(off > 0.0 && off <= limit * largest, "{name} {dtype}: {said}");
         }
     }
-    assert_eq!(families, 17);
+    assert_eq!(families, 18);
 }
 
 /// The adapter of `llama()` with other numbers.
