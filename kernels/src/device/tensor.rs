@@ -174,10 +174,18 @@ impl Tensor {
 
     /// Returns a short-lived matrix of zeros of this shape and type.
     pub fn zeros_like(&self) -> Result<Self> {
+        let (rows, columns) = self.dims2()?;
+        self.zeros_of(rows, columns)
+    }
+
+    /// Returns a short-lived matrix of zeros of this type.
+    pub fn zeros_of(&self, rows: usize, columns: usize) -> Result<Self> {
         match self {
-            Self::Host(t) => Ok(Self::Host(t.zeros_like()?)),
+            Self::Host(t) => {
+                Ok(Self::Host(candle_core::Tensor::zeros((rows, columns), t.dtype(), t.device())?))
+            }
             Self::Gpu(m) => {
-                let zeros = Matrix::short(m.gpu(), m.dims().0, m.dims().1, m.element())?;
+                let zeros = Matrix::short(m.gpu(), rows, columns, m.element())?;
                 zeros.clear()?;
                 Ok(Self::Gpu(zeros))
             }

@@ -6,7 +6,7 @@ use crate::{
     buffers::{Activations, ForwardScratch, KeyValues, Scratch},
     dora::BlockLengths,
     norm::{NormGradient, NormWeights},
-    projection::{Factors, Projection, input_gradient},
+    projection::{Factors, Projection, Share, input_gradient},
     whole::WholeGradient,
 };
 use candle_core::Result;
@@ -235,9 +235,9 @@ impl Block<'_> {
             post.map(|((a, mlp), (to_a, to_mlp))| ((a, to_a), (mlp, to_mlp))).unzip();
 
         let (down, dout) = (layer(Module::Down), before(post_mlp, &a.sums.1)?);
-        let ddown = down.before_gains(&dout, &scratch.before_gains)?;
+        let (past, ddown) = (down.past_gains(&dout)?, down.before_gains(&dout, &scratch.before_gains)?);
         back.inner(Module::Down, &down, &ddown)?;
-        back.input(&scratch.wide, &[(Module::Down, &down, &ddown)])?;
+        back.input(&scratch.wide, &[(Module::Down, &down, &ddown, past)])?;
         gated_backward(self.architecture.gate, &scratch.wide, &a.gate, &a.up)?;
         back.factors(Module::Down, &down, &ddown, &scratch.wide)?;
         back.output(Module::Down, &down, &dout, &scratch.wide)?;
@@ -245,11 +245,11 @@ impl Block<'_> {
         let (gate, up) = (layer(Module::Gate), layer(Module::Up));
         let normed = scratch.normed.narrow(0, rows.results())?;
         self.weights.norms.mlp.forward(&normed, &a.h2, eps)?;
-        back.gained(Module::Gate, &gate, &a.gate, &normed)?;
-        back.gained(Module::Up, &up, &a.up, &normed)?;
+        let past_gate = back.gained(Module::Gate, &gate, &a.gate, &normed)?;
+        let past_up = back.gained(Module::Up, &up, &a.up, &normed)?;
         back.inner(Module::Gate, &gate, &a.gate)?;
         back.inner(Module::Up, &up, &a.up)?;
-        back.input(&few, &[(Module::Gate, &gate, &a.gate), (Module::Up, &up, &a.up)])?;
+        back.input(&few, &[(Module::Gate, &gate, &a.gate, past_gate), (Module::Up, &up, &a.up, past_up)])?;
         back.factors(Module::Gate, &gate, &a.gate, &normed)?;
         back.factors(Module::Up, &up, &a.up, &normed)?;
         self.weights.norms.mlp.add_gradient(&trained.mlp, &few, &a.h2, eps)?;
@@ -257,9 +257,9 @@ impl Block<'_> {
 
         let (o, after) = (layer(Module::O), before(post_attention, &a.sums.0)?);
         back.output(Module::O, &o, &after, &a.attended)?;
-        let dout = o.before_gains(&after, &scratch.before_gains)?;
+        let (past, dout) = (o.past_gains(&after)?, o.before_gains(&after, &scratch.before_gains)?);
         back.inner(Module::O, &o, &dout)?;
-        back.input(dattended, &[(Module::O, &o, &dout)])?;
+        back.input(dattended, &[(Module::O, &o, &dout, past)])?;
         back.factors(Module::O, &o, &dout, &a.attended)?;
         let (dq, dk, dv) = (&scratch.dq, &scratch.dkv.k, &scratch.dkv.v);
         let inputs = pass.attends(self.architecture.shape, self.rule);
@@ -279,12 +279,10 @@ impl Block<'_> {
         self.weights.norms.input.forward(&scratch.normed, h, eps)?;
         let (q, k, v) = (layer(Module::Q), layer(Module::K), layer(Module::V));
         let few_normed = rows.select(&scratch.normed)?;
-        for (m, layer, dy, x) in [
-            (Module::Q, &q, dq, &few_normed),
-            (Module::K, &k, dk, &scratch.normed),
-            (Module::V, &v, dv, &scratch.normed),
-        ] {
-            back.gained(m, layer, dy, x)?;
+        let past_q = back.gained(Module::Q, &q, dq, &few_normed)?;
+        let past_k = back.gained(Module::K, &k, dk, &scratch.normed)?;
+        let past_v = back.gained(Module::V, &v, dv, &scratch.normed)?;
+        for (m, layer, dy) in [(Module::Q, &q, dq), (Module::K, &k, dk), (Module::V, &v, dv)] {
             back.inner(m, layer, dy)?;
         }
         back.factors(Module::Q, &q, dq, &few_normed)?;
@@ -294,15 +292,15 @@ impl Block<'_> {
             return Ok(());
         }
         let dn1 = &scratch.flow.0;
+        let (of_q, of_k, of_v) =
+            ((Module::Q, &q, dq, past_q), (Module::K, &k, dk, past_k), (Module::V, &v, dv, past_v));
         match rows.selected {
-            None => {
-                back.input(dn1, &[(Module::Q, &q, dq), (Module::K, &k, dk), (Module::V, &v, dv)])?;
-            }
+            None => back.input(dn1, &[of_q, of_k, of_v])?,
             Some(index) => {
                 // Queries and the residual exist for the selected rows only.
                 let few = few.zeros_like()?;
-                back.input(&few, &[(Module::Q, &q, dq)])?;
-                back.input(dn1, &[(Module::K, &k, dk), (Module::V, &v, dv)])?;
+                back.input(&few, &[of_q])?;
+                back.input(dn1, &[of_k, of_v])?;
                 scatter_add_rows(dn1, &few, index)?;
                 clear(dh)?;
                 scatter_add_rows(dh, d, index)?;
@@ -367,16 +365,25 @@ impl Back<'_> {
         layer.magnitude_gradient(self.gradient.factors[i].as_ref(), (dy, x, &self.a.inner[i]), &room)
     }
 
-    /// Does this, then makes `dy` the gradient before the layer's gains.
-    fn gained(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<()> {
+    /// Does this, then makes `dy` the gradient before the layer's gains. Returns [`Projection::past_gains`].
+    fn gained(&self, m: Module, layer: &Projection, dy: &Tensor, x: &Tensor) -> Result<Option<Tensor>> {
         self.output(m, layer, dy, x)?;
-        layer.use_gains(dy)
+        let past = layer.past_gains(dy)?;
+        layer.use_gains(dy)?;
+        Ok(past)
     }
 
-    /// Writes the gradient of an input that these layers share.
-    fn input(&self, dx: &Tensor, layers: &[(Module, &Projection, &Tensor)]) -> Result<()> {
-        let shares: Vec<_> =
-            layers.iter().map(|(m, layer, dy)| (*layer, *dy, &self.scratch.inner[*m as usize])).collect();
+    /// Writes the gradient of an input that these layers share: each with the gradient of its output before gains, and what came past them.
+    fn input(&self, dx: &Tensor, layers: &[(Module, &Projection, &Tensor, Option<Tensor>)]) -> Result<()> {
+        let shares: Vec<Share> = layers
+            .iter()
+            .map(|(m, layer, dy, past)| Share {
+                layer,
+                dy,
+                dinner: &self.scratch.inner[*m as usize],
+                past: past.as_ref(),
+            })
+            .collect();
         input_gradient(dx, &shares)
     }
 }

@@ -3,7 +3,7 @@
 //! Called by the sweep and by generation, once for each block they enter. Formula (arXiv 2402.09353, as PEFT 0.21.2 computes it):
 //! gain = magnitude / ‖W + scale·B·A‖ by rows, the norm without gradient. The norm of W alone is computed once; what A and B add to it comes
 //! from A·Wᵀ and A·Aᵀ, so the sum of the matrices never exists. On a GPU both products are made there; lengths and gains are the host's.
-//! Deliberately absent: dropout on the adapter's input.
+//! Dropout masks the input of the whole sum, as in PEFT; what it takes away goes through W without gains.
 
 use crate::{
     base::BaseModel, block::BlockFactors, lora::Lora, numeric::Numeric, on_gpu::adapter, projection::Factors,

@@ -199,11 +199,18 @@ fn dora_is_what_the_processor_computes() {
         let fused = &[Module::Qkv, Module::O, Module::GateUp, Module::Down][..];
         let modules = if model.ends_with("phi3") { fused } else { &Module::ALL };
         let form = Form { dora: true, placement, modules, ..WHOLE };
-        let (found, expected) = (run(model, Some(&gpu), form), run(model, None, form));
-        let (scores, gradients) = differences(&found, &expected);
-        assert!(scores < 4e-6 && gradients < 4e-5, "{model}: scores {scores:.1e}, gradients {gradients:.1e}");
-        let plain = run(model, None, Form { dora: false, ..form });
-        assert!(found.gradients.len() == plain.gradients.len() / 2 * 3 && found.logps != plain.logps);
+        let dropped =
+            Form { packing: Packing::Single, dropout: Some(DropoutKey { p: 0.3, key: 99 }), ..form };
+        for form in [form, dropped] {
+            let (found, expected) = (run(model, Some(&gpu), form), run(model, None, form));
+            let (scores, gradients) = differences(&found, &expected);
+            assert!(
+                scores < 4e-6 && gradients < 4e-5,
+                "{model}: scores {scores:.1e}, gradients {gradients:.1e}"
+            );
+            let plain = run(model, None, Form { dora: false, ..form });
+            assert!(found.gradients.len() == plain.gradients.len() / 2 * 3 && found.logps != plain.logps);
+        }
     }
 }
 

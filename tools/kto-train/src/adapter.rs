@@ -29,9 +29,6 @@ pub fn resolve(args: &Args, inputs: &Inputs) -> Result<(AdapterConfig, Option<Lo
             (config, Some(layout))
         }
     };
-    if config.use_dora && args.lora_dropout > 0.0 {
-        return Err(Error::usage("DoRA is trained without --lora-dropout"));
-    }
     Ok((AdapterConfig { lora_dropout: args.lora_dropout, ..config }, layout))
 }
 

@@ -343,7 +343,9 @@ fn borrowed(demand: &Demand, gpu: &GpuDemand, choice: &MemoryPlan, placement: Pl
     };
     // Of the last block only the selected rows get past keys and values: copies of both.
     let selected = both.largest.head_rows as u64 * (w.hidden + w.queries) as u64 * size;
-    let dropped = if gpu.dropout { 2 * rows * widest * size } else { 0 };
+    // Masked inputs and gradients; with DoRA also what comes past the gains of up to three layers, and its making.
+    let copies = if demand.adapter.magnitudes > 0 { 6 } else { 2 };
+    let dropped = if gpu.dropout { copies * rows * widest * size } else { 0 };
     vec![
         item("adapter", demand.adapter.parameters * size),
         item("gradients of two blocks", 2 * largest_block(demand) * F32),
