@@ -64,6 +64,10 @@ impl RunDevice {
             let text = "DoRA (use_dora) is not computed on a GPU yet";
             return Err(Error::new(kto_cli::Kind::Unavailable, text).with_hint("--device cpu"));
         }
+        if !plan.typed.whole.is_empty() && matches!(self, Self::Gpu(..)) {
+            let text = "modules trained whole (modules_to_save, bias) are not computed on a GPU yet";
+            return Err(Error::new(kto_cli::Kind::Unavailable, text).with_hint("--device cpu"));
+        }
         Ok(())
     }
 
