@@ -77,7 +77,7 @@ fn given_whole(adapter: &Adapter, architecture: &Architecture) -> Result<Shapes>
 /// Refuses (2) names of --modules-to-save that name nothing, which PEFT passes over.
 fn check_saved(names: &[String], architecture: &Architecture) -> Result<()> {
     let all = whole::parts(architecture);
-    let unknown = |name: &&String| name.is_empty() || !all.iter().any(|p| p.name.ends_with(name.as_str()));
+    let unknown = |name: &&String| !all.iter().any(|p| p.name.ends_with(name.as_str()));
     match names.iter().find(unknown) {
         None => Ok(()),
         Some(name) => {
@@ -121,6 +121,9 @@ fn asked(args: &Args, architecture: &Architecture) -> Result<AdapterConfig> {
         if !map.is_empty() {
             keep(field, Value::Object(map));
         }
+    }
+    if args.modules_to_save.iter().any(String::is_empty) {
+        return Err(Error::usage("--modules-to-save: an empty name"));
     }
     if !args.modules_to_save.is_empty() {
         keep("modules_to_save", json!(args.modules_to_save));

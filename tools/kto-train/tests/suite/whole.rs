@@ -4,10 +4,11 @@ use crate::{
     cli::{Bench, refused, stderr, write},
     families::{close, done, scores, tokens},
     golden::Case,
+    pipeline::tool,
 };
 use kto_formats::{adapter::Adapter, tensors::TensorStore};
 use serde_json::{Value, json};
-use std::path::Path;
+use std::{path::Path, process::Command};
 
 fn settings(run: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(run.join("adapter/adapter_config.json")).unwrap()).unwrap()
@@ -148,6 +149,7 @@ fn the_plan_counts_it() {
     assert!(!table(&[]).contains("whole"));
     let huge = b.train(&[&ENDS[..], &["--memory", "4MiB"]].concat());
     refused(&huge, 71, "needs at least");
+    assert!(stderr(&huge).contains("fewer --modules-to-save"), "{}", stderr(&huge));
 }
 
 #[test]
@@ -155,7 +157,7 @@ fn what_cannot_be_trained_is_refused_by_name() {
     let b = Bench::new();
     for (flags, text) in [
         (&["--modules-to-save", "embed_tokens,heed"][..], "no module of the model ends with \"heed\""),
-        (&["--modules-to-save", ""], "no module of the model ends with \"\""),
+        (&["--modules-to-save", ""], "an empty name"),
         (&["--modules-to-save", "mlp"], "\"model.layers.0.mlp\", which consists of other modules"),
         (
             &["--modules-to-save", "proj", "--target-modules", "q_proj"],
@@ -172,6 +174,12 @@ fn what_cannot_be_trained_is_refused_by_name() {
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {err}");
         assert!(err.contains(text), "{flags:?}: {err}");
     }
+    let on_gpu = ["--dry-run", "--device", "cuda", "--memory", "8GiB", "--modules-to-save", "lm_head"];
+    refused(
+        &b.train(&on_gpu),
+        69,
+        "modules trained whole (modules_to_save, bias) are not computed on a GPU yet",
+    );
     assert!(!b.out().exists());
 }
 
@@ -185,6 +193,17 @@ fn a_tied_head_is_taken_apart_with_a_warning() {
     assert!(output.status.success() && err.contains("the model's head is its embedding"), "{err}");
     let adapter = Adapter::read(&b.out()).unwrap();
     assert_eq!(adapter.saved.keys().collect::<Vec<_>>(), ["lm_head.weight"]);
+    let embedding = on(&families().join("qwen2"));
+    let output = embedding.train_in_batches("2", &[&flags[..], &["embed_tokens"]].concat());
+    assert!(output.status.success() && stderr(&output).contains("is its embedding"), "{}", stderr(&output));
+    // Merged they would be one again, and another model.
+    for b in [&b, &embedding] {
+        let paths = [b.model.clone(), b.out(), b.dir.path().join("merged")].map(|p| p.display().to_string());
+        let args = ["--base", &paths[0], "--adapter", &paths[1], "-o", &paths[2]];
+        let output = Command::new(tool("kto-merge")).args(args).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(65) && text.contains("the base ties it to"), "{text}");
+    }
 }
 
 #[test]
