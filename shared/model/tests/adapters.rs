@@ -22,7 +22,7 @@ use kto_model::{
     lora::{Lora, LoraLayout, LoraSpec},
     rows::Packing,
 };
-use kto_step::{POSITIONS, distance, floats, step};
+use kto_step::{POSITIONS, distance, floats, ids, step};
 use std::path::{Path, PathBuf};
 
 /// The adapter, and the model of testdata/families that it is on.
@@ -80,6 +80,39 @@ fn a_step_is_that_of_peft() {
         let lora = Lora::from_adapter(&base.architecture, &adapter, DType::F32).unwrap();
         for (packing, kept) in [(Packing::Shared(4096), 0), (Packing::Shared(10), 1), (Packing::Single, 3)] {
             check_step(name, &base, &lora, packing, kept);
+        }
+    }
+}
+
+/// Generation goes through the same weights: log-probabilities from its logits, token by token and at once.
+#[test]
+fn generation_is_that_of_peft() {
+    for (name, family) in CASES {
+        let base = base(family);
+        let adapter = Adapter::read(&testdata("adapters").join(name)).unwrap();
+        let lora = Lora::from_adapter(&base.architecture, &adapter, DType::F32).unwrap();
+        let store =
+            TensorStore::open_file(&testdata("adapters").join(name).join("golden.safetensors")).unwrap();
+        for (row, expected) in floats(&store, "logps").iter().enumerate() {
+            let [prompt, completion] =
+                ["prompt", "completion"].map(|part| ids(&store, &format!("{row}.{part}")));
+            let all = [&prompt[..], &completion].concat();
+            for single in [false, true] {
+                let mut generator = Generator::new(&base, Some(&lora), all.len()).unwrap();
+                let fed: Vec<_> = match single {
+                    true => all.iter().map(|id| generator.feed(&[*id], true).unwrap()).collect(),
+                    false => vec![generator.feed(&all, true).unwrap()],
+                };
+                let rows: Vec<Vec<f32>> = fed.iter().flat_map(|t| t.to_vec2().unwrap()).collect();
+                let logp = |(i, id): (usize, &u32)| {
+                    let row = &rows[prompt.len() + i - 1];
+                    let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+                    f64::from(row[*id as usize]) - sum.ln()
+                };
+                let found: f64 = completion.iter().enumerate().map(logp).sum();
+                let off = (found - f64::from(*expected)).abs() / f64::from(*expected).abs();
+                assert!(off < 1e-5, "{name} row {row}: {found} {expected}");
+            }
         }
     }
 }

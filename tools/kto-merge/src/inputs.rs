@@ -126,6 +126,11 @@ fn check(base: &ModelDir, adapter: &LoraSet) -> Result<()> {
                 "\"{shown}\" is adapted, but the base ties it to the embedding"
             )));
         }
+        if tied && name == "model.embed_tokens.weight" && adapter.saved.contains_key(&name) {
+            return Err(Error::data(format!(
+                "\"{shown}\" was trained apart from the head, but the base ties it to it"
+            )));
+        }
         let Some(view) = base.tensors.get(&name) else {
             return Err(Error::data(format!(
                 "\"{shown}\" is adapted, but the base has no tensor \"{}\"",

@@ -3,13 +3,20 @@
 //! Flags carry PEFT's names. Which modules the settings mean is decided by [`kto_formats::peft`], the same code that reads the result
 //! back; so what is trained is what PEFT loads.
 
-use crate::{args::Args, plan::Inputs};
-use kto_cli::{Error, Result, escape};
+use crate::{
+    args::{Args, BiasKind},
+    plan::Inputs,
+};
+use kto_cli::{Context, Error, Result, escape};
 use kto_formats::{
-    adapter::{AdapterConfig, Targets, whole},
+    adapter::{self, Adapter, AdapterConfig, Targets},
     peft::PeftConfig,
 };
-use kto_model::{architecture::Architecture, lora::LoraLayout};
+use kto_model::{
+    architecture::Architecture,
+    lora::LoraLayout,
+    whole::{self, Shapes},
+};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 
@@ -17,19 +24,64 @@ use std::collections::BTreeSet;
 const RANK: u32 = 16;
 const ALPHA: f64 = 16.0;
 
-/// Returns the settings of the adapter that will be trained, and of a fresh one its layout.
+/// What the flags about the adapter come to.
+pub struct Resolved {
+    /// The settings of the adapter that will be trained.
+    pub config: AdapterConfig,
+    /// What a fresh one looks like.
+    pub layout: Option<LoraLayout>,
+    /// What is trained whole.
+    pub whole: Shapes,
+}
+
+/// Resolves the flags about the adapter.
 /// Errors: (2) flags that name no layer or contradict each other; (65) settings of a given one that cannot be trained.
-pub fn resolve(args: &Args, inputs: &Inputs) -> Result<(AdapterConfig, Option<LoraLayout>)> {
-    let (config, layout) = match inputs.adapter {
-        Some(adapter) => (adapter.config.clone(), None),
+pub fn resolve(args: &Args, inputs: &Inputs) -> Result<Resolved> {
+    let (config, layout, whole) = match inputs.adapter {
+        Some(adapter) => {
+            let whole = given_whole(adapter, inputs.architecture).at("--init-adapter")?;
+            (adapter.config.clone(), None, whole)
+        }
         None => {
             let config = asked(args, inputs.architecture)?;
             check_patterns(&config, inputs.architecture)?;
             let layout = layout(&config, inputs.architecture)?;
-            (config, Some(layout))
+            check_saved(&args.modules_to_save, inputs.architecture)?;
+            let whole = layout.whole.clone();
+            (config, Some(layout), whole)
         }
     };
-    Ok((AdapterConfig { lora_dropout: args.lora_dropout, ..config }, layout))
+    Ok(Resolved { config: AdapterConfig { lora_dropout: args.lora_dropout, ..config }, layout, whole })
+}
+
+/// Returns what a given adapter trains whole. Errors (65): it holds more than that, which would be used and not trained, or ties what
+/// would be trained apart.
+fn given_whole(adapter: &Adapter, architecture: &Architecture) -> Result<Shapes> {
+    let all = whole::chosen(architecture, &adapter.config.peft()?)?;
+    if let Some(name) = adapter.saved.keys().find(|name| !all.contains_key(*name)) {
+        let text = "is in the file, but neither modules_to_save nor bias says that it is trained";
+        return Err(Error::data(format!("\"{}\" {text}", escape(name)))
+            .with_hint("kto-merge makes a base of the adapter"));
+    }
+    let tie = adapter.config.kept.get("ensure_weight_tying") == Some(&Value::Bool(true));
+    if tie && whole::unties(architecture, all.keys()) {
+        let text = "ensure_weight_tying = true is not supported: head and embedding would be trained apart";
+        return Err(Error::data(text).with_hint("kto-merge makes a base of the adapter"));
+    }
+    Ok(all)
+}
+
+/// Refuses (2) names of --modules-to-save that name nothing, which PEFT passes over.
+fn check_saved(names: &[String], architecture: &Architecture) -> Result<()> {
+    let all = whole::parts(architecture);
+    let unknown = |name: &&String| !all.iter().any(|p| p.name.ends_with(name.as_str()));
+    match names.iter().find(unknown) {
+        None => Ok(()),
+        Some(name) => {
+            let text = format!("--modules-to-save: no module of the model ends with \"{}\"", escape(name));
+            Err(Error::usage(text).with_hint("such as embed_tokens,lm_head, norm or down_proj"))
+        }
+    }
 }
 
 /// Returns the settings of a fresh adapter.
@@ -60,12 +112,21 @@ fn asked(args: &Args, architecture: &Architecture) -> Result<AdapterConfig> {
         keep("layers_to_transform", json!(layers));
     }
     let ranks = args.rank_pattern.iter().map(|(pattern, rank)| (pattern.clone(), json!(rank)));
-    let alphas = args.alpha_pattern.iter().map(|(pattern, alpha)| (pattern.clone(), whole(*alpha)));
+    let alphas = args.alpha_pattern.iter().map(|(pattern, alpha)| (pattern.clone(), adapter::whole(*alpha)));
     for (field, map) in [("rank_pattern", ranks.collect::<Map<_, _>>()), ("alpha_pattern", alphas.collect())]
     {
         if !map.is_empty() {
             keep(field, Value::Object(map));
         }
+    }
+    if args.modules_to_save.iter().any(String::is_empty) {
+        return Err(Error::usage("--modules-to-save: an empty name"));
+    }
+    if !args.modules_to_save.is_empty() {
+        keep("modules_to_save", json!(args.modules_to_save));
+    }
+    if let Some(name) = args.bias.and_then(BiasKind::peft_name) {
+        keep("bias", json!(name));
     }
     if let Some(name) = args.init_lora_weights.and_then(|init| init.peft_name()) {
         keep("init_lora_weights", json!(name));

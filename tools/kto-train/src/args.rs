@@ -121,6 +121,24 @@ pub struct Args {
     #[arg(long, conflicts_with = "init_adapter", help_heading = "Adapter")]
     pub use_dora: bool,
 
+    /// Modules that are trained whole beside the matrices, by the ends of their names: embed_tokens,lm_head
+    ///
+    /// As in PEFT `norm` names every norm, and a head that is the embedding becomes a matrix of its own. Their weights begin as the base's, widened
+    /// where it is quantized, and take 16 bytes a parameter (10 with --optimizer adamw-8bit). On the processor only.
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        alias = "lora-modules-to-save",
+        conflicts_with = "init_adapter",
+        help_heading = "Adapter"
+    )]
+    pub modules_to_save: Vec<String>,
+
+    /// Biases of the base that are trained too [default: none]
+    #[arg(long, value_name = "WHICH", conflicts_with = "init_adapter", help_heading = "Adapter")]
+    pub bias: Option<BiasKind>,
+
     /// What the matrices of a fresh adapter begin with [default: kaiming]
     #[arg(long, value_name = "NAME", conflicts_with = "init_adapter", help_heading = "Adapter")]
     pub init_lora_weights: Option<InitKind>,
@@ -327,6 +345,29 @@ impl InitKind {
             Self::Kaiming => None,
             Self::Gaussian => Some("gaussian"),
             Self::Orthogonal => Some("orthogonal"),
+        }
+    }
+}
+
+/// Which biases are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BiasKind {
+    /// None of them
+    None,
+    /// All of the model, those of norms too
+    All,
+    /// Those of the adapted layers
+    #[value(alias = "lora_only")]
+    LoraOnly,
+}
+
+impl BiasKind {
+    /// Returns what PEFT's settings say; nothing for its default.
+    pub fn peft_name(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::All => Some("all"),
+            Self::LoraOnly => Some("lora_only"),
         }
     }
 }

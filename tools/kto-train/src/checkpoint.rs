@@ -31,6 +31,8 @@ use std::{
 
 /// The numbers.
 const STATE: &str = "state.safetensors";
+/// Elements that are written at a time.
+const PIECE: usize = 1 << 18;
 /// The best adapter, in the run directory and in a checkpoint.
 pub const BEST: &str = "best";
 
@@ -140,15 +142,19 @@ pub fn load(path: &Path, manifest: &Manifest, lora: &Lora, optimizer: &Optimizer
     }
     let store = TensorStore::open_file(&path.join(STATE))?;
     let parts = named(lora, optimizer);
-    // All is checked before anything is overwritten.
-    let mut values = Vec::with_capacity(parts.len());
+    // All is checked before anything is overwritten, and one tensor at a time is in memory twice.
+    let mut views = Vec::with_capacity(parts.len());
     for (name, tensor) in &parts {
         let view = store.require(name)?;
         view.expect_shape(tensor.dims())?;
-        values.push(loaded(&view, tensor)?);
+        if view.dtype != stored(tensor) {
+            let (name, found, needed) = (escape(view.name), view.dtype, stored(tensor));
+            return Err(Error::data(format!("tensor \"{name}\" is {found} where {needed} is needed")));
+        }
+        views.push(view);
     }
-    for ((_, target), values) in parts.iter().zip(&values) {
-        target.slice_set(values, 0, 0).map_err(internal)?;
+    for ((_, target), view) in parts.iter().zip(&views) {
+        target.slice_set(&loaded(view, target)?, 0, 0).map_err(internal)?;
     }
     Ok(())
 }
@@ -200,7 +206,13 @@ fn write_tensors(path: &Path, parts: &[(String, &Tensor)]) -> Result<()> {
     let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), stored(t), t.dims())).collect();
     let mut writer = SafetensorsWriter::new(path, specs, &BTreeMap::new())?;
     for (name, tensor) in parts {
-        writer.write(name, &bytes(tensor).map_err(internal)?)?;
+        // A whole head is large: no copy of all of it.
+        let flat = tensor.flatten_all().map_err(internal)?;
+        let count = flat.elem_count();
+        for start in (0..count).step_by(PIECE) {
+            let piece = flat.narrow(0, start, PIECE.min(count - start)).map_err(internal)?;
+            writer.write(name, &bytes(&piece).map_err(internal)?)?;
+        }
     }
     writer.finish()
 }
@@ -210,9 +222,9 @@ fn stored(tensor: &Tensor) -> Dtype {
     if tensor.dtype() == DType::U8 { Dtype::U8 } else { Dtype::F32 }
 }
 
-fn bytes(tensor: &Tensor) -> candle_core::Result<Vec<u8>> {
-    let flat = tensor.flatten_all()?;
-    match stored(tensor) {
+/// Returns the bytes of a vector.
+fn bytes(flat: &Tensor) -> candle_core::Result<Vec<u8>> {
+    match stored(flat) {
         Dtype::U8 => flat.to_vec1(),
         _ => Ok(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect()),
     }
@@ -220,10 +232,6 @@ fn bytes(tensor: &Tensor) -> candle_core::Result<Vec<u8>> {
 
 /// Returns a stored tensor in the type and shape of `like`.
 fn loaded(view: &TensorView, like: &Tensor) -> Result<Tensor> {
-    if view.dtype != stored(like) {
-        let (name, found, needed) = (escape(view.name), view.dtype, stored(like));
-        return Err(Error::data(format!("tensor \"{name}\" is {found} where {needed} is needed")));
-    }
     let tensor = match view.dtype {
         Dtype::U8 => Tensor::from_slice(view.data, like.shape(), like.device()),
         _ => Tensor::from_vec(view.to_f32()?, like.shape(), like.device()),

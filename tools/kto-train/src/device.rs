@@ -1,6 +1,9 @@
 //! The device of a run: opened before anything is planned, because the plan depends on its memory and element type.
 
-use crate::args::{Args, ElementKind};
+use crate::{
+    args::{Args, ElementKind},
+    plan::Plan,
+};
 use kto_cli::{Error, Exit, Result, number::Size, output::Output, units};
 use kto_kernels::{
     Dense,
@@ -53,6 +56,15 @@ impl RunDevice {
             }
             _ => Ok(chosen),
         }
+    }
+
+    /// Fails (69) when the plan asks for what is not computed there.
+    pub fn check(&self, plan: &Plan) -> Result<()> {
+        if !plan.typed.whole.is_empty() && matches!(self, Self::Gpu(..)) {
+            let text = "modules trained whole (modules_to_save, bias) are not computed on a GPU yet";
+            return Err(Error::new(kto_cli::Kind::Unavailable, text).with_hint("--device cpu"));
+        }
+        Ok(())
     }
 
     /// Returns what the plan says of it.

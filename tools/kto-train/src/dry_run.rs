@@ -26,6 +26,9 @@ pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
     for (field, value) in &plan.typed.adapter.kept {
         line(&format!("adapter: {field}"), value.to_string())?;
     }
+    for (name, shape) in &plan.typed.whole {
+        line(&format!("trained whole: {name}"), format!("{shape:?}"))?;
+    }
     line(
         "start and reference",
         format!(

@@ -32,7 +32,9 @@ mod train;
 mod unchanged;
 mod weights;
 
-pub use args::{Args, InitKind, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind};
+pub use args::{
+    Args, BiasKind, InitKind, LossKind, OnNonfinite, OptimizerKind, Preset, ReferenceKind, ScheduleKind,
+};
 pub use cadence::Every;
 pub use resume::Resume;
 
@@ -44,7 +46,7 @@ use kto_cli::{Context, Error, Exit, Kind, Result, Ui, escape, lock::RunLock, out
 use kto_formats::{adapter::Adapter, model_dir::ModelDir, tokens::TokenSet};
 use kto_hub::Need;
 use kto_kernels::device::Device;
-use kto_model::{architecture::Architecture, base::BaseModel, lora::Lora, memory::MemoryPlan};
+use kto_model::{architecture::Architecture, base::BaseModel, lora::Lora, memory::MemoryPlan, whole};
 use memory::Fit;
 use order::Order;
 use plan::{Inputs, Plan};
@@ -86,6 +88,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     };
     let device = RunDevice::choose(&args)?;
     let mut plan = Plan::resolve(&args, &inputs, order.steps_per_epoch(), device.name())?;
+    device.check(&plan)?;
     // A dry run ends as the real one would: what that goes on with is looked at now.
     if args.common.make.if_changed || (args.dry_run && args.resume.is_some()) {
         plan.note_weights(Weights::of(&model, &args, ui)?);
@@ -100,6 +103,9 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         Verdict::GoOn => {}
     }
     data::report(&plan, &architecture, &tokens, ui);
+    if whole::unties(&architecture, plan.typed.whole.keys()) {
+        ui.warn(TIE);
+    }
     data::check_ids(&architecture, &tokens)?;
     held_out.as_ref().map_or(Ok(()), |h| h.check_ids(&architecture))?;
     let fit = Fit::new(&args, &plan, &inputs, &order, &device)?;
@@ -128,6 +134,9 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     };
     planned.train(model, &lora, lock, ui)
 }
+
+/// As PEFT has it where ensure_weight_tying is false.
+const TIE: &str = "the model's head is its embedding; with --modules-to-save they are two matrices from now on, which a merged model cannot say";
 
 /// Refuses what the run directory does not allow, before the model is loaded. Returns the lock of one that is there already, of which
 /// a dry run needs none: it writes nothing.
@@ -193,9 +202,12 @@ impl Planned<'_> {
         let Planned { args, plan, memory, ref device, tokens, held_out, order, .. } = *self;
         let positions = data::positions(tokens).max(held_out.map_or(0, |h| data::positions(&h.tokens)));
         let mut base = BaseModel::load(model, DType::F32, positions).at(shown(&args.model))?;
-        if plan.use_dora && plan.typed.layout.is_some() {
-            ui.detail(format_args!("measuring the rows of adapted weights"));
-            lora.measure(&base)?;
+        if plan.typed.layout.is_some() {
+            lora.fill(&base)?;
+            if plan.use_dora {
+                ui.detail(format_args!("measuring the rows of adapted weights"));
+                lora.measure(&base)?;
+            }
         }
         match (device, &memory.on_gpu) {
             (Some(device), Some(on_gpu)) => {

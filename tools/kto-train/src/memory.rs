@@ -159,13 +159,14 @@ impl Fit {
         let shown: Vec<String> =
             largest.iter().take(4).map(|item| format!("{} {}", item.name, units::size(item.bytes))).collect();
         let quantized = if bnb::is_quantized(&model.tensors) { "" } else { ", or a base from kto-quantize" };
+        let fewer = if self.adapter.whole > 0 { ", fewer --modules-to-save" } else { "" };
         let text = format!(
             "the run needs at least {}{of}, it may take {limit}; largest: {}",
             units::size(peak),
             shown.join(", ")
         );
         Err(Error::new(Kind::OutOfMemory, text).with_hint(format!(
-            "--memory {} if the machine has it, or a lower --batch, kto-tokenize --max-length or --lora-r{quantized}",
+            "--memory {} if the machine has it, or a lower --batch, kto-tokenize --max-length or --lora-r{fewer}{quantized}",
             units::flag(peak)
         )))
     }

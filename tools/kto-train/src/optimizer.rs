@@ -1,4 +1,4 @@
-//! AdamW over the adapter, with clipping by the gradient's norm; moments in f32 or in 8 bits.
+//! AdamW over what is trained, with clipping by the gradient's norm; moments in f32 or in 8 bits.
 
 use crate::args::OptimizerKind;
 use candle_core::{DType, Tensor};
@@ -69,20 +69,20 @@ impl Optimizer {
         // torch.nn.utils.clip_grad_norm_ adds 1e-6 to the norm.
         let clip =
             if spec.max_grad_norm > 0.0 { (spec.max_grad_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        let options = AdamW {
+        let options = |name: &str| AdamW {
             lr,
             beta1: spec.beta1,
             beta2: spec.beta2,
             eps: spec.epsilon,
-            weight_decay: spec.weight_decay,
+            weight_decay: if decays(name) { spec.weight_decay } else { 0.0 },
             step,
             gradient_scale: clip,
         };
         for (((name, p), g), moments) in lora.named_tensors().zip(gradients.tensors()).zip(&self.moments) {
             match moments {
-                Moments::F32 { m, v } => adamw_step(p, m, v, g, options).map_err(internal)?,
+                Moments::F32 { m, v } => adamw_step(p, m, v, g, options(&name)).map_err(internal)?,
                 // Types and shapes are this module's, so what it refuses is the numbers.
-                Moments::Bits8(moments) => adamw8_step(p, moments, g, options)
+                Moments::Bits8(moments) => adamw8_step(p, moments, g, options(&name))
                     .map_err(|e| Error::data(format!("{name}: {e}")).with_hint("a lower --lr"))?,
             }
         }
@@ -110,6 +110,13 @@ impl Optimizer {
         parts.sort_by_key(|(_, tensor)| tensor.dtype() == DType::U8);
         parts
     }
+}
+
+/// Returns whether weight decay is for a tensor: as in transformers' Trainer not for biases and the weights of norms.
+fn decays(name: &str) -> bool {
+    let is_norm = |part: &str| part == "norm" || part.ends_with("_norm");
+    let anywhere = ["bias", "layernorm", "rmsnorm"].iter().any(|text| name.contains(text));
+    !anywhere && !name.split('.').any(is_norm)
 }
 
 fn internal(e: candle_core::Error) -> Error {

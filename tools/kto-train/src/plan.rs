@@ -20,6 +20,7 @@ use kto_model::{
     lora::LoraLayout,
     loss::{Loss, LossSpec},
     rows::Packing,
+    whole::Shapes,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -64,6 +65,10 @@ pub struct Plan {
     pub rank_pattern: Option<Value>,
     /// Other alphas.
     pub alpha_pattern: Option<Value>,
+    /// Modules that are trained whole.
+    pub modules_to_save: Option<Value>,
+    /// Biases that are trained, if any are.
+    pub bias: Option<Value>,
     /// What the matrices began with, when it is not PEFT's default.
     pub init_lora_weights: Option<Value>,
     /// kto, apo-zero or sft.
@@ -137,6 +142,8 @@ pub struct Typed {
     pub adapter: AdapterConfig,
     /// What a fresh adapter looks like.
     pub layout: Option<LoraLayout>,
+    /// Tensors of the base that are trained whole.
+    pub whole: Shapes,
     /// Whether TRL's order is asked for.
     pub trl: bool,
     /// Whether the reference is the initial adapter.
@@ -167,7 +174,7 @@ impl Plan {
     pub fn resolve(args: &Args, inputs: &Inputs, steps_per_epoch: u64, compute: String) -> Result<Self> {
         check_fit(args, inputs)?;
         let (batch, micro) = batches(args)?;
-        let (config, layout) = adapter::resolve(args, inputs)?;
+        let adapter::Resolved { config, layout, whole } = adapter::resolve(args, inputs)?;
         let loss = match args.loss {
             LossKind::Kto => Loss::Kto,
             LossKind::ApoZero => Loss::ApoZero,
@@ -200,6 +207,8 @@ impl Plan {
             layers_pattern: kept("layers_pattern"),
             rank_pattern: kept("rank_pattern"),
             alpha_pattern: kept("alpha_pattern"),
+            modules_to_save: kept("modules_to_save"),
+            bias: kept("bias"),
             init_lora_weights: kept("init_lora_weights"),
             loss: value_name(args.loss),
             beta: args.beta,
@@ -237,6 +246,7 @@ impl Plan {
                 optimizer: optimizer(args),
                 adapter: config,
                 layout,
+                whole,
                 trl: args.preset == Some(Preset::Trl),
                 reference_is_adapter: args.reference == ReferenceKind::InitAdapter,
                 model: args.model.clone(),
@@ -353,6 +363,10 @@ fn fingerprint(adapter: &Adapter) -> String {
         if m.scale != common {
             hash.update(&m.scale.to_le_bytes());
         }
+    }
+    for (name, saved) in &adapter.saved {
+        hash.update(name.as_bytes());
+        saved.values.iter().for_each(|value| hash.update(&value.to_le_bytes()));
     }
     hash.finish()
 }

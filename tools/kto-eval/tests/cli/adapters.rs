@@ -14,6 +14,11 @@ fn scores_are_those_of_peft() {
         ("dora-layers", "llama-linear", false),
         ("patterns", "qwen3", false),
         ("regex", "mistral-window", true),
+        ("bias-adapted", "llama-biases", false),
+        ("bias-all", "stablelm", false),
+        ("whole-fused", "phi3", false),
+        ("whole-norms", "gemma3", false),
+        ("whole-tied", "gemma2", false),
     ] {
         let (model, adapter) =
             (testdata(&format!("families/{family}")), testdata(&format!("adapters/{name}")));
@@ -42,11 +47,13 @@ fn scores_are_those_of_peft() {
 
 /// What these tools would score wrongly they do not score.
 #[test]
-fn what_is_trained_beside_the_matrices_is_refused_by_name() {
+fn what_is_trained_and_not_there_is_refused_by_name() {
     let (model, from) = (testdata("families/qwen2"), testdata("adapters/dora"));
-    for (field, value) in
-        [("modules_to_save", "[\"lm_head\"]"), ("bias", "\"lora_only\""), ("trainable_token_indices", "[1]")]
-    {
+    for (field, value, named, what) in [
+        ("modules_to_save", "[\"lm_head\"]", "\"lm_head.weight\"", "the file does not hold it"),
+        ("bias", "\"lora_only\"", "k_proj.bias\"", "the file does not hold it"),
+        ("trainable_token_indices", "[1]", "trainable_token_indices", "is not supported"),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let text = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
         let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -59,6 +66,6 @@ fn what_is_trained_beside_the_matrices_is_refused_by_name() {
         let output = super::run(&words(&line), &bytes(&tokens));
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(65), "{text}");
-        assert!(text.contains(field) && text.contains("is not supported"), "{text}");
+        assert!(text.contains(named) && text.contains(what), "{text}");
     }
 }

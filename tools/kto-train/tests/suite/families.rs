@@ -22,14 +22,14 @@ const FORMS: [(&str, &[&str]); 4] = [
 ];
 
 /// Runs a tool and returns what it wrote to standard output.
-fn done(name: &str, args: &[&str]) -> Vec<u8> {
+pub fn done(name: &str, args: &[&str]) -> Vec<u8> {
     let output = Command::new(tool(name)).args(args).output().unwrap();
     assert!(output.status.success(), "{name} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     output.stdout
 }
 
 /// The rows of a golden step.
-fn tokens(family: &Path) -> TokenSet {
+pub fn tokens(family: &Path) -> TokenSet {
     let golden = TensorStore::open_file(&family.join("golden.safetensors")).unwrap();
     let ids = |name: String| -> Vec<u32> {
         let bytes = golden.require(&name).unwrap().data;
@@ -45,7 +45,7 @@ fn tokens(family: &Path) -> TokenSet {
 }
 
 /// Log-probabilities of all rows.
-fn scores(model: &Path, adapter: Option<&Path>, data: &Path) -> Vec<f64> {
+pub fn scores(model: &Path, adapter: Option<&Path>, data: &Path) -> Vec<f64> {
     let text = |path: &Path| path.display().to_string();
     let mut args = vec!["score".into(), "--no-kl".into(), "-q".into(), "--model".into(), text(model)];
     args.extend(adapter.iter().flat_map(|path| ["--adapter".into(), text(path)]));
@@ -56,7 +56,7 @@ fn scores(model: &Path, adapter: Option<&Path>, data: &Path) -> Vec<f64> {
     lines.lines().map(row).collect()
 }
 
-fn close(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
+pub fn close(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len());
     for (a, b) in found.iter().zip(expected) {
         assert!((a - b).abs() < tolerance * b.abs(), "{what}: {a} {b}");

@@ -20,3 +20,4 @@ mod optimizer;
 mod pace;
 mod pipeline;
 mod resume;
+mod whole;
