@@ -1,6 +1,7 @@
 //! What is written is read back, in both forms; PEFT's and mlx-lm's own files are read by the tests of kto-merge.
 
 use super::*;
+use crate::tensors::TensorStore;
 
 fn module(r: usize, rows: usize, columns: usize, scale: f64, dora: bool) -> LoraModule {
     let wave = |n: usize, k: f32| (0..n).map(|i| (i as f32 * k).sin()).collect::<Vec<f32>>();
@@ -45,6 +46,24 @@ fn both_forms_are_read_back() {
             assert_eq!((back.ecosystem, back.base_name.as_deref()), (ecosystem, Some("some/base")));
         }
     }
+}
+
+/// PEFT writes such a bias three times where both settings name it; which one counts is not guessed.
+#[test]
+fn a_bias_that_is_written_three_times_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut made = set(&[("model.layers.0.mlp.up_proj", module(3, 5, 4, 1.5, false))]);
+    let saved = |n: usize| Saved { shape: vec![n], values: vec![0.5; n] };
+    made.saved.insert("model.layers.0.mlp.down_proj.original_module.bias".into(), saved(4));
+    made.write(dir.path(), Ecosystem::Peft).unwrap();
+    let error = LoraSet::read(dir.path()).unwrap_err();
+    assert!(error.kind() == Kind::Data && error.to_string().contains("original_module.bias"), "{error}");
+    // A bias beside matrices has PEFT's name for it.
+    made.saved = BTreeMap::from([("model.layers.0.mlp.up_proj.bias".to_string(), saved(5))]);
+    made.write(dir.path(), Ecosystem::Peft).unwrap();
+    let store = TensorStore::open_file(&dir.path().join(adapter::WEIGHTS)).unwrap();
+    assert!(store.get("base_model.model.model.layers.0.mlp.up_proj.base_layer.bias").is_some());
+    assert_eq!(LoraSet::read(dir.path()).unwrap().saved, made.saved);
 }
 
 #[test]
