@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "target" / "release"
@@ -45,7 +46,14 @@ def write_tokens(path, rows):
     lists = lambda k: pa.array([row[k] for row in rows], pa.list_(pa.field("item", pa.uint32(), nullable=False)))
     fields = [pa.field(n, t, nullable=False) for n, t in [
         ("prompt_ids", lists(0).type), ("completion_ids", lists(1).type), ("label", pa.bool_()), ("prompt_hash", pa.uint64())]]
-    metadata = {"kto.format_version": "1", "kto.max_length": "64", "kto.vocab_size": "48"}
+    whole = hashlib.sha256()
+    for prompt, completion, label in rows:
+        for ids in (prompt, completion):
+            whole.update(b"".join(i.to_bytes(4, "little") for i in [len(ids), *ids]))
+        whole.update(bytes([label]))
+    metadata = {"format_version": 1, "tokenizer": "", "template": "", "vocab_size": 48, "max_length": 64, "truncated": 0, "dropped": 0,
+                "rows": len(rows), "fingerprint": whole.hexdigest()}
+    metadata = {f"kto.{key}": str(value) for key, value in metadata.items()}
     schema = pa.schema(fields, metadata=metadata)
     columns = [lists(0), lists(1), pa.array([row[2] for row in rows]), pa.array([digest(row[0]) for row in rows], pa.uint64())]
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -87,6 +95,7 @@ def compare(family, kind, flags, top):
 
 def main():
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     names = sys.argv[1:] or [d.name for d in sorted((ROOT / "testdata/families").iterdir()) if d.is_dir()]
     for name in names:
         family = ROOT / "testdata/families" / name

@@ -200,6 +200,45 @@ fn a_fresh_dora_is_the_base() {
 }
 
 #[test]
+fn tensors_that_do_not_fit_are_named() {
+    let base = base("qwen2");
+    let adapter = Adapter::read(&testdata("adapters/whole-head")).unwrap();
+    let head = adapter.saved["lm_head.weight"].clone();
+    let error = |change: &dyn Fn(&mut Adapter)| {
+        let mut adapter = adapter.clone();
+        change(&mut adapter);
+        let error = Lora::from_adapter(&base.architecture, &adapter, DType::F32).unwrap_err();
+        assert_eq!(error.kind().code(), 65);
+        error.to_string()
+    };
+    let insert = |name: &str| {
+        let (name, head) = (name.to_string(), head.clone());
+        move |a: &mut Adapter| drop(a.saved.insert(name.clone(), head.clone()))
+    };
+    assert!(
+        error(&insert("model.norm.weight"))
+            .contains("\"model.norm.weight\" has the shape [48, 32], the model has [32]")
+    );
+    assert!(
+        error(&insert("model.vision.weight"))
+            .contains("\"model.vision.weight\" is no tensor of this qwen2 model")
+    );
+    assert!(
+        error(&|a| a.saved.clear())
+            .contains("\"lm_head.weight\" is trained whole (modules_to_save, bias), but the file")
+    );
+    let both = |a: &mut Adapter| {
+        a.config.kept.insert("bias".into(), "all".into());
+        a.config.kept.insert("modules_to_save".into(), serde_json::json!(["k_proj"]));
+    };
+    assert!(error(&both).contains("may have no bias where bias is \"all\""));
+    // More than the settings say is used: PEFT saves an embedding that has got new tokens so.
+    let mut more = adapter.clone();
+    insert("model.embed_tokens.weight")(&mut more);
+    assert_eq!(Lora::from_adapter(&base.architecture, &more, DType::F32).unwrap().whole.len(), 2);
+}
+
+#[test]
 fn settings_that_adapt_nothing_are_refused() {
     let model = ModelDir::open(&testdata("families/qwen2")).unwrap();
     let architecture = Architecture::from_config(&model.config).unwrap();

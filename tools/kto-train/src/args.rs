@@ -136,6 +136,8 @@ pub struct Args {
     pub modules_to_save: Vec<String>,
 
     /// Biases of the base that are trained too [default: none]
+    ///
+    /// Rewards are measured against the base as it was, its own biases included; TRL's reference moves with trained biases.
     #[arg(long, value_name = "WHICH", conflicts_with = "init_adapter", help_heading = "Adapter")]
     pub bias: Option<BiasKind>,
 

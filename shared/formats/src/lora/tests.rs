@@ -1,6 +1,7 @@
 //! What is written is read back, in both forms; PEFT's and mlx-lm's own files are read by the tests of kto-merge.
 
 use super::*;
+use crate::tensors::TensorStore;
 
 fn module(r: usize, rows: usize, columns: usize, scale: f64, dora: bool) -> LoraModule {
     let wave = |n: usize, k: f32| (0..n).map(|i| (i as f32 * k).sin()).collect::<Vec<f32>>();
@@ -59,7 +60,7 @@ fn an_adapter_of_a_part_has_the_names_of_the_whole() {
     made.of_part = true;
     let path = dir.path().join("peft");
     made.write(&path, Ecosystem::Peft).unwrap();
-    let store = crate::tensors::TensorStore::open_file(&path.join(adapter::WEIGHTS)).unwrap();
+    let store = TensorStore::open_file(&path.join(adapter::WEIGHTS)).unwrap();
     let start = "base_model.model.model.language_model.layers.0.mlp.";
     assert!(store.names().all(|name| name.starts_with(start)));
     let config = crate::model_dir::read_json(&path.join(adapter::CONFIG)).unwrap();
@@ -67,13 +68,31 @@ fn an_adapter_of_a_part_has_the_names_of_the_whole() {
     assert_eq!(config["rank_pattern"], serde_json::json!({"layers.0.mlp.down_proj": 2}));
     made.modules.retain(|name, _| name.ends_with("up_proj"));
     made.write(&dir.path().join("mlx"), Ecosystem::Mlx).unwrap();
-    let store = crate::tensors::TensorStore::open_file(&dir.path().join("mlx/adapters.safetensors")).unwrap();
+    let store = TensorStore::open_file(&dir.path().join("mlx/adapters.safetensors")).unwrap();
     assert!(store.names().all(|name| name.starts_with("language_model.model.layers.0.mlp.up_proj.lora_")));
     for (name, modules) in [("peft", 2), ("mlx", 1)] {
         let back = LoraSet::read(&dir.path().join(name)).unwrap();
         assert!(back.of_part && back.modules.len() == modules);
         assert!(back.modules["model.layers.0.mlp.up_proj"] == made.modules["model.layers.0.mlp.up_proj"]);
     }
+}
+
+/// PEFT writes such a bias three times where both settings name it; which one counts is not guessed.
+#[test]
+fn a_bias_that_is_written_three_times_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut made = set(&[("model.layers.0.mlp.up_proj", module(3, 5, 4, 1.5, false))]);
+    let saved = |n: usize| Saved { shape: vec![n], values: vec![0.5; n] };
+    made.saved.insert("model.layers.0.mlp.down_proj.original_module.bias".into(), saved(4));
+    made.write(dir.path(), Ecosystem::Peft).unwrap();
+    let error = LoraSet::read(dir.path()).unwrap_err();
+    assert!(error.kind() == Kind::Data && error.to_string().contains("original_module.bias"), "{error}");
+    // A bias beside matrices has PEFT's name for it.
+    made.saved = BTreeMap::from([("model.layers.0.mlp.up_proj.bias".to_string(), saved(5))]);
+    made.write(dir.path(), Ecosystem::Peft).unwrap();
+    let store = TensorStore::open_file(&dir.path().join(adapter::WEIGHTS)).unwrap();
+    assert!(store.get("base_model.model.model.layers.0.mlp.up_proj.base_layer.bias").is_some());
+    assert_eq!(LoraSet::read(dir.path()).unwrap().saved, made.saved);
 }
 
 #[test]

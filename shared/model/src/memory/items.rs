@@ -39,7 +39,7 @@ pub(super) fn with_items(
     steps: BatchShape,
     reference: BatchShape,
 ) -> MemoryPlan {
-    let mut items = fixed(demand, choice.stream);
+    let mut items = fixed(demand, choice.stream, steps.all.gradient_rows);
     let buffers = buffers(demand, &choice, steps, reference);
     let holes = total(&buffers) / HOLES;
     items.extend(buffers);
@@ -63,7 +63,7 @@ pub(super) fn item(name: impl Into<String>, bytes: u64) -> Item {
 
 /// Returns a plan for a GPU with what the host holds: page-locked memory, the trained part, the tokens.
 pub(super) fn host_of_gpu(demand: &Demand, plan: MemoryPlan, pinned: Vec<Item>) -> MemoryPlan {
-    let mut items = fixed(demand, true);
+    let mut items = fixed(demand, true, usize::MAX);
     // The driver, cuBLAS and what they keep for a context: a figure of experience.
     items.push(item("driver", 512 * MIB));
     items.extend(pinned);
@@ -72,8 +72,17 @@ pub(super) fn host_of_gpu(demand: &Demand, plan: MemoryPlan, pinned: Vec<Item>) 
     MemoryPlan { items, peak, ..plan }
 }
 
-/// What does not depend on the batches.
-fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
+/// What a step's gradient of an embedding has in memory: it begins as zeros that nobody has written, and the step's `rows` of tokens write
+/// to the pages of theirs.
+fn embedding_gradient(demand: &Demand, rows: usize) -> u64 {
+    const PAGE: u64 = 4096;
+    let row = (demand.architecture.hidden as u64 * F32).div_ceil(PAGE) + 1;
+    let all = demand.adapter.whole_embedding.saturating_mul(F32);
+    (rows as u64).saturating_mul(row * PAGE).min(all)
+}
+
+/// What depends on nothing of the batches but the rows that a step trains on.
+fn fixed(demand: &Demand, stream: bool, rows: usize) -> Vec<Item> {
     let a = demand.architecture;
     let parameters = demand.adapter.parameters.saturating_mul(F32);
     let (whole, copies) = (demand.adapter.whole.saturating_mul(F32), if demand.adapter_copy { 2 } else { 1 });
@@ -85,7 +94,11 @@ fn fixed(demand: &Demand, stream: bool) -> Vec<Item> {
         item(weights, demand.weights.resident(stream)),
         item("adapter", parameters.saturating_sub(whole).saturating_mul(copies)),
         item("modules trained whole", whole.saturating_mul(copies)),
-        item("gradients", parameters),
+        item(
+            "gradients",
+            parameters.saturating_sub(demand.adapter.whole_embedding.saturating_mul(F32))
+                + embedding_gradient(demand, rows),
+        ),
         match demand.moments {
             Moments::F32 => item("AdamW moments", parameters.saturating_mul(2)),
             Moments::Bits8 => item("AdamW moments in 8 bits", demand.adapter.moments8),

@@ -116,6 +116,40 @@ fn a_roomy_plan_keeps_everything_and_adds_up() {
     assert_eq!(get(&plan, "logits of 1024 rows"), 1024 * 1024 * 4);
 }
 
+/// 16 bytes a parameter that is trained whole; of an embedding's gradient only the pages of the rows that a step trains on.
+#[test]
+fn what_is_trained_whole_is_counted_by_itself() {
+    let (a, batches) = (architecture(), Plain { rows: 128 });
+    let spec = LoraSpec { rank: 16, alpha: 1.0, modules: Module::ALL.to_vec() };
+    let layout = |names: &[&str]| {
+        let whole = names.iter().map(|name| (name.to_string(), vec![a.vocab_size, a.hidden])).collect();
+        let mut layout = LoraLayout { whole, ..LoraLayout::uniform(&a, &spec) };
+        layout.blocks[0] = Default::default();
+        layout
+    };
+    let plan_of = |names: &[&str], adapter_copy| {
+        let adapter = AdapterSize::fresh(&a, &layout(names));
+        plan(&Demand { adapter, adapter_copy, ..demand(&a, &batches) }, u64::MAX).unwrap()
+    };
+    let (none, head, ends) = (
+        plan_of(&[], false),
+        plan_of(&["lm_head.weight"], false),
+        plan_of(&["lm_head.weight", "model.embed_tokens.weight"], true),
+    );
+    let n = (a.vocab_size * a.hidden) as u64;
+    assert_eq!(get(&none, "modules trained whole"), 0);
+    assert_eq!((get(&head, "modules trained whole"), get(&ends, "modules trained whole")), (4 * n, 16 * n));
+    assert_eq!(get(&head, "gradients") - get(&none, "gradients"), 4 * n);
+    // 64 trained rows of 2 KiB, which may lie in two pages each.
+    assert_eq!(get(&ends, "gradients") - get(&head, "gradients"), 64 * 8192);
+    assert_eq!(get(&ends, "AdamW") - get(&none, "AdamW"), 16 * n);
+    // Above a trained embedding all blocks have a way back.
+    assert_eq!(
+        (get(&none, "layer inputs"), get(&ends, "layer inputs")),
+        (7 * 64 * 512 * 4, 8 * 64 * 512 * 4)
+    );
+}
+
 #[test]
 fn moments_in_8_bits_are_counted_tensor_by_tensor() {
     let (a, batches) = (architecture(), Plain { rows: 4096 });

@@ -3,6 +3,7 @@
 use crate::{
     architecture::{Architecture, Module},
     lora::{LoraLayout, Place},
+    weights::EMBEDDING,
     whole,
 };
 use kto_formats::{adapter::Adapter, model_dir::ModelDir};
@@ -88,6 +89,8 @@ pub struct AdapterSize {
     pub first: usize,
     /// Numbers that are trained whole, which are among the parameters; 0 where there are none.
     pub whole: u64,
+    /// Those of them that are the embedding's.
+    pub whole_embedding: u64,
     /// Magnitudes of DoRA, which are among the parameters; 0 where there is none.
     pub magnitudes: u64,
 }
@@ -113,9 +116,10 @@ impl AdapterSize {
 
     /// Adds what is trained whole.
     fn with_whole<'a>(mut self, all: impl Iterator<Item = (&'a String, &'a [usize])> + Clone) -> Self {
-        for (_, shape) in all.clone() {
+        for (name, shape) in all.clone() {
             let n = shape.iter().fold(1u64, |n, side| n.saturating_mul(*side as u64));
             self.whole = self.whole.saturating_add(n);
+            self.whole_embedding += if name == EMBEDDING { n } else { 0 };
             self.parameters = self.parameters.saturating_add(n);
             self.moments8 = self.moments8.saturating_add(moment_bytes(n));
         }
