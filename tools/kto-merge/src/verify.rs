@@ -1,7 +1,8 @@
 //! `--verify`: the merged model beside base and adapters on a few prompts, both computed by the engine that trains.
 //!
 //! What cannot be compared is refused before anything is written: the engine knows adapters of the linear layers. The weighted sum of plain
-//! ones is one adapter of the sum of their ranks; one with DoRA stands alone in its layer and counts as it is.
+//! ones is one adapter of the sum of their ranks; one with DoRA stands alone in its layer and counts as it is; what was trained whole takes the
+//! place of the base's.
 
 use crate::{
     args::{Args, FormName, Method},
@@ -15,7 +16,7 @@ use kto_formats::{
     model_dir::ModelDir,
     tokenizer::TextTokenizer,
 };
-use kto_model::{architecture::Architecture, base::BaseModel, generate::Generator, lora::Lora};
+use kto_model::{architecture::Architecture, base::BaseModel, generate::Generator, lora::Lora, whole};
 use std::{collections::BTreeMap, path::Path};
 
 /// What is scored.
@@ -44,9 +45,6 @@ impl Verify {
         if args.method != Method::Linear {
             return refuse("a mixture that is not linear exists only merged");
         }
-        if inputs.adapters.iter().any(|a| !a.saved.is_empty()) {
-            return refuse("modules that were trained whole exist only merged");
-        }
         let architecture = Architecture::from_config(&inputs.base.config).at(shown(&inputs.base.path))?;
         let mut tensors = BTreeMap::new();
         for (name, adapters) in &inputs.modules {
@@ -73,7 +71,16 @@ impl Verify {
             kept: serde_json::Map::new(),
         };
         let adapter = Adapter { config, tensors, saved: BTreeMap::new(), meta: AdapterMeta::default() };
-        Ok(Self { lora: Lora::from_adapter(&architecture, &adapter, DType::F32)? })
+        let mut lora = Lora::from_adapter(&architecture, &adapter, DType::F32)?;
+        let parts = whole::parts(&architecture);
+        for (name, saved) in inputs.adapters.iter().flat_map(|adapter| &adapter.saved) {
+            if !parts.iter().any(|part| part.tensors.contains_key(name)) {
+                return refuse(&format!("\"{}\" is no tensor that the engine computes with", escape(name)));
+            }
+            let values = Tensor::from_slice(&saved.values, &saved.shape[..], &candle_core::Device::Cpu);
+            lora.whole.insert(name.clone(), values.map_err(|e| Error::internal(e.to_string()))?);
+        }
+        Ok(Self { lora })
     }
 
     /// Compares the model at `merged`, which has not got its name yet, and says how far it is off. Error 65: its logits are not finite.

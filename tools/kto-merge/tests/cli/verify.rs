@@ -104,6 +104,22 @@ fn rows_with_trained_lengths_are_compared() {
     assert!(code == 2 && message.contains("exists only merged"), "{message}");
 }
 
+/// Of testdata/adapters those that hold more than matrices; the settings say on which family.
+#[test]
+fn what_was_trained_whole_is_compared() {
+    let top = tempfile::tempdir().unwrap();
+    for (name, family) in
+        [("whole-ends", "llama-biases"), ("whole-norms", "gemma3"), ("bias-all", "stablelm")]
+    {
+        let adapter = testdata("adapters").join(name);
+        let base = testdata("families").join(family);
+        let output = run(&base, &adapter, &top.path().join(name), &["--dtype", "f32", "--verify"]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{name}: {said}");
+        assert!(number(&said, "by at most ", ", the largest") < 1e-4, "{name}: {said}");
+    }
+}
+
 /// Weights that the dtype holds, but of which the model makes no numbers.
 #[test]
 fn a_result_that_fails_gets_no_name() {
