@@ -9,8 +9,9 @@ mod equal;
 mod partial;
 
 pub use dir::AtomicDir;
+pub use partial::{Finished, Seal};
 
-use crate::{Error, Kind, Result, escape, stale};
+use crate::{Error, Kind, Result, escape, signal, stale};
 use std::{
     fs::{self, File, OpenOptions, Permissions},
     io::{self, BufWriter, Write},
@@ -146,6 +147,20 @@ pub fn create_dir_all(target: &Path) -> Result<()> {
 /// itself; this is for one into which nothing may be written any more.
 pub fn sweep(folder: &Path) {
     stale::sweep(folder);
+}
+
+/// Returns what is said of an output whose making was stopped by a signal: its name, and how it goes on. Other errors stay as they are.
+pub fn stopped(error: Error, target: &Path) -> Error {
+    if !signal::is_stop(error.kind()) {
+        return error;
+    }
+    let shown = |path: &Path| escape(&path.display().to_string());
+    let partial = partial::path_of(target);
+    let hint = match partial.exists() {
+        true => format!("the same command again goes on with {}", shown(&partial)),
+        false => "the same command again begins anew".into(),
+    };
+    Error::new(error.kind(), format!("{}: {error}", shown(target))).with_hint(hint)
 }
 
 /// Waits until the name of a new file or directory is on the disk. To force a file's bytes there does not do that.
