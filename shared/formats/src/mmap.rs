@@ -80,6 +80,11 @@ impl Map {
         self.stamp
     }
 
+    /// Returns whether the system says the same of the file now.
+    pub(crate) fn is_unchanged(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|now| FileStamp::of(&now) == self.stamp)
+    }
+
     /// Tells the system how a byte range is about to be used. Failure is harmless and ignored.
     pub fn advise(&self, range: Range<usize>, access: Access) {
         #[cfg(unix)]

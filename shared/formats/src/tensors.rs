@@ -166,6 +166,25 @@ impl TensorStore {
         }
     }
 
+    /// Returns the bytes before the first tensor of a store of one file.
+    pub(crate) fn header(&self) -> &[u8] {
+        let first = self.entries.values().map(|entry| entry.range.start).min();
+        self.files.first().map_or(&[], |file| &file[..first.unwrap_or(file.len())])
+    }
+
+    /// Fails (65) when somebody has written to a file, or put another in its place, since it was opened: what was read of it then
+    /// belongs to no one state of it.
+    pub fn check_unchanged(&self) -> Result<()> {
+        match self.files.iter().find(|file| !file.is_unchanged()) {
+            None => Ok(()),
+            Some(file) => {
+                let place = crate::mmap::shown(file.path());
+                Err(Error::data(format!("{place}: changed while it was read"))
+                    .with_hint("the same command again"))
+            }
+        }
+    }
+
     /// Returns what the system said of each file when it was opened.
     pub fn stamps(&self) -> impl Iterator<Item = FileStamp> {
         self.files.iter().map(|file| file.stamp())

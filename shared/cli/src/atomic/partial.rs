@@ -268,10 +268,13 @@ mod tests {
         fs::write(top.path().join("outside"), "12345").unwrap();
         tamper(&top.path().join("model.partial"));
         let second = start(&top.path().join("model"), "a").unwrap();
-        let found =
-            (second.is_finished("shard"), names(second.path()), second.notes().to_vec().join("\n"));
+        let found = (second.is_finished("shard"), names(second.path()), second.notes().to_vec().join("\n"));
         drop(second);
-        assert_eq!(fs::read_to_string(top.path().join("outside")).unwrap(), "12345", "written through a link");
+        assert_eq!(
+            fs::read_to_string(top.path().join("outside")).unwrap(),
+            "12345",
+            "written through a link"
+        );
         found
     }
 
@@ -355,7 +358,9 @@ mod tests {
         let target = top.path().join("m");
         let said = || {
             let error = super::super::stopped(Error::new(Kind::Terminated, "stopped by SIGTERM"), &target);
-            assert!(error.to_string().ends_with("/m: stopped by SIGTERM") && error.kind() == Kind::Terminated);
+            assert!(
+                error.to_string().ends_with("/m: stopped by SIGTERM") && error.kind() == Kind::Terminated
+            );
             error.hint().unwrap_or_default().to_string()
         };
         assert_eq!(said(), "the same command again begins anew");
