@@ -30,6 +30,8 @@ pub struct AtomicFile {
     rename: Option<Rename>,
     writer: BufWriter<File>,
     if_changed: bool,
+    /// Whether a target that has other bytes stays.
+    keep_other: bool,
 }
 
 /// The step that makes a file final.
@@ -56,20 +58,25 @@ impl AtomicFile {
             Some(metadata) if !metadata.is_file() => {
                 let file = OpenOptions::new().write(true).open(&to).map_err(fail)?;
                 let writer = BufWriter::with_capacity(1 << 16, file);
-                Ok(Self { shown, rename: None, writer, if_changed: false })
+                Ok(Self { shown, rename: None, writer, if_changed: false, keep_other: false })
             }
             other => {
                 let (from, file) = stale::create(&to, |path| File::create_new(path)).map_err(fail)?;
                 let mode = other.map(|metadata| metadata.permissions().mode() & 0o777);
                 let rename = Some(Rename { from, to, mode, done: false });
                 let writer = BufWriter::with_capacity(BUFFER, file);
-                Ok(Self { shown, rename, writer, if_changed: false })
+                Ok(Self { shown, rename, writer, if_changed: false, keep_other: false })
             }
         }
     }
     /// With `on`, a target that has the same bytes already is left alone, its time of change too.
     pub fn if_changed(mut self, on: bool) -> Self {
         self.if_changed = on;
+        self
+    }
+    /// With `on`, a target that has other bytes is not replaced: [`AtomicFile::commit`] fails (73).
+    pub fn keep_other(mut self, on: bool) -> Self {
+        self.keep_other = on;
         self
     }
     /// Appends `bytes`.
@@ -84,7 +91,13 @@ impl AtomicFile {
     }
     /// Makes the file final: flush, fsync, rename, fsync of the directory.
     pub fn commit(mut self) -> Result<()> {
-        self.make_final().map_err(|e| Error::writing(&self.shown, &e))
+        self.make_final().map_err(|e| match e.kind() {
+            io::ErrorKind::AlreadyExists => {
+                let text = format!("{}: already exists", escape(&self.shown.display().to_string()));
+                Error::new(Kind::CantCreate, text).with_hint("--force replaces it")
+            }
+            _ => Error::writing(&self.shown, &e),
+        })
     }
 
     fn make_final(&mut self) -> io::Result<()> {
@@ -93,6 +106,9 @@ impl AtomicFile {
         let Some(rename) = &mut self.rename else { return tolerate_unsupported(file.sync_all()) };
         if self.if_changed && equal::files(&rename.from, &rename.to) {
             return Ok(()); // Dropped, the temporary file goes away.
+        }
+        if self.keep_other && rename.to.exists() {
+            return Err(io::ErrorKind::AlreadyExists.into());
         }
         if let Some(mode) = rename.mode {
             file.set_permissions(Permissions::from_mode(mode))?;
@@ -248,6 +264,22 @@ mod tests {
         write(&target, b"whole").unwrap();
         assert_eq!(names(dir.path()), ["out.jsonl"]);
         assert_eq!(fs::read(&target).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_target_with_other_bytes_is_kept_when_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("x");
+        let make = |text: &[u8]| {
+            let mut file = AtomicFile::create(&target).unwrap().if_changed(true).keep_other(true);
+            file.write(text).unwrap();
+            file.commit()
+        };
+        make(b"1").unwrap();
+        make(b"1").unwrap();
+        let error = make(b"2").unwrap_err();
+        assert_eq!((error.kind(), error.hint()), (Kind::CantCreate, Some("--force replaces it")));
+        assert_eq!((fs::read(&target).unwrap(), names(dir.path()).len()), (b"1".to_vec(), 1));
     }
 
     #[test]

@@ -124,7 +124,8 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
         return Err(Error::new(Kind::CantCreate, text).with_hint("--force replaces it"));
     }
     disk::require_free(&args.output, gguf.size())?;
-    gguf.write(&args.output, ui, &|name| plan.values(args, name), None)?;
+    let file = atomic::AtomicFile::create(&args.output)?;
+    gguf.write(file, ui, &|name| plan.values(args, name), None)?;
     let (merged, all, size) = (plan.changed.len(), plan.targets.len(), gguf.size());
     ui.note(format_args!("{merged} of {all} tensors merged, {} MB", size.div_ceil(1_000_000)));
     Ok(())

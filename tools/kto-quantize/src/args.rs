@@ -18,7 +18,7 @@ template, generation settings and licence are copied, or written into the GGUF f
 
 The weights go through memory once, a piece at a time, on all cores. The result appears under its name only when it is \
 complete; until then it grows as OUT.partial, and a run that was killed is gone on with, file by file, when it is given \
-again. The path of the result is printed on standard output.";
+again and the model's files are the same. The path of the result is printed on standard output.";
 
 const EXAMPLES: &str = "\
 Examples:

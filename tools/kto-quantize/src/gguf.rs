@@ -6,7 +6,9 @@ use crate::{
     plan::open,
 };
 use kto_cli::{
-    Error, Exit, Kind, Record, Result, Ui, atomic, disk, escape,
+    Error, Exit, Kind, Record, Result, Ui,
+    atomic::{self, AtomicFile},
+    disk, escape,
     output::{Output, print_path},
     units,
 };
@@ -57,7 +59,8 @@ pub fn run(args: &Args, ui: &Ui) -> Result<Exit> {
     record.side(args.report.as_deref());
     record.model(&model.path, || model.fingerprint());
     record.check()?;
-    if args.output.exists() && !args.force {
+    let if_changed = args.common.make.if_changed;
+    if args.output.exists() && !args.force && !if_changed {
         let text = format!("{}: already exists", escape(&args.output.display().to_string()));
         return Err(Error::new(Kind::CantCreate, text).with_hint("--force replaces it"));
     }
@@ -74,10 +77,12 @@ fn write(args: &Args, model: &ModelDir, gguf: &Gguf, ui: &Ui) -> Result<()> {
         let name = model.tensors.require(name)?.name;
         Ok(Box::new(Weight::find(model, name)?.ok_or_else(|| Error::internal("no floats"))?))
     };
-    let Some(path) = &args.report else { return gguf.write(&args.output, ui, &values, None) };
+    let if_changed = args.common.make.if_changed;
+    let file = AtomicFile::create(&args.output)?.if_changed(if_changed).keep_other(if_changed && !args.force);
+    let Some(path) = &args.report else { return gguf.write(file, ui, &values, None) };
     let mut report = Output::create(Some(path))?;
     gguf.write(
-        &args.output,
+        file,
         ui,
         &values,
         Some(&mut |tensor, errors| {

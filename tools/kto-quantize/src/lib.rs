@@ -59,14 +59,19 @@ fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
 fn make(args: &Args, plan: &Plan, record: &Record, ui: &Ui) -> Result<()> {
     let layout = Layout::plan(plan.items()?, plan.max_shard)?;
     let if_changed = args.common.make.if_changed;
-    let directory = kto_weights::resume(&plan.output, plan.force, if_changed, &plan.identity(), ui)?;
+    let mut job = plan.identity();
+    if args.report.is_some() {
+        // It measures every tensor: what another run has finished is of no use, nor this one's for another.
+        job += &format!("with a report, at {:?}\n", std::time::SystemTime::now());
+    }
+    let directory = kto_weights::resume(&plan.output, plan.force, if_changed, &job, ui)?;
     record.begin(&directory);
     let config = python_json::pretty_sorted(&plan.config()) + "\n";
     disk::require_free(&plan.output, room(plan, &layout, &directory, &config)?)?;
     let written = write(args, plan, &layout, &directory, ui);
     if let Err(error) = written.and_then(|()| plan.model.tensors.check_unchanged()) {
         // What is wrong with the input will be wrong the next time.
-        if matches!(error.kind(), Kind::Data | Kind::Internal) {
+        if matches!(error.kind(), Kind::Data | Kind::Internal) || args.report.is_some() {
             directory.keep(false);
         }
         return Err(error);

@@ -420,5 +420,11 @@ fn a_gguf_file_says_what_it_is_and_is_replaced_only_with_force() {
     }
     assert_eq!(call(&[]).status.code(), Some(73));
     assert!(fs::read(&out).unwrap() == bytes);
+    // With the same bytes it is left alone, with others refused.
+    let time = || fs::metadata(&out).unwrap().modified().unwrap();
+    let before = time();
+    assert!(call(&["--type", "q8_0", "--if-changed"]).status.success() && time() == before);
+    assert_eq!(call(&["--type", "f16", "--if-changed"]).status.code(), Some(73));
+    assert!(fs::read(&out).unwrap() == bytes);
     assert!(call(&["--force", "--type", "f16", "-q"]).status.success() && fs::read(&out).unwrap() != bytes);
 }
