@@ -95,7 +95,7 @@ impl Plan {
                     let wanted = role.and_then(|role| choice.form(module, role, weight.dtype));
                     match wanted.map(|form| (form, form.unfit(&weight.shape))) {
                         Some((_, Some(why))) => {
-                            unfit.push(format!("\"{}\" stays as it is: {why}", escape(&name)));
+                            unfit.push((escape(&name), why));
                             kept
                         }
                         Some((form, None)) => form,
@@ -117,8 +117,10 @@ impl Plan {
             choice.check_used()?;
             if self.changed.is_empty() {
                 return Err(match unfit.first() {
-                    Some(text) => Error::usage(format!("no layer can be quantized: {text}"))
-                        .with_hint("a smaller --group-size"),
+                    Some((name, why)) => {
+                        let text = format!("no layer fits the form; of \"{name}\" {why}");
+                        Error::usage(text).with_hint("a smaller --group-size, or another --form")
+                    }
                     None => Error::usage("--skip leaves no layer to quantize"),
                 });
             }
@@ -128,7 +130,7 @@ impl Plan {
                 place(&self.model)
             )));
         }
-        unfit.iter().for_each(|text| ui.warn(text));
+        unfit.iter().for_each(|(name, why)| ui.warn(format_args!("\"{name}\" stays as it is: {why}")));
         Ok(())
     }
 
