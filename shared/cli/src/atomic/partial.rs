@@ -53,7 +53,7 @@ pub(super) struct Partial {
 pub(super) fn path_of(resolved: &Path) -> PathBuf {
     let mut name = OsString::from(resolved.file_name().unwrap_or_default());
     name.push(SUFFIX);
-    stale::folder_of(resolved).join(name)
+    resolved.with_file_name(name)
 }
 
 /// Makes or opens the partial directory of `resolved` for a job. Errors: 73 when something else is there, 75 when another run
