@@ -9,8 +9,9 @@ mod equal;
 mod partial;
 
 pub use dir::AtomicDir;
+pub use partial::{Finished, Seal};
 
-use crate::{Error, Kind, Result, escape, stale};
+use crate::{Error, Kind, Result, escape, signal, stale};
 use std::{
     fs::{self, File, OpenOptions, Permissions},
     io::{self, BufWriter, Write},
@@ -29,6 +30,8 @@ pub struct AtomicFile {
     rename: Option<Rename>,
     writer: BufWriter<File>,
     if_changed: bool,
+    /// Whether a target that has other bytes stays.
+    keep_other: bool,
 }
 
 /// The step that makes a file final.
@@ -55,20 +58,25 @@ impl AtomicFile {
             Some(metadata) if !metadata.is_file() => {
                 let file = OpenOptions::new().write(true).open(&to).map_err(fail)?;
                 let writer = BufWriter::with_capacity(1 << 16, file);
-                Ok(Self { shown, rename: None, writer, if_changed: false })
+                Ok(Self { shown, rename: None, writer, if_changed: false, keep_other: false })
             }
             other => {
                 let (from, file) = stale::create(&to, |path| File::create_new(path)).map_err(fail)?;
                 let mode = other.map(|metadata| metadata.permissions().mode() & 0o777);
                 let rename = Some(Rename { from, to, mode, done: false });
                 let writer = BufWriter::with_capacity(BUFFER, file);
-                Ok(Self { shown, rename, writer, if_changed: false })
+                Ok(Self { shown, rename, writer, if_changed: false, keep_other: false })
             }
         }
     }
     /// With `on`, a target that has the same bytes already is left alone, its time of change too.
     pub fn if_changed(mut self, on: bool) -> Self {
         self.if_changed = on;
+        self
+    }
+    /// With `on`, a target that has other bytes is not replaced: [`AtomicFile::commit`] fails (73).
+    pub fn keep_other(mut self, on: bool) -> Self {
+        self.keep_other = on;
         self
     }
     /// Appends `bytes`.
@@ -83,7 +91,13 @@ impl AtomicFile {
     }
     /// Makes the file final: flush, fsync, rename, fsync of the directory.
     pub fn commit(mut self) -> Result<()> {
-        self.make_final().map_err(|e| Error::writing(&self.shown, &e))
+        self.make_final().map_err(|e| match e.kind() {
+            io::ErrorKind::AlreadyExists => {
+                let text = format!("{}: already exists", escape(&self.shown.display().to_string()));
+                Error::new(Kind::CantCreate, text).with_hint("--force replaces it")
+            }
+            _ => Error::writing(&self.shown, &e),
+        })
     }
 
     fn make_final(&mut self) -> io::Result<()> {
@@ -92,6 +106,9 @@ impl AtomicFile {
         let Some(rename) = &mut self.rename else { return tolerate_unsupported(file.sync_all()) };
         if self.if_changed && equal::files(&rename.from, &rename.to) {
             return Ok(()); // Dropped, the temporary file goes away.
+        }
+        if self.keep_other && rename.to.exists() {
+            return Err(io::ErrorKind::AlreadyExists.into());
         }
         if let Some(mode) = rename.mode {
             file.set_permissions(Permissions::from_mode(mode))?;
@@ -146,6 +163,20 @@ pub fn create_dir_all(target: &Path) -> Result<()> {
 /// itself; this is for one into which nothing may be written any more.
 pub fn sweep(folder: &Path) {
     stale::sweep(folder);
+}
+
+/// Returns what is said of an output whose making was stopped by a signal: its name, and how it goes on. Other errors stay as they are.
+pub fn stopped(error: Error, target: &Path) -> Error {
+    if !signal::is_stop(error.kind()) {
+        return error;
+    }
+    let shown = |path: &Path| escape(&path.display().to_string());
+    let partial = partial::path_of(target);
+    let hint = match partial.exists() {
+        true => format!("the same command again goes on with {}", shown(&partial)),
+        false => "the same command again begins anew".into(),
+    };
+    Error::new(error.kind(), format!("{}: {error}", shown(target))).with_hint(hint)
 }
 
 /// Waits until the name of a new file or directory is on the disk. To force a file's bytes there does not do that.
@@ -233,6 +264,22 @@ mod tests {
         write(&target, b"whole").unwrap();
         assert_eq!(names(dir.path()), ["out.jsonl"]);
         assert_eq!(fs::read(&target).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_target_with_other_bytes_is_kept_when_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("x");
+        let make = |text: &[u8]| {
+            let mut file = AtomicFile::create(&target).unwrap().if_changed(true).keep_other(true);
+            file.write(text).unwrap();
+            file.commit()
+        };
+        make(b"1").unwrap();
+        make(b"1").unwrap();
+        let error = make(b"2").unwrap_err();
+        assert_eq!((error.kind(), error.hint()), (Kind::CantCreate, Some("--force replaces it")));
+        assert_eq!((fs::read(&target).unwrap(), names(dir.path()).len()), (b"1".to_vec(), 1));
     }
 
     #[test]

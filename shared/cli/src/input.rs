@@ -3,7 +3,7 @@
 //! Every byte that a tool reads comes through here, so that messages carry the name and sizes are bounded.
 
 use crate::{Error, Kind, Result, escape};
-use flate2::read::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, Cursor, IsTerminal, Read},
@@ -117,8 +117,10 @@ fn decode(name: String, mut raw: impl Read + Send + 'static) -> Result<Input> {
     }
     let counted = Counted { inner: BufReader::with_capacity(BUFFER, whole), read: 0 };
     let reader: Box<dyn BufRead + Send> = if gzip {
-        let (decoder, form) = (MultiGzDecoder::new(counted), "gzip");
-        Box::new(BufReader::with_capacity(BUFFER, Decoded { decoder, form, read: |d| d.get_ref().read }))
+        let (decoder, form) = (Members { decoder: Some(GzDecoder::new(counted)) }, "gzip");
+        let read =
+            |d: &Members<_>| d.decoder.as_ref().map_or(0, |d: &GzDecoder<Counted<_>>| d.get_ref().read);
+        Box::new(BufReader::with_capacity(BUFFER, Decoded { decoder, form, read }))
     } else {
         let (decoder, form) = (unzstd(counted).map_err(|e| error(&name, &e))?, "Zstandard");
         Box::new(BufReader::with_capacity(BUFFER, Decoded { decoder, form, read: |d| d.get_ref().read }))
@@ -170,6 +172,42 @@ impl<R: BufRead> BufRead for Counted<R> {
     }
 }
 
+/// Decodes all members of a gzip stream, one behind the other.
+struct Members<R> {
+    /// Of the current member.
+    decoder: Option<GzDecoder<R>>,
+}
+
+/// Bytes behind a member that begin none.
+#[derive(Debug)]
+struct Behind;
+
+impl std::fmt::Display for Behind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("no gzip")
+    }
+}
+
+impl std::error::Error for Behind {}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while let Some(decoder) = &mut self.decoder {
+            let n = decoder.read(buffer)?;
+            if n > 0 || buffer.is_empty() {
+                return Ok(n);
+            }
+            match decoder.get_mut().fill_buf()? {
+                [] => return Ok(0),
+                [0x1f] | [0x1f, 0x8b, ..] => {}
+                _ => return Err(io::Error::new(io::ErrorKind::InvalidData, Behind)),
+            }
+            self.decoder = self.decoder.take().map(|decoder| GzDecoder::new(decoder.into_inner()));
+        }
+        Ok(0)
+    }
+}
+
 /// Says in our words what is wrong with a compressed stream.
 struct Decoded<D> {
     decoder: D,
@@ -183,6 +221,9 @@ impl<D: Read> Read for Decoded<D> {
         self.decoder.read(buffer).map_err(|e| {
             let (at, form) = ((self.read)(&self.decoder), self.form);
             let wrong = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+            if e.get_ref().is_some_and(|e| e.is::<Behind>()) {
+                return wrong(format!("the {form} stream ends at byte {at}, what follows it is none"));
+            }
             match e.kind() {
                 io::ErrorKind::UnexpectedEof => wrong(format!("{form} stream ends early at byte {at}")),
                 io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => {
@@ -239,7 +280,11 @@ mod tests {
         let at = whole.len() - 6;
         bad_sum[at] ^= 1;
         assert_eq!(read_bytes(bad_sum).unwrap_err().kind(), Kind::Data);
-        assert_eq!(read_bytes([whole, b"garbage".to_vec()].concat()).unwrap_err().kind(), Kind::Data);
+        for behind in [&b"g"[..], b"garbage", &[b'x'; 100], &[0; 512], b"\x1f\x8c"] {
+            let error = read_bytes([&whole, behind].concat()).unwrap_err();
+            let says = format!("x: the gzip stream ends at byte {}, what follows it is none", whole.len());
+            assert_eq!((error.kind(), error.to_string()), (Kind::Data, says));
+        }
     }
 
     #[test]

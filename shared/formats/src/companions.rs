@@ -3,9 +3,13 @@
 //! Called by the tools that write model directories. Only files that lie in the model directory under a known name are
 //! copied; code, other weights and model cards are not.
 
-use crate::mmap::Map;
+use crate::mmap::{Map, shown};
 use kto_cli::{Context, Error, Result, atomic, escape};
-use std::path::Path;
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+use std::{borrow::Cow, path::Path};
 
 /// File names that are copied.
 const NAMES: [&str; 12] = [
@@ -60,6 +64,61 @@ pub fn copy(from: &Path, to: &Path) -> Result<Vec<String>> {
     Ok(copied)
 }
 
+/// Returns the bytes that [`copy`] would write.
+pub fn bytes(from: &Path) -> u64 {
+    let of = |folder: &Path, wanted: &dyn Fn(&str) -> bool| -> u64 {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let wanted = entries.filter(|entry| entry.file_name().to_str().is_some_and(wanted));
+        let files = wanted.filter_map(|entry| std::fs::metadata(entry.path()).ok()).filter(|m| m.is_file());
+        files.map(|metadata| metadata.len()).sum()
+    };
+    of(from, &is_known) + of(&from.join(TEMPLATES), &is_template)
+}
+
+/// Returns what is wrong with the companions of a model, a line each. They are copied all the same: whoever reads only the weights has no
+/// use for them, and what another program makes of them is not known here.
+pub fn doubts(from: &Path) -> Vec<String> {
+    let wrong = |name: &&str| {
+        let path = from.join(name);
+        let bytes = Map::open(&path).ok()?;
+        let what = match serde_json::from_slice::<Outline>(&bytes) {
+            Err(e) => format!("no JSON object: {}", escape(&e.to_string())),
+            Ok(Outline { model: false }) if *name == "tokenizer.json" => {
+                "no tokenizer: it has no \"model\"".into()
+            }
+            Ok(_) => return None,
+        };
+        Some(format!("{}: {what}; it is copied as it is", shown(&path)))
+    };
+    NAMES.iter().filter(|name| name.ends_with(".json")).filter_map(wrong).collect()
+}
+
+/// Whether a JSON text is an object that has a model.
+struct Outline {
+    model: bool,
+}
+
+impl<'de> Deserialize<'de> for Outline {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = Outline;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> std::result::Result<Outline, M::Error> {
+                let mut outline = Outline { model: false };
+                while let Some(key) = map.next_key::<Cow<str>>()? {
+                    outline.model |= key == "model";
+                    map.next_value::<IgnoredAny>()?;
+                }
+                Ok(outline)
+            }
+        }
+        from.deserialize_map(Keys)
+    }
+}
+
 fn copy_named(from: &Path, to: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let mut copied = Vec::new();
     for entry in std::fs::read_dir(from).map_err(|e| Error::reading(from, &e))? {
@@ -93,7 +152,23 @@ mod tests {
         fs::create_dir(from.path().join(TEMPLATES)).unwrap();
         fs::write(from.path().join(TEMPLATES).join("tools.jinja"), "x").unwrap();
         let copied = copy(from.path(), to.path()).unwrap();
+        assert_eq!(bytes(from.path()), 11 + 1 + 14);
         assert_eq!(copied, ["LICENSE.txt", "additional_chat_templates/tools.jinja", "tokenizer.json"]);
         assert_eq!(fs::read_to_string(to.path().join("tokenizer.json")).unwrap(), "tokenizer.json");
+    }
+
+    #[test]
+    fn companions_that_are_no_json_are_named() {
+        let from = tempfile::tempdir().unwrap();
+        let say = |text: &str| {
+            fs::write(from.path().join("tokenizer.json"), text).unwrap();
+            doubts(from.path()).join("\n")
+        };
+        assert_eq!(say(r#"{"version": "1.0", "model": {"vocab": {}}}"#), "");
+        assert!(say("{\"model\": {").contains("tokenizer.json: no JSON object: EOF"));
+        assert!(say("[]").contains("no JSON object: invalid type: sequence, expected an object"));
+        assert!(say("{\"vocab\": {}}").contains("no tokenizer: it has no \"model\""));
+        fs::write(from.path().join("generation_config.json"), "x").unwrap();
+        assert_eq!(say("{}").lines().count(), 2);
     }
 }

@@ -80,6 +80,14 @@ impl Map {
         self.stamp
     }
 
+    /// Returns whether nobody has written to the file since it was opened, as far as the system says. One that was moved or replaced
+    /// keeps its bytes for who has mapped it.
+    pub(crate) fn is_unchanged(&self) -> bool {
+        let Ok(now) = std::fs::metadata(&self.path) else { return true };
+        let now = FileStamp::of(&now);
+        now.inode != self.stamp.inode || (now.size, now.modified) == (self.stamp.size, self.stamp.modified)
+    }
+
     /// Tells the system how a byte range is about to be used. Failure is harmless and ignored.
     pub fn advise(&self, range: Range<usize>, access: Access) {
         #[cfg(unix)]

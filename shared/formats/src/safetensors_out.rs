@@ -105,6 +105,11 @@ impl SafetensorsWriter {
     }
 }
 
+/// Returns the bytes of a file with these tensors, header included.
+pub fn file_bytes(tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> u64 {
+    8 + header(tensors, metadata).len() as u64 + tensors.iter().map(TensorSpec::bytes).sum::<u64>()
+}
+
 /// The header's JSON text, padded with blanks to a multiple of 8 bytes.
 pub(crate) fn header(tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> String {
     let mut object = serde_json::Map::new();

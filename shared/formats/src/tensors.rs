@@ -166,6 +166,24 @@ impl TensorStore {
         }
     }
 
+    /// Returns the bytes before the first tensor of a store of one file.
+    pub(crate) fn header(&self) -> &[u8] {
+        let first = self.entries.values().map(|entry| entry.range.start).min();
+        self.files.first().map_or(&[], |file| &file[..first.unwrap_or(file.len())])
+    }
+
+    /// Fails (65) when somebody has written to a file since it was opened: what was read of it then belongs to no one state of it.
+    pub fn check_unchanged(&self) -> Result<()> {
+        match self.files.iter().find(|file| !file.is_unchanged()) {
+            None => Ok(()),
+            Some(file) => {
+                let place = crate::mmap::shown(file.path());
+                Err(Error::data(format!("{place}: changed while it was read"))
+                    .with_hint("the same command again"))
+            }
+        }
+    }
+
     /// Returns what the system said of each file when it was opened.
     pub fn stamps(&self) -> impl Iterator<Item = FileStamp> {
         self.files.iter().map(|file| file.stamp())
@@ -300,6 +318,31 @@ mod tests {
             view.to_f32().unwrap_err().to_string(),
             "tensor \"ids\": dtype I64 where a float (F32, F16, BF16) is needed"
         );
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_meanwhile_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let specs = vec![crate::safetensors_out::TensorSpec::new("x", Dtype::U8, [3])];
+        let mut writer =
+            crate::safetensors_out::SafetensorsWriter::new(&path, specs, &BTreeMap::new()).unwrap();
+        writer.write("x", b"abc").unwrap();
+        writer.finish().unwrap();
+        let store = TensorStore::open_file(&path).unwrap();
+        store.check_unchanged().unwrap();
+        // Another name, a copy in its place: the map has the bytes that it had.
+        let moved = dir.path().join("y");
+        std::fs::rename(&path, &moved).unwrap();
+        store.check_unchanged().unwrap();
+        std::fs::copy(&moved, &path).unwrap();
+        store.check_unchanged().unwrap();
+        std::fs::rename(&moved, &path).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::write(&path, bytes).unwrap();
+        let error = store.check_unchanged().unwrap_err().to_string();
+        assert!(error.ends_with("x.safetensors: changed while it was read"), "{error}");
     }
 
     #[test]

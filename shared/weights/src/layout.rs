@@ -1,6 +1,6 @@
 //! A model's tensors on the way into safetensors files of bounded size, with the index that readers expect.
 //!
-//! A file is finished, forced to the disk and named before the next one begins; a run that goes on passes over those that are there.
+//! A file is finished, forced to the disk and named before the next one begins; a run that goes on passes over those that are finished.
 //! Held in memory: one piece of a tensor, and of a double-quantized one the scales.
 
 use crate::{
@@ -12,17 +12,20 @@ use kto_cli::{Context, Error, Kind, Result, Ui, atomic, escape, signal};
 use kto_formats::{
     bnb::{NESTED_BLOCK, QuantState},
     python_json,
-    safetensors_out::TensorSpec,
+    safetensors_out::{TensorSpec, file_bytes},
     safetensors_placed::PlacedWriter,
     tensors::{TensorStore, TensorView},
 };
 use kto_kernels::quant::nf4;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, ops::Range, path::Path};
 
 /// Bytes that are copied at a time.
 const COPY: usize = 16 << 20;
+
+/// Bytes of an index without its lines, with the totals at their longest.
+const INDEX: u64 = 160;
 
 /// What a tensor of the result holds.
 pub enum Content<'a> {
@@ -55,7 +58,7 @@ pub struct Item<'a> {
 pub struct Layout<'a> {
     items: Vec<Item<'a>>,
     /// Name, and the range of items.
-    files: Vec<(String, std::ops::Range<usize>)>,
+    files: Vec<(String, Range<usize>)>,
     bytes: u64,
 }
 
@@ -119,8 +122,25 @@ impl<'a> Layout<'a> {
         self.bytes
     }
 
+    /// Returns the bytes that `directory` still lacks: files of weights and the index.
+    pub fn room(&self, directory: &atomic::AtomicDir, metadata: &BTreeMap<String, String>) -> Result<u64> {
+        let mut room = if self.files.len() > 1 { INDEX } else { 0 };
+        for (name, range) in &self.files {
+            let (fixed, late) = self.specs(range.clone())?;
+            let all = [fixed, late].concat();
+            if !directory.is_finished(name) {
+                room += file_bytes(&all, metadata);
+            }
+            if self.files.len() > 1 {
+                // A line of the index: quotes, colon, comma and indent.
+                room += all.iter().map(|spec| (spec.name.len() + name.len() + 12) as u64).sum::<u64>();
+            }
+        }
+        Ok(room)
+    }
+
     /// Writes every file that `directory` does not hold yet, and the index if there are several. With `report` every encoded tensor is
-    /// decoded again and measured. After each file but the last the directory is kept for a later run.
+    /// decoded again and measured, so all are written. From the first file on the directory is kept for a later run.
     pub fn write(
         &self,
         directory: &atomic::AtomicDir,
@@ -130,14 +150,9 @@ impl<'a> Layout<'a> {
     ) -> Result<()> {
         let progress = ui.progress(self.bytes, "bytes");
         let mut kept = 0;
-        for (i, (name, range)) in self.files.iter().enumerate() {
+        for (name, range) in &self.files {
             let path = directory.path().join(name);
-            // Named only when it was whole.
-            if directory.resumed()
-                && report.is_none()
-                && path.exists()
-                && TensorStore::open_file(&path).is_ok()
-            {
+            if report.is_none() && directory.is_finished(name) {
                 kept += 1;
                 for item in &self.items[range.clone()] {
                     progress.skip(item.bytes()?);
@@ -145,12 +160,12 @@ impl<'a> Layout<'a> {
                 continue;
             }
             let hashed = directory.wants_hashes();
-            let hash =
-                self.write_file(&path, range.clone(), metadata, hashed, &mut report, &|n| progress.add(n))?;
-            if let Some(hash) = hash {
+            let writer =
+                self.write_file(&path, range, metadata, hashed, &mut report, &|n| progress.add(n))?;
+            if let Some(hash) = writer.finish(|finished| directory.finish(name, finished))? {
                 directory.note_hash(path, hash);
             }
-            directory.keep(i + 1 < self.files.len());
+            directory.keep(true);
         }
         if kept > 0 {
             ui.note(format_args!("{kept} of {} files were there from an earlier run", self.files.len()));
@@ -162,39 +177,47 @@ impl<'a> Layout<'a> {
         Ok(())
     }
 
-    fn write_file(
-        &self,
-        path: &Path,
-        range: std::ops::Range<usize>,
-        metadata: &BTreeMap<String, String>,
-        hashed: bool,
-        report: &mut Option<&mut Written>,
-        done: &dyn Fn(u64),
-    ) -> Result<Option<String>> {
+    /// The tensors of a file: those of known length, and those whose length depends on the values.
+    fn specs(&self, range: Range<usize>) -> Result<(Vec<TensorSpec>, Vec<TensorSpec>)> {
         let (mut fixed, mut late) = (Vec::new(), Vec::new());
-        for item in &self.items[range.clone()] {
+        for item in &self.items[range] {
             for (spec, origin) in item.tensors()? {
                 let to = if matches!(origin, Some(Origin::State(_))) { &mut late } else { &mut fixed };
                 to.push(spec);
             }
         }
+        Ok((fixed, late))
+    }
+
+    /// Writes all of a file but its name.
+    fn write_file(
+        &self,
+        path: &Path,
+        range: &Range<usize>,
+        metadata: &BTreeMap<String, String>,
+        hashed: bool,
+        report: &mut Option<&mut Written>,
+        done: &dyn Fn(u64),
+    ) -> Result<PlacedWriter> {
+        let (fixed, late) = self.specs(range.clone())?;
         let mut writer = PlacedWriter::new(path, fixed, &late, metadata, hashed)?;
-        for item in &self.items[range] {
+        for item in &self.items[range.clone()] {
             match &item.content {
                 Content::Copy(views, store) => {
-                    views.iter().try_for_each(|view| copy(view, store, &mut writer, done)).at(&item.place)?;
+                    let copied = views.iter().try_for_each(|view| copy(view, store, &mut writer, done));
+                    placed(copied, &item.place)?;
                 }
                 Content::Encoded { form, values, keep } => {
                     let keep = keep.as_deref();
-                    let errors = put(item, *form, &**values, keep, report.is_some(), &mut writer, done)
-                        .at(&item.place)?;
+                    let errors = put(item, *form, &**values, keep, report.is_some(), &mut writer, done);
+                    let errors = placed(errors, &item.place)?;
                     if let Some(report) = report {
                         report(item, &errors)?;
                     }
                 }
             }
         }
-        writer.finish()
+        Ok(writer)
     }
 
     fn index(&self, dir: &Path) -> Result<String> {
@@ -214,6 +237,14 @@ impl<'a> Layout<'a> {
             "weight_map": Value::Object(map),
         });
         Ok(python_json::pretty_sorted(&index) + "\n")
+    }
+}
+
+/// Puts the place in front of what is wrong with the input; that the tool was stopped has none.
+fn placed<T>(result: Result<T>, place: &str) -> Result<T> {
+    match result {
+        Err(error) if signal::is_stop(error.kind()) => Err(error),
+        other => other.at(place),
     }
 }
 

@@ -14,11 +14,6 @@ const SEPARATE: [&str; 7] = [
 /// The same where queries, keys and values are one matrix, gate and up another (Phi 3).
 const FUSED: [&str; 4] = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"];
 
-/// Returns the linear layers of every block of a model with these tensors.
-pub fn linears<'a>(mut names: impl Iterator<Item = &'a str>) -> &'static [&'static str] {
-    if names.any(|name| name.ends_with(".self_attn.qkv_proj.weight")) { &FUSED } else { &SEPARATE }
-}
-
 /// What a matrix is in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -67,8 +62,6 @@ mod tests {
     fn modules_have_roles() {
         assert_eq!(role("model.layers.3.mlp.up_proj"), Some(Role::Linear(3)));
         assert_eq!(role("model.layers.3.self_attn.qkv_proj"), Some(Role::Linear(3)));
-        let of = |names: &[&str]| linears(names.iter().copied()).len();
-        assert_eq!((of(&["x", "model.layers.0.self_attn.qkv_proj.weight"]), of(&["x"])), (4, 7));
         assert_eq!(role("lm_head"), Some(Role::Head));
         assert_eq!(role("model.embed_tokens"), Some(Role::Embedding));
         for other in

@@ -20,7 +20,7 @@ mod whole;
 pub use args::Args;
 pub use plan::Plan;
 
-use kto_cli::{Error, Exit, Result, Ui, signal};
+use kto_cli::{Error, Exit, Result, Ui, atomic, signal};
 
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
@@ -28,9 +28,10 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     let threads = args.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    pool.map_err(Error::threads)?.install(|| match (&args.extract, args.to) {
+    let done = pool.map_err(Error::threads)?.install(|| match (&args.extract, args.to) {
         (Some(tuned), _) => convert::extract(&args, tuned, ui),
         (None, Some(form)) => convert::adapter(&args, form, ui),
         (None, None) => whole::merge(&args, ui),
-    })
+    });
+    done.map_err(|error| atomic::stopped(error, &args.output))
 }

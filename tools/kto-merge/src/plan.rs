@@ -235,7 +235,7 @@ impl Plan {
         format!(
             "kto-merge {} into {}\n{adapters:?} {:?} {} {:?} {} {} {:?}\nfiles of {} bytes\n{}\n",
             env!("CARGO_PKG_VERSION"),
-            self.inputs.base.fingerprint(),
+            kto_weights::source(&self.inputs.base),
             self.inputs.weights,
             args.scale,
             args.method,

@@ -18,9 +18,6 @@ use kto_weights::{
 };
 use std::{collections::BTreeSet, path::Path, sync::atomic::Ordering};
 
-/// Room that is left for tokenizer and other small files, in bytes.
-const COMPANIONS: u64 = 64 << 20;
-
 impl From<GgufType> for FileType {
     fn from(value: GgufType) -> Self {
         match value {
@@ -58,11 +55,12 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
     } else {
         let if_changed = args.common.make.if_changed;
         let identity = plan.identity(args);
-        let directory = atomic::AtomicDir::resume(&args.output, args.force, if_changed, &identity)?;
+        let directory = kto_weights::resume(&args.output, args.force, if_changed, &identity, ui)?;
         record.begin(&directory);
         let layout = Layout::plan(plan.items(args)?, args.max_shard_size())?;
         let bytes = layout.bytes();
-        disk::require_free(&args.output, bytes.saturating_sub(disk::used(directory.path())) + COMPANIONS)?;
+        let room = layout.room(&directory, &plan.metadata())? + companions::bytes(&base.path);
+        disk::require_free(&args.output, room)?;
         if let Err(error) = layout.write(&directory, &plan.metadata(), ui, None) {
             // What is wrong with the input will be wrong the next time.
             if matches!(error.kind(), Kind::Data | Kind::Internal) {
@@ -126,7 +124,8 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
         return Err(Error::new(Kind::CantCreate, text).with_hint("--force replaces it"));
     }
     disk::require_free(&args.output, gguf.size())?;
-    gguf.write(&args.output, ui, &|name| plan.values(args, name), None)?;
+    let file = atomic::AtomicFile::create(&args.output)?;
+    gguf.write(file, ui, &|name| plan.values(args, name), None)?;
     let (merged, all, size) = (plan.changed.len(), plan.targets.len(), gguf.size());
     ui.note(format_args!("{merged} of {all} tensors merged, {} MB", size.div_ceil(1_000_000)));
     Ok(())

@@ -1,7 +1,7 @@
 //! The command line of kto-quantize, as the user gives it.
 
 use clap::{Parser, ValueEnum};
-use kto_cli::Common;
+use kto_cli::{Common, Error, Result, escape};
 use kto_formats::shards::parse_size;
 use safetensors::Dtype;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ template, generation settings and licence are copied, or written into the GGUF f
 
 The weights go through memory once, a piece at a time, on all cores. The result appears under its name only when it is \
 complete; until then it grows as OUT.partial, and a run that was killed is gone on with, file by file, when it is given \
-again. The path of the result is printed on standard output.";
+again and the model's files are the same. The path of the result is printed on standard output.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -45,9 +45,9 @@ pub struct Args {
     /// Replace OUT if it exists
     #[arg(long, help_heading = "Output")]
     pub force: bool,
-    /// Largest weight file: 5GB, 500MB, 2GiB
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size, help_heading = "Output")]
-    pub max_shard_size: u64,
+    /// Largest weight file: 5GB, 500MB, 2GiB [default: 5GB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Output")]
+    pub max_shard_size: Option<u64>,
     /// Check the input; print what would be done, sizes before and after, and the memory that kto-train would need
     #[arg(long, visible_alias = "plan", help_heading = "Output")]
     pub dry_run: bool,
@@ -58,9 +58,9 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "Output")]
     pub threads: Option<u16>,
 
-    /// What to make
-    #[arg(long, value_name = "FORM", default_value = "nf4", help_heading = "Quantization")]
-    pub form: FormName,
+    /// What to make [default: nf4]
+    #[arg(long, value_name = "FORM", help_heading = "Quantization")]
+    pub form: Option<FormName>,
     /// Undo a quantization: weights in any form that these tools read become floats
     #[arg(long, conflicts_with_all = ["form", "block_size", "double_quant", "no_double_quant", "bits", "group_size", "recipe",
         "r#type", "overrides", "embeddings", "head", "skip"], help_heading = "Quantization")]
@@ -82,9 +82,9 @@ pub struct Args {
     #[arg(long = "override", value_name = "NAME=SETTING", help_heading = "Quantization")]
     pub overrides: Vec<String>,
 
-    /// Values that share a scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096
-    #[arg(long, value_name = "N", default_value = "64", value_parser = block_size, help_heading = "nf4 and fp4")]
-    pub block_size: usize,
+    /// Values that share a scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096 [default: 64]
+    #[arg(long, value_name = "N", value_parser = block_size, help_heading = "nf4 and fp4")]
+    pub block_size: Option<usize>,
     /// Store the scales in 8 bits too (the default)
     #[arg(long, overrides_with = "no_double_quant", help_heading = "nf4 and fp4")]
     pub double_quant: bool,
@@ -111,6 +111,70 @@ pub struct Args {
     pub common: Common,
 }
 
+impl Args {
+    /// Returns what to make, when it is not floats.
+    pub fn form(&self) -> FormName {
+        self.form.unwrap_or(FormName::Nf4)
+    }
+
+    /// Fails (2) for options that would have no effect on what is made, and for a directory that would be called like a GGUF file.
+    pub fn check(&self) -> Result<()> {
+        let form = self.form();
+        if self.dtype.is_some() && !self.dequantize {
+            let error = Error::usage(format!("--dtype does not go with --form {}", form.name()));
+            return Err(match form {
+                FormName::Gguf => error.with_hint("--type F32, F16 or BF16"),
+                _ => error.with_hint("--dequantize makes floats"),
+            });
+        }
+        if !self.dequantize {
+            self.check_form(form)?;
+        }
+        let named = self.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        if named && (self.dequantize || self.form.is_none()) {
+            let text =
+                format!("{}: a directory would get this name", escape(&self.output.display().to_string()));
+            return Err(Error::usage(text).with_hint(match self.dequantize {
+                true => "a name without .gguf; --form gguf makes such a file",
+                false => "--form gguf makes such a file, --form nf4 a directory",
+            }));
+        }
+        Ok(())
+    }
+
+    fn check_form(&self, form: FormName) -> Result<()> {
+        use FormName::{Fp4, Gguf, Int8, Mlx, Nf4};
+        let given: [(bool, &str, &[FormName]); 8] = [
+            (self.bits.is_some(), "--bits", &[Mlx]),
+            (self.group_size.is_some(), "--group-size", &[Mlx]),
+            (self.recipe.is_some(), "--recipe", &[Mlx]),
+            (!self.overrides.is_empty(), "--override", &[Mlx, Gguf]),
+            (self.r#type.is_some(), "--type", &[Gguf]),
+            (self.block_size.is_some(), "--block-size", &[Nf4, Fp4]),
+            (self.double_quant || self.no_double_quant, "--double-quant", &[Nf4, Fp4]),
+            (self.max_shard_size.is_some(), "--max-shard-size", &[Nf4, Fp4, Int8, Mlx]),
+        ];
+        if let Some((_, flag, _)) = given.iter().find(|(given, _, forms)| *given && !forms.contains(&form)) {
+            return Err(Error::usage(format!("{flag} does not go with --form {}", form.name())));
+        }
+        let wishes = [("--embeddings", self.embeddings), ("--head", self.head)];
+        let wish = wishes.iter().find(|(_, wish)| *wish == Some(Treatment::Quantize));
+        match (form, self.r#type, wish) {
+            (Nf4 | Fp4 | Int8, _, Some(("--embeddings", _))) => Err(Error::usage(
+                "--embeddings quantize: transformers reads no quantized embedding of bitsandbytes",
+            )),
+            (Gguf, Some(kind @ (GgufType::F32 | GgufType::F16 | GgufType::Bf16)), Some((flag, _))) => {
+                let kind = kind.to_possible_value().map(|value| value.get_name().to_string());
+                let kind = kind.unwrap_or_default();
+                Err(Error::usage(format!(
+                    "{flag} quantize does not go with --type {kind}, which is of floats"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormName {
@@ -124,6 +188,19 @@ pub enum FormName {
     Mlx,
     /// A file for llama.cpp
     Gguf,
+}
+
+impl FormName {
+    /// Returns its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nf4 => "nf4",
+            Self::Fp4 => "fp4",
+            Self::Int8 => "int8",
+            Self::Mlx => "mlx",
+            Self::Gguf => "gguf",
+        }
+    }
 }
 
 /// A float dtype on the command line.
@@ -216,22 +293,22 @@ pub enum GgufType {
     Q4_0,
 }
 
-fn one_of(text: &str, allowed: &[usize]) -> Result<usize, String> {
+fn one_of(text: &str, allowed: &[usize]) -> std::result::Result<usize, String> {
     let listed: Vec<String> = allowed.iter().map(usize::to_string).collect();
     let found = text.parse().ok().filter(|n| allowed.contains(n));
     found.ok_or_else(|| format!("must be one of {}", listed.join(", ")))
 }
 
-fn block_size(text: &str) -> Result<usize, String> {
+fn block_size(text: &str) -> std::result::Result<usize, String> {
     one_of(text, &[32, 64, 128, 256, 512, 1024, 2048, 4096])
 }
 
 /// Parses a number of bits of MLX.
-pub fn bits(text: &str) -> Result<usize, String> {
+pub fn bits(text: &str) -> std::result::Result<usize, String> {
     one_of(text, &[2, 3, 4, 5, 6, 8])
 }
 
 /// Parses a group size of MLX.
-pub fn group_size(text: &str) -> Result<usize, String> {
+pub fn group_size(text: &str) -> std::result::Result<usize, String> {
     one_of(text, &[32, 64, 128])
 }

@@ -31,38 +31,10 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// Checks the arguments. Errors (2): a flag that the form does not have.
+    /// Returns the choices of arguments whose forms and flags fit. Errors (2): an override that cannot be read.
     pub fn new(args: &Args, blocks: usize) -> Result<Self> {
-        let form = args.form;
-        let refuse = |flag: &str| Err(Error::usage(format!("{flag} does not go with --form {}", name(form))));
+        let form = args.form();
         let bnb = matches!(form, FormName::Nf4 | FormName::Fp4 | FormName::Int8);
-        if form != FormName::Mlx {
-            let given = [
-                (args.bits.is_some(), "--bits"),
-                (args.group_size.is_some(), "--group-size"),
-                (args.recipe.is_some(), "--recipe"),
-                (bnb && !args.overrides.is_empty(), "--override"),
-            ];
-            if let Some((_, flag)) = given.iter().find(|(given, _)| *given) {
-                return refuse(flag);
-            }
-        }
-        if form != FormName::Gguf && args.r#type.is_some() {
-            return refuse("--type");
-        }
-        if !matches!(form, FormName::Nf4 | FormName::Fp4) {
-            if args.no_double_quant || args.double_quant {
-                return refuse("--double-quant");
-            }
-            if args.block_size != 64 {
-                return refuse("--block-size");
-            }
-        }
-        if bnb && args.embeddings == Some(Treatment::Quantize) {
-            return Err(Error::usage(
-                "--embeddings quantize: transformers reads no quantized embedding of bitsandbytes",
-            ));
-        }
         let default = if bnb { Treatment::Keep } else { Treatment::Quantize };
         let recipe = args.recipe.map(args::Recipe::bits);
         let group = args.group_size.unwrap_or(64);
@@ -76,7 +48,7 @@ impl Choice {
         let used = RefCell::new(vec![false; skip.len() + overrides.len()]);
         Ok(Self {
             form,
-            block: args.block_size,
+            block: args.block_size.unwrap_or(64),
             nested: !args.no_double_quant,
             common,
             recipe: recipe.map(|r| (r.1, blocks)),
@@ -144,17 +116,6 @@ impl Choice {
             }
             None => Ok(()),
         }
-    }
-}
-
-/// Returns the name of a form on the command line.
-pub fn name(form: FormName) -> &'static str {
-    match form {
-        FormName::Nf4 => "nf4",
-        FormName::Fp4 => "fp4",
-        FormName::Int8 => "int8",
-        FormName::Mlx => "mlx",
-        FormName::Gguf => "gguf",
     }
 }
 

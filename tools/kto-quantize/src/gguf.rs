@@ -6,7 +6,9 @@ use crate::{
     plan::open,
 };
 use kto_cli::{
-    Error, Exit, Kind, Record, Result, Ui, disk, escape,
+    Error, Exit, Kind, Record, Result, Ui,
+    atomic::{self, AtomicFile},
+    disk, escape,
     output::{Output, print_path},
     units,
 };
@@ -37,7 +39,7 @@ impl From<GgufType> for FileType {
 
 /// Runs the tool.
 pub fn run(args: &Args, ui: &Ui) -> Result<Exit> {
-    let model = open(args, ui)?;
+    let (model, _) = open(args, ui)?;
     let all = shapes(&model)?;
     let wishes = Wishes::new(args)?;
     let file = FileType::from(args.r#type.unwrap_or(GgufType::Q4KM));
@@ -57,33 +59,37 @@ pub fn run(args: &Args, ui: &Ui) -> Result<Exit> {
     record.side(args.report.as_deref());
     record.model(&model.path, || model.fingerprint());
     record.check()?;
-    if args.output.exists() && !args.force {
+    let if_changed = args.common.make.if_changed;
+    if args.output.exists() && !args.force && !if_changed {
         let text = format!("{}: already exists", escape(&args.output.display().to_string()));
         return Err(Error::new(Kind::CantCreate, text).with_hint("--force replaces it"));
     }
     disk::require_free(&args.output, gguf.size())?;
-    let values = |name: &str| -> Result<Box<dyn Values + '_>> {
-        let name = model.tensors.require(name)?.name;
-        Ok(Box::new(Weight::find(&model, name)?.ok_or_else(|| Error::internal("no floats"))?))
-    };
-    let mut report = args.report.as_ref().map(|path| Output::create(Some(path))).transpose()?;
-    match &mut report {
-        None => gguf.write(&args.output, ui, &values, None)?,
-        Some(report) => gguf.write(
-            &args.output,
-            ui,
-            &values,
-            Some(&mut |tensor, errors| {
-                report
-                    .write(config::report_line(&tensor.weight, &tensor.shape, tensor.form, errors).as_bytes())
-            }),
-        )?,
-    }
-    report.map_or(Ok(()), Output::finish)?;
+    write(args, &model, &gguf, ui).map_err(|error| atomic::stopped(error, &args.output))?;
     record.finish()?;
     ui.note(format_args!("{} tensors, {} MB", gguf.tensors.len(), gguf.size().div_ceil(1_000_000)));
     print_path(&args.output)?;
     Ok(Exit::Ok)
+}
+
+fn write(args: &Args, model: &ModelDir, gguf: &Gguf, ui: &Ui) -> Result<()> {
+    let values = |name: &str| -> Result<Box<dyn Values + '_>> {
+        let name = model.tensors.require(name)?.name;
+        Ok(Box::new(Weight::find(model, name)?.ok_or_else(|| Error::internal("no floats"))?))
+    };
+    let if_changed = args.common.make.if_changed;
+    let file = AtomicFile::create(&args.output)?.if_changed(if_changed).keep_other(if_changed && !args.force);
+    let Some(path) = &args.report else { return gguf.write(file, ui, &values, None) };
+    let mut report = Output::create(Some(path))?;
+    gguf.write(
+        file,
+        ui,
+        &values,
+        Some(&mut |tensor, errors| {
+            report.write(config::report_line(&tensor.weight, &tensor.shape, tensor.form, errors).as_bytes())
+        }),
+    )?;
+    report.finish()
 }
 
 /// Names, shapes and dtypes of all weights. Error 65: a tensor without floats.
@@ -168,6 +174,9 @@ fn describe(args: &Args, model: &ModelDir, gguf: &Gguf) -> String {
         escape(&model.path.display().to_string()),
         escape(&args.output.display().to_string())
     );
+    if let Some(report) = &args.report {
+        text += &format!("report {}\n", escape(&report.display().to_string()));
+    }
     let mut counts = std::collections::BTreeMap::new();
     for tensor in &gguf.tensors {
         *counts.entry(gguf::label(tensor.form)).or_insert(0) += 1;

@@ -26,9 +26,6 @@ use kto_cli::{
 use kto_formats::{companions, python_json};
 use kto_weights::{Content, Layout};
 
-/// Room that is left for tokenizer and other small files, in bytes.
-const COMPANIONS: u64 = 64 << 20;
-
 /// Runs the tool.
 pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
@@ -38,14 +35,14 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
 }
 
 fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
-    if args.form == FormName::Gguf && !args.dequantize {
-        choice::Choice::new(args, 0)?;
+    args.check()?;
+    if args.form() == FormName::Gguf {
         return gguf::run(args, ui);
     }
     let plan = Plan::new(args, ui)?;
     if args.dry_run {
         let mut out = Output::create(None)?;
-        out.write(describe(&plan)?.as_bytes())?;
+        out.write(describe(args, &plan)?.as_bytes())?;
         out.finish()?;
         return Ok(Exit::Ok);
     }
@@ -54,21 +51,32 @@ fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
     record.side(args.report.as_deref());
     record.model(&plan.model.path, || plan.model.fingerprint());
     record.check()?;
-    let if_changed = args.common.make.if_changed;
+    make(args, &plan, &record, ui).map_err(|error| atomic::stopped(error, &plan.output))?;
+    print_path(&plan.output)?;
+    Ok(Exit::Ok)
+}
+
+fn make(args: &Args, plan: &Plan, record: &Record, ui: &Ui) -> Result<()> {
     let layout = Layout::plan(plan.items()?, plan.max_shard)?;
-    let directory = atomic::AtomicDir::resume(&plan.output, plan.force, if_changed, &plan.identity())?;
+    let if_changed = args.common.make.if_changed;
+    let mut job = plan.identity();
+    if args.report.is_some() {
+        // It measures every tensor: what another run has finished is of no use, nor this one's for another.
+        job += &format!("with a report, at {:?}\n", std::time::SystemTime::now());
+    }
+    let directory = kto_weights::resume(&plan.output, plan.force, if_changed, &job, ui)?;
     record.begin(&directory);
-    let bytes = layout.bytes();
-    disk::require_free(&plan.output, bytes.saturating_sub(disk::used(directory.path())) + COMPANIONS)?;
-    if let Err(error) = write(args, &plan, &layout, &directory, ui) {
+    let config = python_json::pretty_sorted(&plan.config()) + "\n";
+    disk::require_free(&plan.output, room(plan, &layout, &directory, &config)?)?;
+    let written = write(args, plan, &layout, &directory, ui);
+    if let Err(error) = written.and_then(|()| plan.model.tensors.check_unchanged()) {
         // What is wrong with the input will be wrong the next time.
-        if matches!(error.kind(), Kind::Data | Kind::Internal) {
+        if matches!(error.kind(), Kind::Data | Kind::Internal) || args.report.is_some() {
             directory.keep(false);
         }
         return Err(error);
     }
     let copied = companions::copy(&plan.model.path, directory.path())?;
-    let config = python_json::pretty_sorted(&plan.config()) + "\n";
     atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
     record.commit(directory, &plan.output)?;
     ui.note(format_args!(
@@ -76,11 +84,16 @@ fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
         plan.changed.len(),
         if args.dequantize { "dequantized" } else { "quantized" },
         plan.forms.len() - plan.changed.len(),
-        bytes.div_ceil(1_000_000),
+        layout.bytes().div_ceil(1_000_000),
         if copied.is_empty() { "nothing else".into() } else { escape(&copied.join(", ")) }
     ));
-    print_path(&plan.output)?;
-    Ok(Exit::Ok)
+    Ok(())
+}
+
+/// Returns the bytes that the directory lacks, but for the manifest.
+fn room(plan: &Plan, layout: &Layout, directory: &atomic::AtomicDir, config: &str) -> Result<u64> {
+    let weights = layout.room(directory, &plan.metadata())?;
+    Ok(weights + companions::bytes(&plan.model.path) + config.len() as u64)
 }
 
 fn write(args: &Args, plan: &Plan, layout: &Layout, directory: &atomic::AtomicDir, ui: &Ui) -> Result<()> {
@@ -103,10 +116,11 @@ fn write(args: &Args, plan: &Plan, layout: &Layout, directory: &atomic::AtomicDi
 }
 
 /// The plan for --dry-run.
-fn describe(plan: &Plan) -> Result<String> {
+fn describe(args: &Args, plan: &Plan) -> Result<String> {
     let (before, after) = memory::sizes(plan);
     let path = |path: &std::path::Path| escape(&path.display().to_string());
     let mut text = format!("model {}\noutput {}\n", path(&plan.model.path), path(&plan.output));
+    text += &args.report.as_ref().map_or(String::new(), |report| format!("report {}\n", path(report)));
     text += &format!(
         "change {} of {} weights, {} values\n",
         plan.changed.len(),
@@ -129,4 +143,40 @@ fn describe(plan: &Plan) -> Result<String> {
         text += &format!("run {run}\n");
     }
     Ok(text)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use std::{fs, path::Path};
+
+    /// What is asked of the disk is what the result takes.
+    #[test]
+    fn the_disk_is_asked_for_what_is_written() {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/demo/model");
+        for more in [&[][..], &["--max-shard-size", "200kB"], &["--form", "mlx", "--max-shard-size", "200kB"]]
+        {
+            let top = tempfile::tempdir().unwrap();
+            let out = top.path().join("out");
+            let flags = ["kto-quantize", demo.to_str().unwrap(), "-o", out.to_str().unwrap()];
+            let args = Args::parse_from(flags.iter().chain(more));
+            let ui = Ui::silent("kto-quantize");
+            let plan = Plan::new(&args, &ui).unwrap();
+            let layout = Layout::plan(plan.items().unwrap(), plan.max_shard).unwrap();
+            let config = python_json::pretty_sorted(&plan.config()) + "\n";
+            let asked = {
+                let directory = kto_weights::resume(&out, false, false, &plan.identity(), &ui).unwrap();
+                room(&plan, &layout, &directory, &config).unwrap()
+            };
+            make(&args, &plan, &Record::new(&args.common), &ui).unwrap();
+            let files = fs::read_dir(&out).unwrap().map(|e| e.unwrap());
+            let files = files.filter(|e| e.file_name() != "manifest.json");
+            let size: u64 = files.map(|e| e.metadata().unwrap().len()).sum();
+            // Of a text that spells a number the longest is thought of.
+            assert!(asked >= size && asked < size + size / 100 + 4096, "{more:?}: {asked} for {size}");
+            assert!(asked + disk::MARGIN < size + (2 << 20), "{more:?}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use kto_model::{
     pack::{BranchSpec, Group},
     rows::Packing,
 };
-use kto_weights::{Form, roles::linears};
+use kto_weights::Form;
 
 /// Tokens of a prompt and of a completion of the run that is thought of.
 const TOKENS: usize = 512;
@@ -32,14 +32,14 @@ pub struct Needed {
     pub run: String,
 }
 
-/// Plans a run; `None` for a decoder that kto-train does not know.
+/// Plans a run; `None` where no plan for a GPU comes out.
 pub fn needed(of: &Plan) -> Option<Needed> {
-    let architecture = Architecture::from_config(&of.model.config).ok()?;
+    let architecture = &of.architecture;
     let spec = LoraSpec { rank: RANK, alpha: 1.0, modules: architecture.modules().to_vec() };
-    let adapter = AdapterSize::fresh(&architecture, &LoraLayout::uniform(&architecture, &spec));
+    let adapter = AdapterSize::fresh(architecture, &LoraLayout::uniform(architecture, &spec));
     let demand = Demand {
-        architecture: &architecture,
-        weights: weights(of, &architecture),
+        architecture,
+        weights: weights(of, architecture),
         adapter,
         moments: Moments::F32,
         adapter_copy: false,
@@ -51,7 +51,7 @@ pub fn needed(of: &Plan) -> Option<Needed> {
     };
     let on_gpu = |limit| GpuDemand {
         element: Dense::Bf16,
-        weights: gpu_weights(of, &architecture),
+        weights: gpu_weights(of, architecture),
         dropout: false,
         longest: 2 * TOKENS,
         held: kto_kernels::gpu::PRODUCTS as u64,
@@ -97,8 +97,8 @@ fn gpu_weights(of: &Plan, architecture: &Architecture) -> GpuWeights {
     /// What the device rounds allocations up to.
     const GRAIN: u64 = 256;
     let mut blocks = vec![0u64; architecture.layers];
-    let linears = linears(of.forms.keys().map(String::as_str));
-    let mut widened = vec![0u64; linears.len()];
+    let modules = architecture.modules();
+    let mut widened = vec![0u64; modules.len()];
     let mut size = GpuWeights::default();
     for (name, form) in &of.forms {
         let Some(form) = form else { continue };
@@ -114,7 +114,9 @@ fn gpu_weights(of: &Plan, architecture: &Architecture) -> GpuWeights {
             }
             continue;
         };
-        let module = rest.strip_suffix(".weight").and_then(|m| linears.iter().position(|l| *l == m));
+        let module = rest
+            .strip_suffix(".weight")
+            .and_then(|m| modules.iter().position(|l| m.rsplit('.').next() == Some(l.name())));
         match (block.parse::<usize>().ok().and_then(|b| blocks.get_mut(b)), module) {
             (Some(block), Some(_)) if float => *block += dense.next_multiple_of(GRAIN),
             (Some(block), Some(module)) => {
@@ -188,7 +190,7 @@ mod tests {
         let ui = kto_cli::Ui::silent("kto-quantize");
         let plan = Plan::new(&crate::Args::parse_from(args), &ui).unwrap();
         let made = ModelDir::open(&folder.join("tiny_llama_bnb4")).unwrap();
-        let architecture = Architecture::from_config(&made.config).unwrap();
+        let architecture = plan.architecture.clone();
         let (planned, found) =
             (gpu_weights(&plan, &architecture), GpuWeights::of(&architecture, &made, Dense::Bf16));
         let rest = |w: &GpuWeights| (w.widened, w.widest, w.vectors, w.packed_head);

@@ -3,14 +3,15 @@
 use crate::{Args, args::FormName, choice::Choice};
 use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{
-    bnb,
+    bnb, companions,
     model_dir::{ModelDir, refuse_output},
     tensors::TensorView,
 };
 use kto_hub::Need;
+use kto_model::architecture::Architecture;
 use kto_weights::{
     Content, Form, Item, Values, Weight,
-    roles::{Role, linears, role},
+    roles::{Role, role},
     weights,
 };
 use safetensors::Dtype;
@@ -19,10 +20,15 @@ use std::{
     path::PathBuf,
 };
 
+/// Largest file of weights when nothing is said, in bytes.
+const MAX_SHARD: u64 = 5_000_000_000;
+
 /// The job, with every default filled in.
 pub struct Plan {
     /// The source.
     pub model: ModelDir,
+    /// What config.json says of it.
+    pub architecture: Architecture,
     /// The directory or file to make.
     pub output: PathBuf,
     /// Whether an existing output is replaced.
@@ -48,25 +54,24 @@ pub enum Job {
 }
 
 impl Plan {
-    /// Opens the model and decides. Errors: 65 for a model that is quantized already or whose tensors are not those of a dense decoder;
-    /// 2 for flags that do not fit the form, and names that match nothing.
+    /// Opens the model and decides. Errors: as [`open`] has them; 2 for names that match nothing.
     pub fn new(args: &Args, ui: &Ui) -> Result<Self> {
-        let model = open(args, ui)?;
-        check_scales(&model).at(escape(&model.path.display().to_string()))?;
+        let (model, architecture) = open(args, ui)?;
         let job = if args.dequantize {
             Job::Dequantize(args.dtype.map(Dtype::from))
         } else {
-            Job::Quantize(args.form, Choice::new(args, check_blocks(&model)?)?)
+            Job::Quantize(args.form(), Choice::new(args, architecture.layers)?)
         };
         let mut plan = Self {
             output: args.output.clone(),
             force: args.force,
-            max_shard: args.max_shard_size,
+            max_shard: args.max_shard_size.unwrap_or(MAX_SHARD),
             job,
             forms: BTreeMap::new(),
             changed: BTreeSet::new(),
             skipped: Vec::new(),
             model,
+            architecture,
         };
         plan.decide(ui)?;
         Ok(plan)
@@ -90,7 +95,7 @@ impl Plan {
                     let wanted = role.and_then(|role| choice.form(module, role, weight.dtype));
                     match wanted.map(|form| (form, form.unfit(&weight.shape))) {
                         Some((_, Some(why))) => {
-                            unfit.push(format!("\"{}\" stays as it is: {why}", escape(&name)));
+                            unfit.push((escape(&name), why));
                             kept
                         }
                         Some((form, None)) => form,
@@ -111,7 +116,13 @@ impl Plan {
         if let Job::Quantize(_, choice) = &self.job {
             choice.check_used()?;
             if self.changed.is_empty() {
-                return Err(Error::usage("--skip leaves no layer to quantize"));
+                return Err(match unfit.first() {
+                    Some((name, why)) => {
+                        let text = format!("no layer fits the form; of \"{name}\" {why}");
+                        Error::usage(text).with_hint("a smaller --group-size, or another --form")
+                    }
+                    None => Error::usage("--skip leaves no layer to quantize"),
+                });
             }
         } else if self.changed.is_empty() {
             return Err(Error::data(format!(
@@ -119,7 +130,7 @@ impl Plan {
                 place(&self.model)
             )));
         }
-        unfit.iter().for_each(|text| ui.warn(text));
+        unfit.iter().for_each(|(name, why)| ui.warn(format_args!("\"{name}\" stays as it is: {why}")));
         Ok(())
     }
 
@@ -156,7 +167,7 @@ impl Plan {
         format!(
             "kto-quantize {} of {}\nfiles of {} bytes\n{}\n",
             env!("CARGO_PKG_VERSION"),
-            self.model.fingerprint(),
+            kto_weights::source(&self.model),
             self.max_shard,
             forms.join("\n")
         )
@@ -183,15 +194,24 @@ fn check_scales(model: &ModelDir) -> Result<()> {
     Ok(())
 }
 
-/// Opens the source. Errors (65) also: it is quantized and shall be quantized.
-pub fn open(args: &Args, ui: &Ui) -> Result<ModelDir> {
+/// Opens the source. Errors (65): a model that kto-train would refuse, with the same line; one that is quantized and shall be quantized, or
+/// whose quantization lacks a part; a matrix of a block that no family has.
+pub fn open(args: &Args, ui: &Ui) -> Result<(ModelDir, Architecture)> {
     let model = ModelDir::open(&kto_hub::locate(&args.model, &Need::Weights(|_| Ok(())), ui)?)?;
-    model.notes.iter().for_each(|note| ui.warn(note));
     refuse_output(&args.output, &model.path)?;
     if !args.dequantize {
         refuse_quantized(&model)?;
     }
-    Ok(model)
+    let shown = || escape(&args.model.display().to_string());
+    check_scales(&model).at(shown())?;
+    let architecture = Architecture::from_config(&model.config).at(shown())?;
+    kto_model::weights::check(&architecture, &model).at(shown())?;
+    if !args.dequantize {
+        check_matrices(&model, &architecture)?;
+    }
+    model.notes.iter().for_each(|note| ui.warn(note));
+    companions::doubts(&model.path).iter().for_each(|doubt| ui.warn(doubt));
+    Ok((model, architecture))
 }
 
 fn refuse_quantized(model: &ModelDir) -> Result<()> {
@@ -211,55 +231,25 @@ fn place(model: &ModelDir) -> String {
     escape(&model.path.display().to_string())
 }
 
-/// Returns the number of blocks, on which config.json and the weights must agree. No block may lack a layer, and a matrix in a block
-/// that is none of the known layers is an error: which of them other programs would quantize is not guessed.
-fn check_blocks(model: &ModelDir) -> Result<usize> {
-    let layers = linears(model.tensors.names());
-    let (mut blocks, mut found) = (0, 0);
+/// Refuses (65) what is beyond the layers of the family: a matrix in a block that is none of them, for which of such other programs would
+/// quantize is not guessed; a layer that is no float.
+fn check_matrices(model: &ModelDir, architecture: &Architecture) -> Result<()> {
+    let layers: BTreeSet<String> = (0..architecture.layers)
+        .flat_map(|block| architecture.modules().iter().map(move |m| format!("{}.weight", m.path(block))))
+        .collect();
     for view in model.tensors.views() {
-        let Some((block, rest)) = view.name.strip_prefix("model.layers.").and_then(|r| r.split_once('.'))
-        else {
-            continue;
-        };
-        let name = escape(view.name);
-        let block: usize = block
-            .parse()
-            .map_err(|_| Error::data(format!("tensor \"{name}\": \"{}\" is no block number", escape(block))))
-            .at(model.tensors.place_of(view.name))?;
-        let known = rest.strip_suffix(".weight").is_some_and(|module| layers.contains(&module));
-        match (known, view.shape.len()) {
-            (true, 2) => {
-                view.read_f32(0, &mut []).at(model.tensors.place_of(view.name))?;
-                blocks = blocks.max(block + 1);
-                found += 1;
-            }
-            (false, 0 | 1) => {}
-            _ => {
-                return Err(Error::data(format!(
-                    "tensor \"{name}\" of shape {:?} is no layer of a Llama-like decoder; this model cannot be quantized here",
-                    view.shape
-                )))
-                .at(model.tensors.place_of(view.name));
-            }
+        let place = || model.tensors.place_of(view.name);
+        if layers.contains(view.name) {
+            view.read_f32(0, &mut []).at(place())?;
+        } else if view.name.starts_with("model.layers.") && view.shape.len() > 1 {
+            let text = format!(
+                "tensor \"{}\" of shape {:?} is no layer of a decoder of the family \"{}\"",
+                escape(view.name),
+                view.shape,
+                architecture.family
+            );
+            return Err(Error::data(text)).at(place());
         }
     }
-    let place = place(model);
-    if let Some(stated) = model.config.get("num_hidden_layers")
-        && stated.as_u64() != Some(blocks as u64)
-    {
-        let stated = escape(&stated.to_string());
-        return Err(Error::data(format!(
-            "{place}: config.json says {stated} layers, the weights hold {blocks}"
-        )));
-    }
-    if found != blocks * layers.len() {
-        let missing = (0..blocks)
-            .flat_map(|b| layers.iter().map(move |l| format!("model.layers.{b}.{l}.weight")))
-            .find(|n| !model.tensors.contains(n));
-        return Err(Error::data(format!("{place}: no tensor \"{}\"", missing.unwrap_or_default())));
-    }
-    if blocks == 0 {
-        return Err(Error::data(format!("{place}: no decoder blocks (model.layers.0.…)")));
-    }
-    Ok(blocks)
+    Ok(())
 }

@@ -1,6 +1,10 @@
 //! A directory that appears whole or not at all.
 
-use super::{creating, equal, partial, resolve, sync_dir, tolerate_unsupported};
+use super::{
+    creating, equal,
+    partial::{self, Finished, Seal},
+    resolve, sync_dir, tolerate_unsupported,
+};
 use crate::{Error, Kind, Result, escape, manifest, record::IN_DIRECTORY, stale};
 use rustix::{
     fs::{CWD, RenameFlags, renameat_with},
@@ -22,13 +26,21 @@ pub struct AtomicDir {
     temporary: PathBuf,
     force: bool,
     if_changed: bool,
-    /// Whether it may outlive this run, and what an earlier one has left in it.
-    partial: Option<bool>,
+    /// Of one that may outlive this run: what an earlier one has left in it.
+    partial: Option<Grown>,
     keep: Cell<bool>,
     /// Hashes of files that were hashed as they were written, by path, if they are of use.
     hashes: RefCell<Option<BTreeMap<PathBuf, String>>>,
     /// Open and locked while the writer lives.
     _lock: File,
+}
+
+/// What is known of a directory that several runs work on.
+struct Grown {
+    job: String,
+    resumed: bool,
+    finished: RefCell<BTreeMap<String, Finished>>,
+    notes: Vec<String>,
 }
 
 impl AtomicDir {
@@ -64,30 +76,45 @@ impl AtomicDir {
         })
     }
     /// The same for a long job: the directory grows as `NAME.partial`, and a run that is killed leaves it for the next one with the same
-    /// `job`, a text that tells everything the content depends on. Files in it must be made atomically. Errors also: 75 while another
-    /// run works on it.
-    pub fn resume(target: &Path, force: bool, if_changed: bool, job: &str) -> Result<Self> {
+    /// `job`, a text that tells everything the content depends on. Of what it holds then only files stay that were finished
+    /// ([`AtomicDir::finish`]) and whose `seal` is the one they were finished with. Files in it must be made atomically. Errors also: 75
+    /// while another run works on it.
+    pub fn resume(target: &Path, force: bool, if_changed: bool, job: &str, seal: &Seal) -> Result<Self> {
         let resolved = resolve(target).map_err(|e| creating(target, &e))?;
         refuse_existing(target, &resolved, force || if_changed)?;
-        let partial::Partial { path, lock, resumed } = partial::open(target, &resolved, job)?;
-        let (shown, partial) = (target.to_path_buf(), Some(resumed));
-        let keep = Cell::new(false);
-        let hashes = RefCell::new(None);
+        let partial::Partial { path, lock, resumed, finished, notes } =
+            partial::open(target, &resolved, job, seal)?;
+        let partial = Grown { job: job.into(), resumed, finished: RefCell::new(finished), notes };
         Ok(Self {
-            shown,
+            shown: target.to_path_buf(),
             target: resolved,
             temporary: path,
             force,
             if_changed,
-            partial,
-            keep,
-            hashes,
+            partial: Some(partial),
+            keep: Cell::new(false),
+            hashes: RefCell::new(None),
             _lock: lock,
         })
     }
     /// Returns whether an earlier run has worked on this directory.
     pub fn resumed(&self) -> bool {
-        self.partial == Some(true)
+        self.partial.as_ref().is_some_and(|grown| grown.resumed)
+    }
+    /// Returns what an earlier run has left and is not used, a line each.
+    pub fn notes(&self) -> &[String] {
+        self.partial.as_ref().map_or(&[], |grown| &grown.notes)
+    }
+    /// Returns whether the file `name` in it is there, finished by this run or an earlier one.
+    pub fn is_finished(&self, name: &str) -> bool {
+        self.partial.as_ref().is_some_and(|grown| grown.finished.borrow().contains_key(name))
+    }
+    /// Notes a file that is about to get its name, for a later run. To be called before that: then no file stands there that the journal
+    /// does not know.
+    pub fn finish(&self, name: &str, file: Finished) -> Result<()> {
+        let Some(grown) = &self.partial else { return Ok(()) };
+        grown.finished.borrow_mut().insert(name.into(), file);
+        partial::write_journal(&self.temporary, &grown.job, &grown.finished.borrow())
     }
     /// Says whether a directory of [`AtomicDir::resume`] stays when it is dropped without commit.
     pub fn keep(&self, keep: bool) {
@@ -158,6 +185,10 @@ impl AtomicDir {
         self._lock = lock;
         self.partial = None;
         self.keep.set(false);
+        match fs::remove_file(self.temporary.join(partial::JOURNAL)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
         fs::remove_file(self.temporary.join(partial::JOB))
     }
     /// Puts the new manifest into the directory that is kept, unless it says the same.

@@ -18,7 +18,7 @@ use kto_formats::{
 };
 use names::Family;
 use safetensors::Dtype;
-use std::{ops::Range, path::Path};
+use std::ops::Range;
 
 /// A tensor of the file.
 pub struct Tensor {
@@ -105,16 +105,15 @@ impl Gguf {
         header(&self.keys, &self.announced()).size
     }
 
-    /// Writes the file. `values` gives the values of a weight.
+    /// Writes `file`. `values` gives the values of a weight.
     pub fn write<'a>(
         &self,
-        path: &Path,
+        file: AtomicFile,
         ui: &Ui,
         values: &dyn Fn(&str) -> Result<Box<dyn Values + 'a>>,
         mut report: Option<&mut Report>,
     ) -> Result<()> {
         let made = header(&self.keys, &self.announced());
-        let file = AtomicFile::create(path)?;
         file.write_at(&made.bytes, 0)?;
         let progress = ui.progress(made.size, "bytes");
         let mut end = made.bytes.len() as u64;
