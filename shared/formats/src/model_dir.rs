@@ -52,7 +52,11 @@ impl ModelDir {
         if !kind.is_dir() {
             return Err(not_a_directory(path));
         }
-        let config = read_json(&path.join("config.json"))?;
+        Self::with_config(path, read_json(&path.join("config.json"))?)
+    }
+
+    /// The same of a directory that has not got its config.json yet.
+    pub fn with_config(path: &Path, config: Object) -> Result<Self> {
         refuse_remote_code(&config).at(shown(&path.join("config.json")))?;
         let mut notes = Vec::new();
         let mut tensors = open_weights(path, &mut notes)?;

@@ -17,6 +17,7 @@ use kto_formats::{
     tokenizer::TextTokenizer,
 };
 use kto_model::{architecture::Architecture, base::BaseModel, generate::Generator, lora::Lora, whole};
+use serde_json::Value;
 use std::{collections::BTreeMap, path::Path};
 
 /// What is scored.
@@ -83,12 +84,15 @@ impl Verify {
         Ok(Self { lora })
     }
 
-    /// Compares the model at `merged`, which has not got its name yet, and says how far it is off. Error 65: its logits are not finite.
-    pub fn run(&self, base: &Path, merged: &Path, ui: &Ui) -> Result<()> {
+    /// Compares the model whose weights lie at `merged`, without a name and a config.json yet, and says how far it is off. Error 65: its
+    /// logits are not finite.
+    pub fn run(&self, base: &Path, merged: &Path, config: Value, ui: &Ui) -> Result<()> {
         let prompts = prompts(base)?;
         let positions = prompts.iter().map(Vec::len).max().unwrap_or(1);
-        let open = |path| BaseModel::load(ModelDir::open(path)?, DType::F32, positions).at(shown(path));
-        let (base, model) = (open(base)?, open(merged)?);
+        let Value::Object(config) = config else { return Err(Error::internal("config.json is no object")) };
+        let load = |model| BaseModel::load(model, DType::F32, positions);
+        let base = load(ModelDir::open(base)?).at(shown(base))?;
+        let model = load(ModelDir::with_config(merged, config)?).at(shown(merged))?;
         let vocabulary = model.architecture.vocab_size;
         let mut found = Difference::default();
         for ids in &prompts {

@@ -68,15 +68,15 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
             }
             return Err(hinted(error, args));
         }
-        let copied = companions::copy(&base.path, directory.path())?;
-        let config = python_json::pretty_sorted(&plan.config()) + "\n";
-        atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
         if let Some(verify) = &verify
-            && let Err(error) = verify.run(&base.path, directory.path(), ui)
+            && let Err(error) = verify.run(&base.path, directory.path(), plan.config(), ui)
         {
             directory.keep(error.kind() != Kind::Data);
             return Err(error);
         }
+        let copied = companions::copy(&base.path, directory.path())?;
+        let config = python_json::pretty_sorted(&plan.config()) + "\n";
+        atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
         let resumed = directory.resumed();
         record.commit(directory, &args.output)?;
         if !resumed && plan.different.load(Ordering::Relaxed) == 0 {
