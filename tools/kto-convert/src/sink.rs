@@ -25,7 +25,7 @@ pub enum Sink {
     /// A column file.
     Parquet(Box<ParquetSink>),
     /// Files of a directory, by prompt.
-    Splits(Splits),
+    Splits(Box<Splits>),
 }
 
 /// The files of a directory.
@@ -46,7 +46,7 @@ impl Sink {
                 Ok((split.clone(), AtomicFile::create(&path)?, 0))
             };
             let files = plan.splits.iter().map(file).collect::<Result<Vec<_>>>()?;
-            return Ok(Self::Splits(Splits { directory, target, files }));
+            return Ok(Self::Splits(Box::new(Splits { directory, target, files })));
         }
         let out = Output::create(plan.output.as_deref())?.if_changed(plan.if_changed);
         Ok(match plan.out_format {
