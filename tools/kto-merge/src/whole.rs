@@ -61,7 +61,8 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         let bytes = layout.bytes();
         let room = layout.room(&directory, &plan.metadata())? + companions::bytes(&base.path);
         disk::require_free(&args.output, room)?;
-        if let Err(error) = layout.write(&directory, &plan.metadata(), ui, None) {
+        let written = layout.write(&directory, &plan.metadata(), ui, None);
+        if let Err(error) = written.and_then(|()| base.tensors.check_unchanged()) {
             // What is wrong with the input will be wrong the next time.
             if matches!(error.kind(), Kind::Data | Kind::Internal) {
                 directory.keep(false);
@@ -125,7 +126,9 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
     }
     disk::require_free(&args.output, gguf.size())?;
     let file = atomic::AtomicFile::create(&args.output)?;
-    gguf.write(file, ui, &|name| plan.values(args, name), None)?;
+    gguf.write(&file, ui, &|name| plan.values(args, name), None)?;
+    plan.inputs.base.tensors.check_unchanged()?;
+    file.commit()?;
     let (merged, all, size) = (plan.changed.len(), plan.targets.len(), gguf.size());
     ui.note(format_args!("{merged} of {all} tensors merged, {} MB", size.div_ceil(1_000_000)));
     Ok(())

@@ -79,17 +79,22 @@ fn write(args: &Args, model: &ModelDir, gguf: &Gguf, ui: &Ui) -> Result<()> {
     };
     let if_changed = args.common.make.if_changed;
     let file = AtomicFile::create(&args.output)?.if_changed(if_changed).keep_other(if_changed && !args.force);
-    let Some(path) = &args.report else { return gguf.write(file, ui, &values, None) };
-    let mut report = Output::create(Some(path))?;
-    gguf.write(
-        file,
-        ui,
-        &values,
-        Some(&mut |tensor, errors| {
-            report.write(config::report_line(&tensor.weight, &tensor.shape, tensor.form, errors).as_bytes())
-        }),
-    )?;
-    report.finish()
+    let mut report = args.report.as_ref().map(|path| Output::create(Some(path))).transpose()?;
+    match &mut report {
+        None => gguf.write(&file, ui, &values, None)?,
+        Some(report) => gguf.write(
+            &file,
+            ui,
+            &values,
+            Some(&mut |tensor, errors| {
+                report
+                    .write(config::report_line(&tensor.weight, &tensor.shape, tensor.form, errors).as_bytes())
+            }),
+        )?,
+    }
+    model.tensors.check_unchanged()?;
+    file.commit()?;
+    report.map_or(Ok(()), Output::finish)
 }
 
 /// Names, shapes and dtypes of all weights. Error 65: a tensor without floats.

@@ -105,10 +105,10 @@ impl Gguf {
         header(&self.keys, &self.announced()).size
     }
 
-    /// Writes `file`. `values` gives the values of a weight.
+    /// Writes all of `file`, which the caller makes final. `values` gives the values of a weight.
     pub fn write<'a>(
         &self,
-        file: AtomicFile,
+        file: &AtomicFile,
         ui: &Ui,
         values: &dyn Fn(&str) -> Result<Box<dyn Values + 'a>>,
         mut report: Option<&mut Report>,
@@ -143,7 +143,7 @@ impl Gguf {
         if !self.tensors.is_empty() && made.offsets.last().is_some_and(|offset| end < *offset) {
             return Err(Error::internal("a GGUF file shorter than its header says"));
         }
-        file.commit()
+        Ok(())
     }
 }
 

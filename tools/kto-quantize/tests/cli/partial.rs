@@ -140,6 +140,44 @@ fn a_source_that_has_changed_is_not_mixed_with_what_it_was() {
     assert!(said.contains("begun anew"), "{said}");
 }
 
+/// Somebody writes to the source while a run is on: of no state of it the result would be.
+#[test]
+fn a_source_that_changes_meanwhile_gives_no_result() {
+    let top = tempfile::tempdir().unwrap();
+    let (model, out) = (larger(top.path()), top.path().join("out"));
+    let signal = |child: &std::process::Child, name: &str| {
+        Command::new("kill").args(["-s", name, &child.id().to_string()]).status().unwrap();
+    };
+    for _ in 0..50 {
+        let mut child = start(&model, &out);
+        while shards(&top.path().join("out.partial")).is_empty() && !out.exists() {
+            std::thread::sleep(Duration::from_micros(300));
+        }
+        signal(&child, "STOP");
+        let at_work =
+            shards(&top.path().join("out.partial")).len() < 5 && child.try_wait().unwrap().is_none();
+        if at_work {
+            let source = model.join("model.safetensors");
+            let bytes = fs::read(&source).unwrap();
+            fs::write(&source, bytes).unwrap();
+        }
+        signal(&child, "CONT");
+        let output = child.wait_with_output().unwrap();
+        if at_work {
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(65), "{said}");
+            assert!(
+                said.contains("model.safetensors: changed while it was read\nhint: the same command again"),
+                "{said}"
+            );
+            assert_eq!(fs::read_dir(top.path()).unwrap().count(), 1, "the model alone");
+            return;
+        }
+        fs::remove_dir_all(&out).unwrap();
+    }
+    panic!("every run was faster");
+}
+
 #[test]
 fn who_stops_a_run_is_told_how_it_goes_on() {
     let top = tempfile::tempdir().unwrap();
