@@ -142,10 +142,12 @@ fn the_plan_counts_it() {
     let text = table(&ENDS);
     let n = 4.0 * base("lm_head.weight").len() as f64 * 2.0 / 1024.0;
     assert!(text.contains("memory: modules trained whole") && text.contains(&format!("{n:.0}")), "{text}");
-    assert!(
-        text.contains("trained whole: lm_head.weight") && text.contains("adapter: modules_to_save"),
-        "{text}"
-    );
+    assert!(text.contains("\nwhole: lm_head.weight") && text.contains("adapter: modules_to_save"), "{text}");
+    let norms = table(&NORMS);
+    for part in ["model.layers.*.mlp.down_proj.weight", "2 of [64, 112]", "whole: model.norm.weight", " [64]"]
+    {
+        assert!(norms.contains(part), "{part}: {norms}");
+    }
     assert!(!table(&[]).contains("whole"));
     let huge = b.train(&[&ENDS[..], &["--memory", "4MiB"]].concat());
     refused(&huge, 71, "needs at least");
