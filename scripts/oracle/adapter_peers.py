@@ -74,7 +74,7 @@ def compare(family, kind, flags, top):
     data, out = top / "rows.kto.arrow", top / kind
     generator = torch.Generator().manual_seed(7)
     draw = lambda n: torch.randint(3, 48, (n,), generator=generator).tolist()
-    rows = [(draw(n), draw(m), i % 2 == 0) for i, (n, m) in enumerate([(9, 7), (4, 11), (12, 3), (6, 6)])]
+    rows = [(draw(n), draw(m), i % 2 == 0) for i, (n, m) in enumerate([(7, 6), (4, 8), (8, 3), (5, 5)])]
     write_tokens(data, rows)
     run("kto-train", "--model", family, "--data", data, "--out", out, "--batch", 4, "--max-steps", 5, "--lr", 0.02, *flags)
     ours = [json.loads(line)["logps"] for line in run("kto-eval", "score", "--model", family, "--adapter", out, "--no-kl", data).splitlines()]

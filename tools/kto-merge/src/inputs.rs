@@ -17,6 +17,11 @@ use kto_weights::{Values, Weight};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// The embedding, which in a tied base is the head too.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The head.
+pub const HEAD: &str = "lm_head.weight";
+
 /// What is merged into what.
 pub struct Inputs {
     /// The model to merge into.
@@ -29,6 +34,8 @@ pub struct Inputs {
     pub modules: BTreeMap<String, Vec<usize>>,
     /// The safetensors metadata of the result.
     pub metadata: BTreeMap<String, String>,
+    /// Whether head and embedding, one tensor of the base, become two: either of them was trained whole.
+    pub untied: bool,
 }
 
 impl Inputs {
@@ -64,7 +71,14 @@ impl Inputs {
         if adapters.iter().all(|a| a.saved.is_empty() && a.modules.values().all(zero)) {
             ui.warn("every B of the adapter is zero: the result equals the base");
         }
-        Ok(Self { base, adapters, weights, modules, metadata })
+        let whole = |name: &str| adapters.iter().any(|adapter| adapter.saved.contains_key(name));
+        let untied = is_tied(&base) && (whole(HEAD) || whole(EMBEDDING));
+        Ok(Self { base, adapters, weights, modules, metadata, untied })
+    }
+
+    /// Returns the name of the base's tensor that the weight `name` of the result is made of.
+    pub fn stored<'a>(&self, name: &'a str) -> &'a str {
+        if self.untied && name == HEAD { EMBEDDING } else { name }
     }
 
     /// Returns the tensor that takes the place of `name`, if an adapter brings one.
@@ -109,9 +123,15 @@ pub fn adapters(args: &Args) -> Result<(Vec<LoraSet>, Vec<f64>)> {
     Ok((adapters, weights))
 }
 
+/// Returns whether the base's head is its embedding: config.json says so, or there is no other.
+fn is_tied(base: &ModelDir) -> bool {
+    let says = base.config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
+    says || !matches!(Weight::find(base, HEAD), Ok(Some(_))) && base.tensors.get(EMBEDDING).is_some()
+}
+
 /// Every adapted module must have a weight of the right shape in the base.
 fn check(base: &ModelDir, adapter: &LoraSet) -> Result<()> {
-    let tied = base.config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
+    let tied = is_tied(base);
     let shapes = adapter.modules.iter().map(|(module, m)| {
         (format!("{module}.weight"), module.as_str(), vec![m.out_features, m.in_features])
     });
@@ -121,14 +141,11 @@ fn check(base: &ModelDir, adapter: &LoraSet) -> Result<()> {
         .map(|(name, s)| (name.clone(), name.strip_suffix(".weight").unwrap_or(name), s.shape.clone()));
     for (name, module, expected) in shapes.chain(saved) {
         let shown = escape(module);
-        if tied && module == "lm_head" {
+        let whole = adapter.saved.contains_key(&name);
+        let name = if tied && whole && name == HEAD { EMBEDDING.to_string() } else { name };
+        if tied && module == "lm_head" && !whole {
             return Err(Error::data(format!(
                 "\"{shown}\" is adapted, but the base ties it to the embedding"
-            )));
-        }
-        if tied && name == "model.embed_tokens.weight" && adapter.saved.contains_key(&name) {
-            return Err(Error::data(format!(
-                "\"{shown}\" was trained apart from the head, but the base ties it to it"
             )));
         }
         let Some(view) = base.tensors.get(&name) else {

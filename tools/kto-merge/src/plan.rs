@@ -4,7 +4,7 @@ use crate::{
     Args,
     args::FormName,
     delta::{Held, Merged},
-    inputs::Inputs,
+    inputs::{HEAD, Inputs},
     keep, origin,
 };
 use kto_cli::{Error, Result, escape};
@@ -54,7 +54,9 @@ impl Plan {
     /// Decides. Errors (65): a quantization of the base that is not known.
     pub fn new(args: &Args, inputs: Inputs) -> Result<Self> {
         let base = &inputs.base;
-        let names: Vec<&str> = weights(base).collect();
+        // A head beside the embedding that the base ties it to is not used.
+        let names = weights(base).filter(|name| !inputs.untied || *name != HEAD);
+        let names: Vec<&str> = names.chain(inputs.untied.then_some(HEAD)).collect();
         let (mut targets, mut changed) = (BTreeMap::new(), BTreeSet::new());
         let (mut dequantized, mut quantized) = (0, false);
         let has_nf4 = names.iter().any(|n| matches!(Nf4Tensor::find(&base.tensors, n), Ok(Some(_))));
@@ -65,7 +67,7 @@ impl Plan {
             if touched {
                 changed.insert(name.to_string());
             }
-            let Some(weight) = Weight::find(base, name)? else {
+            let Some(weight) = Weight::find(base, inputs.stored(name))? else {
                 targets.insert(name.to_string(), Target::Same);
                 continue;
             };
@@ -80,6 +82,7 @@ impl Plan {
             let same = weight.quantized
                 && !float
                 && !touched
+                && inputs.stored(name) == name
                 && (has_nf4 && is_nf4(form) || has_mlx && !is_nf4(form));
             targets.insert(name.to_string(), if same { Target::Same } else { Target::Form(form) });
         }
@@ -94,14 +97,14 @@ impl Plan {
     /// Returns the values of a weight of the result.
     pub fn values<'a>(&'a self, args: &Args, name: &str) -> Result<Box<dyn Values + 'a>> {
         let base = &self.inputs.base;
-        let name = base.tensors.require(name)?.name;
+        let stored = base.tensors.require(self.inputs.stored(name))?.name;
         let base: Box<dyn Values + 'a> = match self.inputs.saved(name) {
             Some(saved) => {
                 let columns = saved.shape.last().copied().unwrap_or(1);
                 Box::new(Held { values: &saved.values, columns })
             }
             None => {
-                let weight = Weight::find(base, name)?;
+                let weight = Weight::find(base, stored)?;
                 Box::new(weight.ok_or_else(|| Error::internal("a weight without floats"))?)
             }
         };
@@ -116,8 +119,9 @@ impl Plan {
         let base = &self.inputs.base;
         let mut items = Vec::new();
         for (name, target) in &self.targets {
-            let place = base.tensors.place_of(name);
-            let stored = Weight::find(base, base.tensors.require(name)?.name)?;
+            let source = self.inputs.stored(name);
+            let place = base.tensors.place_of(source);
+            let stored = Weight::find(base, base.tensors.require(source)?.name)?;
             let shape = stored.as_ref().map(|w| w.shape.clone());
             let content = match target {
                 Target::Same => Content::Copy(self.parts(name), &base.tensors),
@@ -125,7 +129,7 @@ impl Plan {
                     let values = self.values(args, name)?;
                     let touched = self.changed.contains(name);
                     let keep = match stored {
-                        Some(stored) if touched => keep::hook(base, name, stored, *form, &self.different)?,
+                        Some(stored) if touched => keep::hook(base, source, stored, *form, &self.different)?,
                         _ => None,
                     };
                     Content::Encoded { form: *form, values, keep }
@@ -142,7 +146,7 @@ impl Plan {
 
     /// Returns the bytes that a weight of the result takes, but for the tables and the text beside 4-bit codes.
     pub fn bytes(&self, name: &str, target: Target) -> u64 {
-        let stored = || Weight::find(&self.inputs.base, name).ok().flatten();
+        let stored = || Weight::find(&self.inputs.base, self.inputs.stored(name)).ok().flatten();
         match target {
             Target::Form(form) => stored().map_or(0, |weight| form.bytes(&weight.shape)),
             Target::Same => self.parts(name).iter().map(|part| part.data.len() as u64).sum(),
@@ -166,6 +170,9 @@ impl Plan {
     pub fn config(&self) -> Value {
         let mut config = self.inputs.base.config.clone();
         let Value::Object(map) = &mut config else { return config };
+        if self.inputs.untied {
+            map.insert("tie_word_embeddings".into(), false.into());
+        }
         let was = |key: &str, method: Option<&str>| {
             let value = self.inputs.base.config.get(key);
             value.is_some_and(|q| method.is_none_or(|m| q.get("quant_method").is_some_and(|v| v == m)))

@@ -107,9 +107,10 @@ fn gguf_file(args: &Args, plan: &Plan, ui: &Ui) -> Result<Gguf> {
     let base = &plan.inputs.base;
     let mut all = Vec::new();
     for name in plan.targets.keys() {
-        let weight = Weight::find(base, base.tensors.require(name)?.name)?;
+        let source = plan.inputs.stored(name);
+        let weight = Weight::find(base, base.tensors.require(source)?.name)?;
         let weight = weight.ok_or_else(|| {
-            let place = base.tensors.place_of(name);
+            let place = base.tensors.place_of(source);
             Error::data(format!("{place}: tensor \"{}\" holds no floats", escape(name)))
         })?;
         all.push((name.clone(), weight.shape, weight.dtype));

@@ -5,6 +5,17 @@ use crate::{
     plan::{Inputs, Plan},
 };
 use kto_cli::{Result, output::Output, units};
+use std::collections::BTreeMap;
+
+/// Returns the tensors that are trained whole and their shapes, those of all blocks together, with their numbers.
+fn whole(plan: &Plan) -> BTreeMap<(String, &[usize]), usize> {
+    let mut all = BTreeMap::new();
+    for (name, shape) in &plan.typed.whole {
+        let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
+        *all.entry((parts.collect::<Vec<_>>().join("."), &shape[..])).or_default() += 1;
+    }
+    all
+}
 
 /// Prints the plan to standard output.
 pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
@@ -26,8 +37,9 @@ pub fn print(plan: &Plan, inputs: &Inputs, fit: &Fit) -> Result<()> {
     for (field, value) in &plan.typed.adapter.kept {
         line(&format!("adapter: {field}"), value.to_string())?;
     }
-    for (name, shape) in &plan.typed.whole {
-        line(&format!("trained whole: {name}"), format!("{shape:?}"))?;
+    for ((name, shape), count) in whole(plan) {
+        let count = if count > 1 { format!("{count} of ") } else { String::new() };
+        line(&format!("whole: {name}"), format!("{count}{shape:?}"))?;
     }
     line(
         "start and reference",

@@ -136,7 +136,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
 }
 
 /// As PEFT has it where ensure_weight_tying is false.
-const TIE: &str = "the model's head is its embedding; with --modules-to-save they are two matrices from now on, which a merged model cannot say";
+const TIE: &str = "the model's head is its embedding; with --modules-to-save they are two matrices from now on, as in PEFT, also once merged";
 
 /// Refuses what the run directory does not allow, before the model is loaded. Returns the lock of one that is there already, of which
 /// a dry run needs none: it writes nothing.

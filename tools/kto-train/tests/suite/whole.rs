@@ -4,11 +4,10 @@ use crate::{
     cli::{Bench, refused, stderr, write},
     families::{close, done, scores, tokens},
     golden::Case,
-    pipeline::tool,
 };
 use kto_formats::{adapter::Adapter, tensors::TensorStore};
 use serde_json::{Value, json};
-use std::{path::Path, process::Command};
+use std::path::Path;
 
 fn settings(run: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(run.join("adapter/adapter_config.json")).unwrap()).unwrap()
@@ -142,10 +141,12 @@ fn the_plan_counts_it() {
     let text = table(&ENDS);
     let n = 4.0 * base("lm_head.weight").len() as f64 * 2.0 / 1024.0;
     assert!(text.contains("memory: modules trained whole") && text.contains(&format!("{n:.0}")), "{text}");
-    assert!(
-        text.contains("trained whole: lm_head.weight") && text.contains("adapter: modules_to_save"),
-        "{text}"
-    );
+    assert!(text.contains("\nwhole: lm_head.weight") && text.contains("adapter: modules_to_save"), "{text}");
+    let norms = table(&NORMS);
+    for part in ["model.layers.*.mlp.down_proj.weight", "2 of [64, 112]", "whole: model.norm.weight", " [64]"]
+    {
+        assert!(norms.contains(part), "{part}: {norms}");
+    }
     assert!(!table(&[]).contains("whole"));
     let huge = b.train(&[&ENDS[..], &["--memory", "4MiB"]].concat());
     refused(&huge, 71, "needs at least");
@@ -196,13 +197,29 @@ fn a_tied_head_is_taken_apart_with_a_warning() {
     let embedding = on(&families().join("qwen2"));
     let output = embedding.train_in_batches("2", &[&flags[..], &["embed_tokens"]].concat());
     assert!(output.status.success() && stderr(&output).contains("is its embedding"), "{}", stderr(&output));
-    // Merged they would be one again, and another model.
-    for b in [&b, &embedding] {
-        let paths = [b.model.clone(), b.out(), b.dir.path().join("merged")].map(|p| p.display().to_string());
-        let args = ["--base", &paths[0], "--adapter", &paths[1], "-o", &paths[2]];
-        let output = Command::new(tool("kto-merge")).args(args).output().unwrap();
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.code() == Some(65) && text.contains("the base ties it to"), "{text}");
+    // Merged they stay two, whichever was trained.
+    for (b, dtype) in [(&b, "f32"), (&embedding, "f32"), (&embedding, "bf16")] {
+        let merged = b.dir.path().join(format!("merged-{dtype}"));
+        let paths = [b.model.clone(), b.out(), merged.clone()].map(|p| p.display().to_string());
+        done(
+            "kto-merge",
+            &[
+                "-q",
+                "--base",
+                &paths[0],
+                "--adapter",
+                &paths[1],
+                "--dtype",
+                dtype,
+                "-o",
+                &paths[2],
+                "--verify",
+            ],
+        );
+        let text = std::fs::read_to_string(merged.join("config.json")).unwrap();
+        assert!(text.contains("\"tie_word_embeddings\": false"), "{text}");
+        let adapted = scores(&b.model, Some(&b.out()), &b.data);
+        close("merged", &scores(&merged, None, &b.data), &adapted, if dtype == "f32" { 1e-5 } else { 2e-2 });
     }
 }
 
