@@ -1,7 +1,7 @@
 //! The command line of kto-merge, as the user gives it.
 
 use clap::{ArgGroup, Parser, ValueEnum};
-use kto_cli::{Common, Error};
+use kto_cli::{Common, Error, escape};
 use kto_formats::{lora::Ecosystem, shards::parse_size};
 use safetensors::Dtype;
 use std::path::PathBuf;
@@ -142,6 +142,13 @@ impl Args {
         }
         if self.max_shard_size.is_some() && gguf {
             return refuse("--max-shard-size: a GGUF file is one file", "leave it out");
+        }
+        if !gguf && self.output.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) {
+            let name = escape(&self.output.display().to_string());
+            return refuse(
+                &format!("{name}: a directory would get this name"),
+                "--form gguf makes such a file, of a model",
+            );
         }
         Ok(())
     }

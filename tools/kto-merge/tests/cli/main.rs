@@ -399,6 +399,7 @@ fn mixtures_layers_and_scales_are_those_of_the_definition() {
     ] {
         assert_eq!(refused(&base, &adapter, more).0, 2, "{more:?}");
     }
+    assert_eq!(run(&base, &adapter, &top.path().join("x.gguf"), &[]).status.code(), Some(2));
     // The same adapter twice is its double, and is said.
     let twice =
         run(&base, &adapter, &top.path().join("twice"), &["--adapter", text(&adapter), "--dtype", "f32"]);
