@@ -1,13 +1,19 @@
-//! The beginning of a GGUF file: what llama.cpp reads before the weights.
+//! The beginning of a GGUF file: what llama.cpp reads before the weights; written here, read in `gguf/read.rs`.
 //!
 //! Called by kto-weights, which decides keys and tensors and writes the data behind. Layout (version 3, little-endian): magic `GGUF`,
 //! version, counts of tensors and keys; keys with typed values; for each tensor name, dimensions (innermost first), type and offset of its
-//! data from the first multiple of [`ALIGNMENT`] behind this. Deliberately absent: reading.
+//! data from the first multiple of [`ALIGNMENT`] behind this.
+
+mod kinds;
+mod read;
+
+pub use kinds::{GgufKind, kind};
+pub use read::{GgufEntry, GgufFile, is_gguf};
 
 /// What every tensor's data begins at a multiple of.
 pub const ALIGNMENT: u64 = 32;
 
-/// A value of a key.
+/// A value of a key. Read, whole numbers of every width are 32-bit ones, and truths in arrays are 0 and 1.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GgufValue {
     /// A 32-bit count.
