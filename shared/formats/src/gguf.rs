@@ -10,6 +10,9 @@ mod read;
 pub use kinds::{GgufKind, kind};
 pub use read::{GgufEntry, GgufFile, is_gguf};
 
+/// What to do with a GGUF file where a model directory is wanted.
+pub const HINT: &str = "kto-quantize FILE.gguf --dequantize -o DIR makes a model directory of it";
+
 /// What every tensor's data begins at a multiple of.
 pub const ALIGNMENT: u64 = 32;
 

@@ -1,6 +1,6 @@
 //! The order of rows, the mixtures and the tokenizer's keys; whole files are read back by scripts/oracle/gguf_peers.py.
 
-use super::*;
+use super::{rows::Reordered, *};
 use safetensors::Dtype;
 use serde_json::json;
 
@@ -20,7 +20,7 @@ impl Values for Rows {
 
 #[test]
 fn halves_of_a_head_take_turns() {
-    let values = Interleaved::new(Box::new(Rows(12, 2)), 2);
+    let values = Reordered::new(Box::new(Rows(12, 2)), 2, Way::Into);
     let mut out = vec![0.0; 24];
     values.read(0, &mut out);
     let rows: Vec<f32> = out.chunks(2).map(|r| r[0]).collect();
@@ -28,8 +28,12 @@ fn halves_of_a_head_take_turns() {
     values.read(8, &mut out[..4]);
     assert_eq!(out[..4], [2.0, 2.0, 5.0, 5.0]);
     // A bias, whose only row is as long as it is.
-    let bias = Interleaved::new(Box::new(Rows(1, 12)), 2);
+    let bias = Reordered::new(Box::new(Rows(1, 12)), 2, Way::Into);
     assert_eq!((bias.columns, bias.rows), (1, 6));
+    // There and back.
+    let there = Box::new(Reordered::new(Box::new(Rows(12, 2)), 2, Way::Into));
+    Reordered::new(there, 2, Way::OutOf).read(0, &mut out);
+    assert!(out.chunks(2).enumerate().all(|(i, row)| row[0] == i as f32));
 }
 
 #[test]
@@ -60,7 +64,7 @@ fn names_that_llama_cpp_does_not_have_are_refused() {
     let family = Family::of(&config).unwrap();
     assert_eq!(
         family.tensor("model.layers.1.self_attn.q_proj.bias").unwrap(),
-        ("blk.1.attn_q.bias".into(), None)
+        ("blk.1.attn_q.bias".into(), Change::None)
     );
     for name in [
         "model.layers.1.mlp.router.weight",

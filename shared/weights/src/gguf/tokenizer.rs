@@ -11,6 +11,9 @@ use std::{collections::HashMap, path::Path};
 /// Longest JSON file of a tokenizer, in bytes.
 const MAX_JSON: usize = 256 << 20;
 
+/// What of a tokenizer llama.cpp has no key for, as JSON, for the way back: everything but tokens and merges.
+pub const DETAILS: &str = "kto.tokenizer";
+
 /// Kinds of tokens in llama.cpp's numbers.
 #[derive(Clone, Copy)]
 enum Kind {
@@ -36,6 +39,8 @@ pub fn keys(directory: &Path, vocabulary: usize, ui: &Ui) -> Result<Vec<(String,
     let config = read(&directory.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
     let place = escape(&path.display().to_string());
     let mut keys = tokens(&json, vocabulary, ui).at(&place)?;
+    let model = read(&directory.join("config.json"))?.unwrap_or(Value::Null);
+    keys.push((DETAILS.into(), GgufValue::String(details(&json, &config, &model))));
     special(&json, &config, directory, &mut keys)?;
     if let Some(template) = template(directory, &config)? {
         keys.push(("tokenizer.chat_template".into(), GgufValue::String(template)));
@@ -54,6 +59,25 @@ fn read(path: &Path) -> Result<Option<Value>> {
     }
     let value = serde_json::from_slice(&bytes);
     value.map(Some).map_err(|e| Error::data(format!("{place}: not JSON: {}", escape(&e.to_string()))))
+}
+
+/// Everything but tokens, merges and templates.
+fn details(json: &Value, config: &Value, model: &Value) -> String {
+    let without = |value: &Value, fields: &[&str]| {
+        let all = value.as_object().into_iter().flatten();
+        let kept = all.filter(|(field, _)| !fields.contains(&field.as_str()));
+        Value::Object(kept.map(|(field, value)| (field.clone(), value.clone())).collect())
+    };
+    let mut all = without(json, &["model", "version", "truncation", "padding"]);
+    all["model"] = without(&json["model"], &["vocab", "merges"]);
+    if config.is_object() {
+        all["config"] = without(config, &["chat_template"]);
+        // transformers takes tokenizer.json as it is written for this model type, which the file may not keep.
+        if model["model_type"] == "mistral" {
+            all["config"]["tokenizer_class"] = "PreTrainedTokenizerFast".into();
+        }
+    }
+    all.to_string()
 }
 
 fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufValue)>> {
@@ -99,6 +123,7 @@ fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufV
         .map(|(id, token)| token.unwrap_or_else(|| (format!("[PAD{id}]"), Kind::Unused)))
         .collect();
     let merges = merges(model)?;
+    let pairs = || GgufValue::Strings(merges.iter().map(|(a, b)| format!("{a} {b}")).collect());
     let mut keys: Vec<(String, GgufValue)> = Vec::new();
     let mut put = |key: &str, value| keys.push((format!("tokenizer.ggml.{key}"), value));
     if fallback {
@@ -108,6 +133,8 @@ fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufV
         let prefix = json["normalizer"].to_string().contains("\"Prepend\"")
             || json["pre_tokenizer"]["prepend_scheme"].as_str().is_some_and(|scheme| scheme != "never");
         put("add_space_prefix", GgufValue::Bool(prefix));
+        // llama.cpp goes by the scores; other readers, and the way back, find the same merges here.
+        put("merges", pairs());
     } else {
         put("model", GgufValue::String("gpt2".into()));
         let rule = splitting(&json["pre_tokenizer"]);
@@ -115,7 +142,7 @@ fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufV
             ui.warn("tokenizer.json: its splitting rule is none that llama.cpp is known to have; llama.cpp may tokenize otherwise");
         }
         put("pre", GgufValue::String(rule.unwrap_or("default").into()));
-        put("merges", GgufValue::Strings(merges.iter().map(|(a, b)| format!("{a} {b}")).collect()));
+        put("merges", pairs());
     }
     put("token_type", GgufValue::Ints(filled.iter().map(|(_, kind)| *kind as i32).collect()));
     put("tokens", GgufValue::Strings(filled.into_iter().map(|(text, _)| text).collect()));
