@@ -159,11 +159,14 @@ fn with_tokenizer(dir: &Path, tokenizer: &str, model_type: &str) -> PathBuf {
     let ids = json["model"]["vocab"].as_object().unwrap().values();
     let ids = ids.chain(json["added_tokens"].as_array().unwrap().iter().map(|t| &t["id"]));
     let rows = ids.map(|id| id.as_u64().unwrap()).max().unwrap() as usize + 1;
-    let config = json!({
+    let mut config = json!({
         "model_type": model_type, "vocab_size": rows, "hidden_size": 4, "intermediate_size": 4,
         "num_hidden_layers": 1, "num_attention_heads": 1, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
         "tie_word_embeddings": true,
     });
+    if model_type == "mistral" {
+        (config["bos_token_id"], config["eos_token_id"]) = (1.into(), 2.into());
+    }
     fs::write(to.join("config.json"), config.to_string()).unwrap();
     let block = |module: &str| format!("model.layers.0.{module}.weight");
     let mut names: Vec<(String, Vec<usize>)> =
@@ -336,7 +339,7 @@ fn what_is_no_model_of_these_is_refused_by_name() {
     let cases: [(Edit, &str); 16] = [
         (&set("general.architecture", GgufValue::String("mamba".into())), "architecture \"mamba\""),
         (&set("general.type", GgufValue::String("mmproj".into())), "holds a \"mmproj\""),
-        (&set("llama.block_count", GgufValue::U32(2)), "no tensor \"blk.1.attn_k.weight\""),
+        (&set("llama.block_count", GgufValue::U32(2)), "no tensor \"blk.1.attn_norm.weight\""),
         (&set("llama.block_count", GgufValue::U32(1 << 24)), "16777216 blocks, 11 tensors"),
         (&set("llama.block_count", GgufValue::F32(1.0)), "\"llama.block_count\" must be one whole number"),
         (
