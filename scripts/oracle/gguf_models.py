@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma2": "gemma2",
                  "gemma3_text": "gemma3", "stablelm": "stablelm"}
-DEFAULT = ["llama3", "llama-linear", "llama-biases", "qwen2-yarn", "qwen3", "phi3-longrope", "phi3-partial", "gemma2", "gemma3", "stablelm"]
+DEFAULT = ["llama3", "llama-linear", "llama-biases", "qwen2", "qwen2-yarn", "qwen3", "phi3-longrope", "phi3-partial", "gemma2", "gemma3", "stablelm"]
 
 
 def permuted(weight, heads):
@@ -49,6 +49,8 @@ def settings(writer, config, heads, dim, rope):
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
+    # The converter leaves it to the list of tokens, which is not in these files.
+    writer.add_vocab_size(config["vocab_size"])
     if kind == "stablelm":
         writer.add_layer_norm_eps(config["layer_norm_eps"])
         writer.add_parallel_residual(config["use_parallel_residual"])
@@ -58,7 +60,6 @@ def settings(writer, config, heads, dim, rope):
         writer.add_rope_freq_base(rope["rope_theta"])
     if kind in ("llama", "mistral"):
         writer.add_rope_dimension_count(dim)
-        writer.add_vocab_size(config["vocab_size"])
     if kind in ("phi3", "stablelm"):
         writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * dim))
     if kind in ("qwen3", "gemma2", "gemma3_text"):

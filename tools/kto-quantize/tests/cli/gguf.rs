@@ -116,7 +116,7 @@ fn files_of_the_gguf_package_are_read() {
         let same = |a: Architecture| Architecture { rotary: given.rotary.clone(), ..a };
         assert_eq!(given, same(found), "{name}");
     }
-    assert_eq!(count, 10);
+    assert_eq!(count, 11);
 }
 
 #[test]
