@@ -170,13 +170,13 @@ fn weight(family: &Family, name: &str, entry: &GgufEntry) -> Result<GgufWeight> 
     Ok(GgufWeight { name: weight, shape, entry: entry.clone(), stored, change })
 }
 
-/// Every weight that the configuration asks for, and no other.
-fn check(
+/// The weights that the configuration asks for. Of blocks beyond what the file can hold only the first.
+fn expected(
     family: &Family,
     kind: &Kind,
     config: &Map<String, Value>,
-    weights: &BTreeMap<String, GgufWeight>,
-) -> Result<()> {
+    most_blocks: usize,
+) -> BTreeMap<String, Vec<usize>> {
     let size = |field: &str| config.get(field).and_then(Value::as_u64).unwrap_or(0) as usize;
     let flag = |field: &str| config.get(field) == Some(&Value::Bool(true));
     let (hidden, inner) = (size("hidden_size"), size("intermediate_size"));
@@ -196,11 +196,7 @@ fn check(
     }
     let attention = flag("attention_bias");
     let queries = attention || flag("use_qkv_bias") || kind.model_type == "qwen2";
-    for block in 0..family.blocks {
-        // A file cannot hold more blocks than tensors; the missing one is named below.
-        if block > weights.len() {
-            break;
-        }
+    for block in 0..family.blocks.min(most_blocks) {
         for (module, _) in kind.modules() {
             let (shape, bias) = match module.rsplit('.').next().unwrap_or(module) {
                 "q_proj" => (vec![q, hidden], queries),
@@ -216,6 +212,17 @@ fn check(
             expect(format!("model.layers.{block}.{module}"), shape, bias);
         }
     }
+    expected
+}
+
+/// Every weight that the configuration asks for, and no other.
+fn check(
+    family: &Family,
+    kind: &Kind,
+    config: &Map<String, Value>,
+    weights: &BTreeMap<String, GgufWeight>,
+) -> Result<()> {
+    let expected = expected(family, kind, config, weights.len() + 1);
     for (name, shape) in &expected {
         let found = weights.get(name).map(|weight| &weight.shape);
         let name = family.tensor(name).map_or_else(|_| name.clone(), |(name, _)| name);

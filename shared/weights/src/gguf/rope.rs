@@ -220,7 +220,7 @@ impl Rope {
         match (file.text(&key("type")), factor) {
             (None | Some("none" | "linear" | "longrope"), None) => Ok(Scaling::None),
             (Some("none"), _) => Ok(Scaling::None),
-            (None | Some("linear"), Some(factor)) if factor == 1.0 => Ok(Scaling::None),
+            (None | Some("linear"), Some(1.0)) => Ok(Scaling::None),
             (None | Some("linear"), Some(factor)) => Ok(Scaling::Linear { factor }),
             (Some("yarn"), Some(factor)) => Ok(Scaling::Yarn {
                 factor,
@@ -239,6 +239,9 @@ impl Rope {
 
     /// Llama 3's rule with its usual bounds if it gives these divisors, else LongRoPE with one set.
     fn scaling_of_divisors(&self, divisors: &[f64], original: Option<f64>, around: Around) -> Scaling {
+        if divisors.iter().all(|divisor| *divisor == 1.0) {
+            return Scaling::None;
+        }
         let factor = divisors.iter().fold(1.0, |m: f64, d| m.max(*d));
         let (low, high) = (1.0, 4.0);
         for original in original.into_iter().chain([LLAMA3_LENGTH]) {
@@ -261,8 +264,27 @@ impl Rope {
         if kind.partial {
             put("partial_rotary_factor", part(self.dim, around.head_dim));
         }
+        let mut scaling = self.scaling_field(kind, around);
+        if kind.model_type == "phi3" {
+            let original = match &self.scaling {
+                Scaling::Long { original, .. } => *original as u64,
+                _ => around.context as u64,
+            };
+            put("original_max_position_embeddings", json!(original));
+        }
+        // The older name is the one that older versions know.
+        if let Some(fields) = scaling.as_object_mut()
+            && let Some(kind) = fields.get("rope_type").cloned()
+        {
+            fields.insert("type".into(), kind);
+        }
+        put("rope_scaling", scaling);
+    }
+
+    /// `rope_scaling`.
+    fn scaling_field(&self, kind: &Kind, around: Around) -> Value {
         let list = |all: &[f64]| Value::Array(all.iter().map(|v| decimal(*v)).collect());
-        let mut scaling = match &self.scaling {
+        match &self.scaling {
             Scaling::None => Value::Null,
             Scaling::Linear { factor } => json!({"rope_type": "linear", "factor": decimal(*factor)}),
             Scaling::Yarn { factor, original, attention, fast, slow } => {
@@ -302,21 +324,7 @@ impl Rope {
                 }
                 fields
             }
-        };
-        if kind.model_type == "phi3" {
-            let original = match &self.scaling {
-                Scaling::Long { original, .. } => *original as u64,
-                _ => around.context as u64,
-            };
-            put("original_max_position_embeddings", json!(original));
         }
-        // The older name is the one that older versions know.
-        if let Some(fields) = scaling.as_object_mut()
-            && let Some(kind) = fields.get("rope_type").cloned()
-        {
-            fields.insert("type".into(), kind);
-        }
-        put("rope_scaling", scaling);
     }
 }
 

@@ -171,38 +171,50 @@ fn layers(
         "qwen2" | "qwen3" if config.get("use_sliding_window") == Some(&Value::Bool(true)) => {
             window.into_iter().for_each(ignored);
         }
-        _ if !kind.gemma => {}
-        _ => {
-            let scalar = float(config, "query_pre_attn_scalar", 256.0)?;
-            let theirs = query_scalar(kind, family.blocks, hidden, family.heads, dim);
-            if scalar != theirs as f32 {
-                return refuse(format!("query_pre_attn_scalar {scalar} (llama.cpp has {theirs} there)"));
+        _ if kind.gemma => keys.extend(gemma_layers(config, family, (hidden, dim), window)?),
+        _ => {}
+    }
+    Ok(keys)
+}
+
+/// What Gemma alone has: a scale of heads, alternating windows, caps.
+fn gemma_layers(
+    config: &Value,
+    family: &Family,
+    (hidden, dim): (usize, usize),
+    window: Option<usize>,
+) -> Result<Vec<(&'static str, GgufValue)>> {
+    let kind = family.kind;
+    let refuse = |what: String| Err(Error::data(format!("{what} cannot be written as GGUF")));
+    let mut keys = Vec::new();
+    let scalar = float(config, "query_pre_attn_scalar", 256.0)?;
+    let theirs = query_scalar(kind, family.blocks, hidden, family.heads, dim);
+    if scalar != theirs as f32 {
+        return refuse(format!("query_pre_attn_scalar {scalar} (llama.cpp has {theirs} there)"));
+    }
+    let period = period(config, family)?;
+    if period != usual_period(kind) {
+        keys.push((PATTERN, GgufValue::U32(period as u32)));
+    }
+    // With a period of 1 there is no window anywhere.
+    if period > 1 {
+        keys.push((WINDOW, GgufValue::U32(window.unwrap_or(4096) as u32)));
+    }
+    for (key, field, default) in CAPS {
+        let default = if kind.model_type == "gemma2" { Some(default) } else { None };
+        let value = match config.get(field) {
+            None => default,
+            Some(Value::Null) => None,
+            Some(_) => Some(f64::from(float(config, field, 0.0)?)),
+        };
+        match value {
+            Some(cap) if kind.model_type == "gemma3_text" && key.starts_with("attn") => {
+                return refuse(format!("{field} {cap}"));
             }
-            let period = period(config, family)?;
-            if period != usual_period(kind) {
-                keys.push((PATTERN, GgufValue::U32(period as u32)));
-            }
-            // With a period of 1 there is no window anywhere.
-            if period > 1 {
-                keys.push((WINDOW, GgufValue::U32(window.unwrap_or(4096) as u32)));
-            }
-            for (key, field, default) in CAPS {
-                let default = if kind.model_type == "gemma2" { Some(default) } else { None };
-                let value = match config.get(field) {
-                    None => default,
-                    Some(Value::Null) => None,
-                    Some(_) => Some(f64::from(float(config, field, 0.0)?)),
-                };
-                match value {
-                    Some(cap) if kind.model_type == "gemma3_text" && key.starts_with("attn") => {
-                        return refuse(format!("{field} {cap}"));
-                    }
-                    Some(cap) => keys.push((key, GgufValue::F32(cap as f32))),
-                    // llama.cpp caps where nothing is said.
-                    None if kind.model_type == "gemma2" => return refuse(format!("no {field}")),
-                    None => {}
-                }
-            }
+            Some(cap) => keys.push((key, GgufValue::F32(cap as f32))),
+            // llama.cpp caps where nothing is said.
+            None if kind.model_type == "gemma2" => return refuse(format!("no {field}")),
+            None => {}
         }
     }
     Ok(keys)
@@ -226,7 +238,7 @@ fn period(config: &Value, family: &Family) -> Result<usize> {
     });
     let layers = layers.filter(|list| list.len() == family.blocks);
     let fits = |list: &[bool], period: usize| {
-        list.iter().enumerate().all(|(i, sliding)| *sliding == ((i + 1) % period != 0))
+        list.iter().enumerate().all(|(i, sliding)| *sliding != (i + 1).is_multiple_of(period))
     };
     let found = layers.and_then(|list| {
         std::iter::once(usual).chain(1..=family.blocks + 1).find(|period| fits(&list, *period))
@@ -391,7 +403,9 @@ fn read_layers(
                 None if !file.has(&own(PATTERN)) => usual_period(kind),
                 _ => return Err(Error::data(format!("\"{}\" must be a whole number above 0", own(PATTERN)))),
             };
-            let name = |i: usize| if (i + 1) % period == 0 { "full_attention" } else { "sliding_attention" };
+            let name = |i: usize| {
+                if (i + 1).is_multiple_of(period) { "full_attention" } else { "sliding_attention" }
+            };
             put("layer_types", (0..family.blocks).map(name).collect());
             put("sliding_window", json!(window.unwrap_or(4096)));
             let scalar = query_scalar(kind, family.blocks, hidden, family.heads, dim);

@@ -26,7 +26,7 @@ fn small() -> Vec<u8> {
 }
 
 fn refusal(bytes: &[u8]) -> String {
-    parse(bytes).err().expect("refused").to_string()
+    parse(bytes).unwrap_err().to_string()
 }
 
 #[test]
