@@ -450,3 +450,6 @@ impl<'a> Vocabulary<'a> {
         fields
     }
 }
+
+#[cfg(test)]
+mod tests;
