@@ -5,7 +5,7 @@
 //! tensor means is the business of the caller. Deliberately absent: files in several parts, whose tensors are elsewhere.
 
 use super::{ALIGNMENT, GgufValue, kinds};
-use crate::mmap::{Map, shown};
+use crate::mmap::{FileStamp, Map, shown};
 use kto_cli::{Context, Error, Result, escape, hash::Sha256Hex};
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -93,6 +93,20 @@ impl GgufFile {
     /// Returns the bytes of a tensor.
     pub fn bytes(&self, entry: &GgufEntry) -> &[u8] {
         &self.map[entry.range.clone()]
+    }
+
+    /// Returns what the system said of the file when it was opened.
+    pub fn stamp(&self) -> FileStamp {
+        self.map.stamp()
+    }
+
+    /// Fails (65) when somebody has written to the file since it was opened: what was read of it then belongs to no one state of it.
+    pub fn check_unchanged(&self) -> Result<()> {
+        if self.map.is_unchanged() {
+            return Ok(());
+        }
+        let text = format!("{}: changed while it was read", self.place());
+        Err(Error::data(text).with_hint("the same command again"))
     }
 
     /// Gives the memory pages of a part of the file back to the system.

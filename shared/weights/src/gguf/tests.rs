@@ -3,6 +3,7 @@
 use super::{rows::Reordered, *};
 use safetensors::Dtype;
 use serde_json::json;
+use std::path::Path;
 
 struct Rows(usize, usize);
 

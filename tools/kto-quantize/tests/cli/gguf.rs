@@ -2,7 +2,7 @@
 
 use super::{run, text};
 use kto_formats::{
-    gguf::{GgufTensor, GgufValue, header},
+    gguf::{GgufFile, GgufTensor, GgufValue, header},
     model_dir::ModelDir,
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
     tokenizer::TextTokenizer,
@@ -421,4 +421,44 @@ fn a_gguf_file_elsewhere_says_what_to_do() {
     let plan = run(&[text(&path), "--dequantize", "--plan", "-o", text(&top.path().join("out"))]);
     let plan = String::from_utf8(plan.stdout).unwrap();
     assert!(plan.contains("11 weights float32") && !top.path().join("out").exists(), "{plan}");
+}
+
+/// Divisors as llama.cpp's converter computes them for Llama 3.1 and 3.2, where nothing else in the file tells the rule.
+#[test]
+fn llama_3s_divisors_become_its_rule() {
+    let (low, high, original, theta) = (1.0, 4.0, 8192.0, 5e5f64);
+    for factor in [8.0, 32.0] {
+        let divisor = |i: usize| {
+            let wavelength = 2.0 * std::f64::consts::PI * theta.powf(2.0 * i as f64 / 16.0);
+            match wavelength {
+                short if short < original / high => 1.0,
+                long if long > original / low => factor,
+                other => {
+                    let smooth = (original / other - low) / (high - low);
+                    1.0 / ((1.0 - smooth) / factor + smooth)
+                }
+            }
+        };
+        let divisors: Vec<f32> = (0..8).map(|i| divisor(i) as f32).collect();
+        assert!(divisors.iter().any(|d| *d > 1.0 && f64::from(*d) < factor));
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("m.gguf");
+        crafted(&path, "llama", |keys, tensors| {
+            keys.push(("llama.rope.freq_base".into(), GgufValue::F32(5e5)));
+            let name = "rope_freqs.weight".into();
+            tensors.insert(0, GgufTensor { name, shape: vec![8], kind: 0, bytes: 32 });
+        });
+        let mut bytes = fs::read(&path).unwrap();
+        let range = GgufFile::open(&path).unwrap().tensors()["rope_freqs.weight"].range.clone();
+        for (place, divisor) in bytes[range].chunks_mut(4).zip(&divisors) {
+            place.copy_from_slice(&divisor.to_le_bytes());
+        }
+        fs::write(&path, bytes).unwrap();
+        let made = from_gguf(&path, &top.path().join("out"), &[]);
+        let rope = json!({
+            "type": "llama3", "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": 8192,
+        });
+        assert_eq!((&made.config["rope_scaling"], &made.config["rope_theta"]), (&rope, &json!(5e5)));
+    }
 }
