@@ -210,7 +210,9 @@ def tokenizers(folder, work):
           f"others {sorted(set(differing) - known)}")
 
 
-names = sys.argv[1:] or sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and p.name != "llama-dynamic")
+# llama.cpp has no dynamic rope; of a Gemma that takes images transformers would load the whole.
+LEFT_OUT = ("llama-dynamic", "gemma3-images")
+names = sys.argv[1:] or sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and p.name not in LEFT_OUT)
 for name in names:
     with tempfile.TemporaryDirectory() as work:
         through(name, Path(work))

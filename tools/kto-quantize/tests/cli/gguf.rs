@@ -33,6 +33,9 @@ fn model(dir: &Path, name: &str, edit: impl Fn(&mut Value)) -> PathBuf {
 
 /// What llama.cpp can compute of it.
 fn within_llama_cpp(config: &mut Value) {
+    if let Some(part) = config.get_mut("text_config") {
+        return within_llama_cpp(part);
+    }
     if config.get("query_pre_attn_scalar").is_some() {
         config["query_pre_attn_scalar"] = config["head_dim"].clone();
     }
