@@ -8,7 +8,7 @@ mod kinds;
 mod read;
 
 pub use kinds::{GgufKind, kind};
-pub use read::{GgufEntry, GgufFile, is_gguf};
+pub use read::{GgufEntry, GgufReader, is_gguf};
 
 /// What to do with a GGUF file where a model directory is wanted.
 pub const HINT: &str = "kto-quantize FILE.gguf --dequantize -o DIR makes a model directory of it";

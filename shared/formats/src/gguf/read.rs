@@ -37,7 +37,7 @@ pub struct GgufEntry {
 }
 
 /// An open file.
-pub struct GgufFile {
+pub struct GgufReader {
     map: Arc<Map>,
     /// `None`: a value of a kind that is of no use here.
     keys: BTreeMap<String, Option<GgufValue>>,
@@ -51,7 +51,7 @@ pub fn is_gguf(path: &Path) -> bool {
     path.is_file() && Map::open(path).is_ok_and(|map| map.starts_with(b"GGUF"))
 }
 
-impl GgufFile {
+impl GgufReader {
     /// Opens a file and checks all of its header. Errors: 66 when it cannot be read, 65 for everything that is not as it should be.
     pub fn open(path: &Path) -> Result<Self> {
         let map = Map::open(path)?;

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::Values;
 use kto_cli::{Context, Error, Result, Ui, escape};
-use kto_formats::gguf::{GgufEntry, GgufFile, GgufValue, kind};
+use kto_formats::gguf::{GgufEntry, GgufReader, GgufValue, kind};
 use kto_kernels::quant::Codec;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -35,7 +35,7 @@ pub struct GgufWeight {
 /// An open model.
 pub struct GgufModel {
     /// The file.
-    pub file: GgufFile,
+    pub file: GgufReader,
     /// config.json, without its dtype.
     pub config: Map<String, Value>,
     /// The weights, by name.
@@ -45,7 +45,7 @@ pub struct GgufModel {
 impl GgufModel {
     /// Opens a file and checks everything but the values. Errors: 66 when it cannot be read, 65 by name for what is not supported.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = GgufFile::open(path)?;
+        let file = GgufReader::open(path)?;
         let place = file.place();
         let (config, weights) = read(&file).at(place)?;
         Ok(Self { file, config, weights })
@@ -119,14 +119,14 @@ impl GgufModel {
 }
 
 /// Returns the id of a named token.
-pub fn token_id(file: &GgufFile, name: &str) -> Option<u32> {
+pub fn token_id(file: &GgufReader, name: &str) -> Option<u32> {
     match file.get(&format!("tokenizer.ggml.{name}_token_id")) {
         Some(GgufValue::U32(id)) => Some(*id),
         _ => None,
     }
 }
 
-fn read(file: &GgufFile) -> Result<(Map<String, Value>, Vec<GgufWeight>)> {
+fn read(file: &GgufReader) -> Result<(Map<String, Value>, Vec<GgufWeight>)> {
     let kind = Kind::of_file(file)?;
     let embedding = file.tensors().get("token_embd.weight").map(|entry| &entry.shape[..]);
     let &[rows, _] = embedding.unwrap_or_default() else {
@@ -248,7 +248,7 @@ fn check(
 
 /// A tensor of the file as floats.
 struct Blocks<'a> {
-    file: &'a GgufFile,
+    file: &'a GgufReader,
     entry: GgufEntry,
     stored: Stored,
     columns: usize,

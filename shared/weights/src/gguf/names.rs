@@ -1,7 +1,7 @@
 //! The decoders that llama.cpp has under the same structure, and its names for their tensors, for both directions.
 
 use kto_cli::{Error, Result, escape};
-use kto_formats::gguf::GgufFile;
+use kto_formats::gguf::GgufReader;
 use serde_json::Value;
 
 /// A decoder of transformers and of llama.cpp.
@@ -90,7 +90,7 @@ const QK_NORMS: [(&str, &str); 2] =
 
 impl Kind {
     /// Returns the kind of a file. Errors (65): one that is not known, by its name.
-    pub fn of_file(file: &GgufFile) -> Result<&'static Self> {
+    pub fn of_file(file: &GgufReader) -> Result<&'static Self> {
         let what = file.text("general.type").unwrap_or("model");
         if what != "model" {
             return Err(Error::data(format!("holds a \"{}\", not a language model", escape(what))));

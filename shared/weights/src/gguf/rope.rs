@@ -9,7 +9,7 @@ use super::{
     settings::{decimal, number, tensor_floats},
 };
 use kto_cli::{Error, Result, escape};
-use kto_formats::gguf::{GgufFile, GgufValue};
+use kto_formats::gguf::{GgufReader, GgufValue};
 use serde_json::{Map, Value, json};
 use std::f64::consts::PI;
 
@@ -176,7 +176,7 @@ impl Rope {
     }
 
     /// Reads a file. Errors (65): a rotation that transformers does not have for this decoder.
-    pub fn of_file(file: &GgufFile, kind: &Kind, around: Around) -> Result<Self> {
+    pub fn of_file(file: &GgufReader, kind: &Kind, around: Around) -> Result<Self> {
         let key = |name: &str| format!("{}.{name}", kind.architecture);
         let float = |name: &str| number(file, &key(name));
         let theta = if kind.model_type == "gemma3_text" { 1e6 } else { 1e4 };
@@ -198,7 +198,7 @@ impl Rope {
         Ok(Self { scaling, ..rope })
     }
 
-    fn scaling_of_file(&self, file: &GgufFile, kind: &Kind, around: Around) -> Result<Scaling> {
+    fn scaling_of_file(&self, file: &GgufReader, kind: &Kind, around: Around) -> Result<Scaling> {
         let key = |name: &str| format!("{}.rope.scaling.{name}", kind.architecture);
         let float = |name: &str| number(file, &key(name));
         let original = float("original_context_length")?;

@@ -6,7 +6,7 @@ use super::{
     types::{self, FileType},
 };
 use kto_cli::{Error, Result, escape};
-use kto_formats::gguf::{GgufFile, GgufValue};
+use kto_formats::gguf::{GgufReader, GgufValue};
 use serde_json::{Map, Value, json};
 
 /// A whole number of both: key behind the architecture, field of config.json, and the value that is not written down.
@@ -247,7 +247,7 @@ fn period(config: &Value, family: &Family) -> Result<usize> {
 }
 
 /// Reads a number of a file. Errors (65): another kind of value, or one that is not above 0.
-pub fn number(file: &GgufFile, key: &str) -> Result<Option<f64>> {
+pub fn number(file: &GgufReader, key: &str) -> Result<Option<f64>> {
     let value = match file.get(key) {
         Some(GgufValue::U32(n)) => f64::from(*n),
         Some(GgufValue::F32(v)) => shortest(*v),
@@ -271,7 +271,7 @@ pub fn decimal(v: f64) -> Value {
 }
 
 /// Returns the values of an F32 vector of the file, which must be so many numbers above 0; none when there is no such tensor.
-pub fn tensor_floats(file: &GgufFile, name: &str, length: usize) -> Result<Option<Vec<f64>>> {
+pub fn tensor_floats(file: &GgufReader, name: &str, length: usize) -> Result<Option<Vec<f64>>> {
     let Some(entry) = file.tensors().get(name) else { return Ok(None) };
     let bad = || Error::data(format!("tensor \"{name}\" must be {length} numbers above 0 in F32"));
     if entry.kind != 0 || entry.shape != [length] {
@@ -282,7 +282,7 @@ pub fn tensor_floats(file: &GgufFile, name: &str, length: usize) -> Result<Optio
     if values.iter().all(|v| *v > 0.0 && v.is_finite()) { Ok(Some(values)) } else { Err(bad()) }
 }
 
-fn file_count(file: &GgufFile, key: &str) -> Result<Option<usize>> {
+fn file_count(file: &GgufReader, key: &str) -> Result<Option<usize>> {
     match file.get(key) {
         None if !file.has(key) => Ok(None),
         Some(GgufValue::U32(n)) if (1..=LARGEST).contains(n) => Ok(Some(*n as usize)),
@@ -296,7 +296,7 @@ fn file_count(file: &GgufFile, key: &str) -> Result<Option<usize>> {
 /// Reads a file: the decoder, and the fields of config.json that its keys give. `rows` are those of the embedding, `has` says whether there
 /// is a tensor. Errors (65): a key that is missing or what transformers does not have.
 pub fn read(
-    file: &GgufFile,
+    file: &GgufReader,
     rows: usize,
     has: &dyn Fn(&str) -> bool,
 ) -> Result<(Family, Map<String, Value>)> {
@@ -375,7 +375,7 @@ fn biases(kind: &Kind, has: &dyn Fn(&str) -> bool, config: &mut Map<String, Valu
 
 /// Windows and caps.
 fn read_layers(
-    file: &GgufFile,
+    file: &GgufReader,
     family: &Family,
     (hidden, dim): (usize, usize),
     config: &mut Map<String, Value>,

@@ -3,6 +3,7 @@
 //! Two kinds: byte-level BPE ("gpt2": tokens, merges, and the name of the splitting rule) and BPE with byte fallback ("llama": tokens with
 //! scores, which order the merges). The splitting rule is told by its regular expression.
 
+use super::splitting::Rule;
 use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{gguf::GgufValue, tensors::Map};
 use serde_json::Value;
@@ -137,7 +138,7 @@ fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufV
         put("merges", pairs());
     } else {
         put("model", GgufValue::String("gpt2".into()));
-        let rule = splitting(&json["pre_tokenizer"]);
+        let rule = Rule::name_of(&json["pre_tokenizer"]);
         if rule.is_none() {
             ui.warn("tokenizer.json: its splitting rule is none that llama.cpp is known to have; llama.cpp may tokenize otherwise");
         }
@@ -177,31 +178,6 @@ fn scores(tokens: &[(String, Kind)], merges: &[(String, String)]) -> Vec<f32> {
         (None, _) => 0.0,
     };
     tokens.iter().map(score).collect()
-}
-
-/// Returns llama.cpp's name of a splitting rule, as far as it is known here.
-fn splitting(rule: &Value) -> Option<&'static str> {
-    let steps: Vec<&Value> = match rule["type"].as_str() {
-        Some("Sequence") => rule["pretokenizers"].as_array()?.iter().collect(),
-        _ => vec![rule],
-    };
-    let pattern = |step: &Value| step["pattern"]["Regex"].as_str().unwrap_or_default().to_string();
-    match steps[..] {
-        [only] if only["type"] == "ByteLevel" && only["use_regex"] != false => Some("gpt-2"),
-        [digits, bytes] if digits["type"] == "Digits" && digits["individual_digits"] == true => {
-            (bytes["type"] == "ByteLevel" && bytes["use_regex"] != false).then_some("smollm")
-        }
-        [split, bytes] if split["type"] == "Split" && bytes["type"] == "ByteLevel" => {
-            let pattern = pattern(split);
-            let common = pattern.starts_with("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|");
-            match () {
-                () if common && pattern.contains("\\p{N}{1,3}|") => Some("llama-bpe"),
-                () if common && pattern.contains("|\\p{N}| ?[^") => Some("qwen2"),
-                () => None,
-            }
-        }
-        _ => None,
-    }
 }
 
 /// Adds the special tokens and whether one is put before every text.

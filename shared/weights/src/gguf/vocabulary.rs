@@ -5,10 +5,10 @@
 //! files of our own writer say it ([`super::tokenizer::DETAILS`]). Source: llama.cpp's llama-vocab.cpp, transformers 5.23's integrations/gguf.
 //! Where none can be made the model is made without one, with a warning.
 
-use super::{model::token_id, tokenizer::DETAILS};
+use super::{model::token_id, splitting::Rule, tokenizer::DETAILS};
 use kto_cli::{Error, Result, Ui, escape};
 use kto_formats::{
-    gguf::{GgufFile, GgufValue},
+    gguf::{GgufReader, GgufValue},
     python_json,
 };
 use serde_json::{Map, Value, json};
@@ -26,49 +26,9 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
-/// How a byte-level tokenizer splits text before it merges.
-struct Rule {
-    /// llama.cpp's names.
-    names: &'static [&'static str],
-    split: Split,
-    /// Texts that are tokens are not merged; a text begins with BOS if nothing else is said.
-    whole_and_bos: bool,
-    /// Text is composed first.
-    composed: bool,
-}
-
-enum Split {
-    /// GPT-2's own.
-    Gpt2,
-    /// Each digit alone, then GPT-2's.
-    Digits,
-    /// A regular expression.
-    Regex(&'static str),
-}
-
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-const fn rule(names: &'static [&'static str], split: Split, whole_and_bos: bool, composed: bool) -> Rule {
-    Rule { names, split, whole_and_bos, composed }
-}
-
-static RULES: [Rule; 8] = [
-    rule(&["gpt-2", "phi-2"], Split::Gpt2, false, false),
-    rule(&["smollm"], Split::Digits, false, false),
-    rule(&["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"], Split::Regex(LLAMA3), true, false),
-    rule(&["dbrx", "smaug-bpe"], Split::Regex(LLAMA3), false, false),
-    rule(&["qwen2", "deepseek-r1-qwen"], Split::Regex(QWEN2), false, true),
-    rule(&["stablelm2"], Split::Regex(QWEN2), false, false),
-    rule(&["tekken"], Split::Regex(TEKKEN), true, false),
-    rule(&["gpt-4o"], Split::Regex(GPT4O), false, false),
-];
-
 /// The vocabulary of a file.
 struct Vocabulary<'a> {
-    file: &'a GgufFile,
+    file: &'a GgufReader,
     tokens: Vec<&'a str>,
     kinds: &'a [i32],
     /// `model_type` of config.json.
@@ -76,7 +36,7 @@ struct Vocabulary<'a> {
 }
 
 /// Makes the files. `config` is config.json. Errors (65): the lists of tokens do not fit together or to the model.
-pub fn files(file: &GgufFile, config: &Map<String, Value>, ui: &Ui) -> Result<Vec<(String, Vec<u8>)>> {
+pub fn files(file: &GgufReader, config: &Map<String, Value>, ui: &Ui) -> Result<Vec<(String, Vec<u8>)>> {
     let mut files = Vec::new();
     templates(file, &mut files)?;
     let hint = "put the original tokenizer.json and tokenizer_config.json into the result";
@@ -94,7 +54,7 @@ pub fn files(file: &GgufFile, config: &Map<String, Value>, ui: &Ui) -> Result<Ve
         ("llama", _) => vocabulary.sentencepiece()?,
         ("gpt2", Some(rule)) => vocabulary.byte_level(rule)?,
         // Our own files say the rule whatever its name.
-        ("gpt2", None) if details.is_some() => vocabulary.byte_level(&RULES[0])?,
+        ("gpt2", None) if details.is_some() => vocabulary.byte_level(Rule::any())?,
         ("gpt2", None) => {
             let name = escape(file.text("tokenizer.ggml.pre").unwrap_or("none"));
             without(format!("its splitting rule \"{name}\" is not known here"));
@@ -117,13 +77,12 @@ pub fn files(file: &GgufFile, config: &Map<String, Value>, ui: &Ui) -> Result<Ve
     Ok(files)
 }
 
-fn rule_of(file: &GgufFile) -> Option<&'static Rule> {
-    let name = file.text("tokenizer.ggml.pre")?;
-    RULES.iter().find(|rule| rule.names.contains(&name))
+fn rule_of(file: &GgufReader) -> Option<&'static Rule> {
+    Rule::named(file.text("tokenizer.ggml.pre")?)
 }
 
 /// What our own writer says beyond llama.cpp's keys.
-fn details(file: &GgufFile) -> Option<Map<String, Value>> {
+fn details(file: &GgufReader) -> Option<Map<String, Value>> {
     let text = file.text(DETAILS).filter(|text| text.len() <= LONGEST_DETAILS)?;
     serde_json::from_str(text).ok()
 }
@@ -149,7 +108,7 @@ fn put_details(json: &mut Value, settings: &mut Map<String, Value>, mut details:
 }
 
 /// Adds the chat template, and those with names.
-fn templates(file: &GgufFile, files: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
+fn templates(file: &GgufReader, files: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
     if let Some(text) = file.text("tokenizer.chat_template") {
         files.push(("chat_template.jinja".into(), text.as_bytes().to_vec()));
     }
@@ -168,7 +127,7 @@ fn templates(file: &GgufFile, files: &mut Vec<(String, Vec<u8>)>) -> Result<()> 
 }
 
 impl<'a> Vocabulary<'a> {
-    fn new(file: &'a GgufFile, tokens: &'a [String], rows: usize, model_type: &'a str) -> Result<Self> {
+    fn new(file: &'a GgufReader, tokens: &'a [String], rows: usize, model_type: &'a str) -> Result<Self> {
         if tokens.len() > rows {
             let text = format!("{} tokens, {rows} rows of the embedding", tokens.len());
             return Err(Error::data(text));
@@ -326,19 +285,6 @@ impl<'a> Vocabulary<'a> {
             let (a, b) = (escape(a), escape(b));
             return Err(Error::data(format!("merge \"{a} {b}\" is of tokens that are not in the list")));
         }
-        let bytes = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
-        let splitter = match rule.split {
-            Split::Gpt2 => bytes(true),
-            Split::Digits => json!({
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Digits", "individual_digits": true}, bytes(true)],
-            }),
-            Split::Regex(regex) => {
-                let behavior = "Isolated";
-                let split = json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": false});
-                json!({"type": "Sequence", "pretokenizers": [split, bytes(false)]})
-            }
-        };
         let normalizer = if rule.composed { json!({"type": "NFC"}) } else { Value::Null };
         let model = json!({
             "type": "BPE",
@@ -352,7 +298,7 @@ impl<'a> Vocabulary<'a> {
             "vocab": ids,
             "merges": merges,
         });
-        Ok(self.document(model, [normalizer, splitter, bytes(true)]))
+        Ok(self.document(model, [normalizer, rule.splitter(), Rule::decoder()]))
     }
 
     fn sentencepiece(&self) -> Result<Value> {

@@ -2,7 +2,7 @@
 
 use super::{run, text};
 use kto_formats::{
-    gguf::{GgufFile, GgufTensor, GgufValue, header},
+    gguf::{GgufReader, GgufTensor, GgufValue, header},
     model_dir::ModelDir,
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
     tokenizer::TextTokenizer,
@@ -452,7 +452,7 @@ fn llama_3s_divisors_become_its_rule() {
             tensors.insert(0, GgufTensor { name, shape: vec![8], kind: 0, bytes: 32 });
         });
         let mut bytes = fs::read(&path).unwrap();
-        let range = GgufFile::open(&path).unwrap().tensors()["rope_freqs.weight"].range.clone();
+        let range = GgufReader::open(&path).unwrap().tensors()["rope_freqs.weight"].range.clone();
         for (place, divisor) in bytes[range].chunks_mut(4).zip(&divisors) {
             place.copy_from_slice(&divisor.to_le_bytes());
         }

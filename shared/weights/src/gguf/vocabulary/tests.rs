@@ -34,9 +34,9 @@ fn sentencepiece() -> Vec<(String, GgufValue)> {
     ]
 }
 
-fn open(path: &Path, bytes: &[u8]) -> Result<GgufFile> {
+fn open(path: &Path, bytes: &[u8]) -> Result<GgufReader> {
     std::fs::write(path, bytes).unwrap();
-    GgufFile::open(path)
+    GgufReader::open(path)
 }
 
 fn made(keys: &[(String, GgufValue)]) -> Result<Vec<(String, Vec<u8>)>> {
