@@ -1,4 +1,4 @@
-//! The block forms of ggml that kto-quantize writes into GGUF files.
+//! The block forms of ggml that kto-quantize writes into GGUF files, and in [`ReadOnly`] those that it only reads.
 //!
 //! A row is a whole number of blocks; a block is one run of bytes in one plane. The simple forms round to 4, 5 or 8 bits with one or
 //! two half-precision numbers a block of 32; the K forms ([`k`]) search scales for blocks of 256. The rules are those of ggml's
@@ -6,10 +6,13 @@
 //! gave fused multiply-adds picks another code here and there.
 
 mod k;
+mod read_only;
 mod search;
 mod simple;
 #[cfg(test)]
 mod tests;
+
+pub use read_only::ReadOnly;
 
 use super::{Codec, PLANES};
 

@@ -1,13 +1,22 @@
-//! The beginning of a GGUF file: what llama.cpp reads before the weights.
+//! The beginning of a GGUF file: what llama.cpp reads before the weights; written here, read in `gguf/read.rs`.
 //!
 //! Called by kto-weights, which decides keys and tensors and writes the data behind. Layout (version 3, little-endian): magic `GGUF`,
 //! version, counts of tensors and keys; keys with typed values; for each tensor name, dimensions (innermost first), type and offset of its
-//! data from the first multiple of [`ALIGNMENT`] behind this. Deliberately absent: reading.
+//! data from the first multiple of [`ALIGNMENT`] behind this.
+
+mod kinds;
+mod read;
+
+pub use kinds::{GgufKind, kind};
+pub use read::{GgufEntry, GgufReader, is_gguf};
+
+/// What to do with a GGUF file where a model directory is wanted.
+pub const HINT: &str = "kto-quantize FILE.gguf --dequantize -o DIR makes a model directory of it";
 
 /// What every tensor's data begins at a multiple of.
 pub const ALIGNMENT: u64 = 32;
 
-/// A value of a key.
+/// A value of a key. Read, whole numbers of every width are 32-bit ones, and truths in arrays are 0 and 1.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GgufValue {
     /// A 32-bit count.

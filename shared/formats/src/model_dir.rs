@@ -2,10 +2,11 @@
 //!
 //! Called by every tool that reads weights. Invariant: no file outside the directory is opened by a name that a
 //! file of the directory gave (symbolic links inside it are followed: that is how download caches look).
-//! Deliberately absent: pickle and GGUF weights, remote code, the meaning of config.json (see `kto-model`). That a configuration asks for
+//! Deliberately absent: pickle weights, GGUF (`gguf/read.rs`), remote code, the meaning of config.json (see `kto-model`). That a configuration asks for
 //! remote code is found here, so that every tool that opens a model says so.
 
 use crate::{
+    gguf::{self, is_gguf},
     mmap::{Map, shown},
     safetensors_header::refuse_other_formats,
     tensors::{TensorStore, TensorView},
@@ -191,6 +192,7 @@ fn refuse_remote_code(config: &Object) -> Result<()> {
 
 fn not_a_directory(path: &Path) -> Error {
     match Map::open(path).and_then(|map| refuse_other_formats(&map)) {
+        Err(e) if is_gguf(path) => Error::data(format!("{}: {e}", shown(path))).with_hint(gguf::HINT),
         Err(e) => Error::data(format!("{}: {e}", shown(path)))
             .with_hint("give a directory with config.json and safetensors weights"),
         Ok(()) => Error::new(Kind::NoInput, format!("{}: not a directory", shown(path)))
@@ -246,7 +248,8 @@ fn no_weights(dir: &Path) -> Error {
         ));
     }
     if let Some(name) = found(&[".gguf"]) {
-        return Error::data(format!("{dir}/{}: GGUF weights; only safetensors are read", escape(name)));
+        return Error::data(format!("{dir}/{}: GGUF weights; only safetensors are read", escape(name)))
+            .with_hint(gguf::HINT);
     }
     if names.iter().any(|n| n == "adapter_config.json") {
         return Error::data(format!("{dir}: an adapter, not a model"));

@@ -4,6 +4,7 @@
 //! it lets pass or reports without a name: duplicate tensor names, unknown dtypes by tensor, bytes after the last
 //! tensor, and files that are something else under a `.safetensors` name. Called by [`crate::tensors`].
 
+use crate::gguf;
 use kto_cli::{Error, Result, escape};
 use safetensors::{
     Dtype,
@@ -115,7 +116,7 @@ pub(crate) fn refuse_other_formats(bytes: &[u8]) -> Result<()> {
         return Err(Error::data("a git-lfs pointer, not the file itself").with_hint("git lfs pull"));
     }
     if bytes.starts_with(b"GGUF") {
-        return Err(Error::data("a GGUF file; only safetensors weights are read"));
+        return Err(Error::data("a GGUF file; only safetensors weights are read").with_hint(gguf::HINT));
     }
     if bytes.starts_with(b"PK\x03\x04")
         || matches!(bytes, [0x80, 2..=5, b'}' | b'c' | b'(' | b'\x8a' | b'\x95', ..])

@@ -95,7 +95,8 @@ fn no_weights(listed: &BTreeSet<&str>) -> Error {
         ));
     }
     match found(&[".gguf"]) {
-        Some(name) => Error::data(format!("has GGUF weights ({}); only safetensors are read", escape(name))),
+        Some(name) => Error::data(format!("has GGUF weights ({}); only safetensors are read", escape(name)))
+            .with_hint(kto_formats::gguf::HINT),
         None => Error::data(format!("has neither {SINGLE} nor {INDEX}")),
     }
 }

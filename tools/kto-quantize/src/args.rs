@@ -14,7 +14,8 @@ transformers and kto-train, mlx for mlx-lm and kto-train, gguf for llama.cpp and
 
 Of a decoder block every linear layer is quantized. Norms and biases stay as they are; of embedding and output head \
 --embeddings and --head decide: bitsandbytes keeps both, mlx quantizes both, gguf has a rule for each type. Tokenizer, chat \
-template, generation settings and licence are copied, or written into the GGUF file. --dequantize goes the other way.
+template, generation settings and licence are copied, or written into the GGUF file. --dequantize goes the other way, of a GGUF file \
+too: config.json and tokenizer are made of what it says.
 
 The weights go through memory once, a piece at a time, on all cores. The result appears under its name only when it is \
 complete; until then it grows as OUT.partial, and a run that was killed is gone on with, file by file, when it is given \
@@ -29,14 +30,15 @@ Examples:
   kto-quantize base -o base-mlx --form mlx --bits 4 --override down_proj=6:32 --override lm_head=8
   kto-quantize base -o base.gguf --form gguf --type Q4_K_M
   kto-quantize base-4bit -o base-bf16 --dequantize --dtype bf16
+  kto-quantize llama.Q4_K_M.gguf -o llama --dequantize
   kto-train --model \"$(kto-quantize base -o base-4bit)\" --data train.kto.arrow --out run";
 
 /// What the user asked for.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "kto-quantize", about = ABOUT, long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
 pub struct Args {
-    /// Model directory with config.json and safetensors weights, or org/name[@revision] on the hub
-    #[arg(value_name = "DIR|NAME")]
+    /// Model directory with config.json and safetensors weights, or org/name[@revision] on the hub; with --dequantize also a GGUF file
+    #[arg(value_name = "DIR|NAME|FILE")]
     pub model: PathBuf,
 
     /// Directory to make; with --form gguf a file
@@ -65,7 +67,8 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["form", "block_size", "double_quant", "no_double_quant", "bits", "group_size", "recipe",
         "r#type", "overrides", "embeddings", "head", "skip"], help_heading = "Quantization")]
     pub dequantize: bool,
-    /// With --dequantize: dtype of all weights [default: what the quantization remembers]
+    /// With --dequantize: dtype of all weights [default: what the quantization remembers; of a GGUF file that of its matrices, f16 where
+    /// they are quantized]
     #[arg(long, value_name = "DTYPE", requires = "dequantize", help_heading = "Quantization")]
     pub dtype: Option<FloatName>,
     /// Modules to leave as they are: full names, beginnings or ends of names, with commas between

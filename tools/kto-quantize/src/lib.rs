@@ -9,6 +9,7 @@
 mod args;
 mod choice;
 mod config;
+mod from_gguf;
 mod gguf;
 mod memory;
 mod plan;
@@ -23,7 +24,7 @@ use kto_cli::{
     output::{Output, print_path},
     signal, units,
 };
-use kto_formats::{companions, python_json};
+use kto_formats::{companions, gguf::is_gguf, python_json};
 use kto_weights::{Content, Layout};
 
 /// Runs the tool.
@@ -36,6 +37,9 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
 
 fn quantize(args: &Args, ui: &Ui) -> Result<Exit> {
     args.check()?;
+    if is_gguf(&args.model) {
+        return from_gguf::run(args, ui);
+    }
     if args.form() == FormName::Gguf {
         return gguf::run(args, ui);
     }

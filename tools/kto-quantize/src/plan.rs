@@ -21,7 +21,7 @@ use std::{
 };
 
 /// Largest file of weights when nothing is said, in bytes.
-const MAX_SHARD: u64 = 5_000_000_000;
+pub const MAX_SHARD: u64 = 5_000_000_000;
 
 /// The job, with every default filled in.
 pub struct Plan {

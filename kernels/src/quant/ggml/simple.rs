@@ -76,8 +76,11 @@ pub fn from_q5(block: &[u8], out: &mut [f32], with_minimum: bool) {
         let byte = rest[4 + i];
         let a = (byte & 15) | ((fifth >> i & 1) as u8 * 16);
         let b = (byte >> 4) | ((fifth >> (i + 16) & 1) as u8 * 16);
-        out[i] = (f32::from(a) - shift) * d + minimum;
-        out[i + 16] = (f32::from(b) - shift) * d + minimum;
+        let value = |code: u8| (f32::from(code) - shift) * d;
+        // Without a minimum a zero keeps its sign.
+        let value = |code| if with_minimum { value(code) + minimum } else { value(code) };
+        out[i] = value(a);
+        out[i + 16] = value(b);
     }
 }
 

@@ -1,6 +1,8 @@
 //! Properties of the ggml forms; that the bytes are ggml's is checked by scripts/oracle/gguf_peers.py against llama.cpp.
 
 use super::*;
+use candle_core::Device;
+use std::path::Path;
 
 const ALL: [Ggml; 7] = [Ggml::Q4_0, Ggml::Q5_0, Ggml::Q5_1, Ggml::Q8_0, Ggml::Q4K, Ggml::Q5K, Ggml::Q6K];
 
@@ -56,4 +58,34 @@ fn values_beyond_half_precision_are_told() {
         let bytes = &mut bytes[..form.planes(256)[0]];
         assert!(!form.encode(&[1e9; 256].map(|v: f32| -v), [bytes, &mut [], &mut []]), "{form:?}");
     }
+}
+
+/// Blocks of the gguf package (scripts/oracle/gguf_blocks.py): every form that is read decodes to its values, bit for bit.
+#[test]
+fn blocks_decode_as_the_gguf_package_does() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/gguf/blocks.safetensors");
+    let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let written = ["Q4_0", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"];
+    let read = [
+        ("Q4_1", ReadOnly::Q4_1),
+        ("Q2_K", ReadOnly::Q2K),
+        ("Q3_K", ReadOnly::Q3K),
+        ("IQ4_NL", ReadOnly::Iq4Nl),
+        ("IQ4_XS", ReadOnly::Iq4Xs),
+    ];
+    let check = |name: &str, decode: &dyn Fn(&[u8], &mut [f32])| {
+        let bytes: Vec<u8> = golden[name].flatten_all().unwrap().to_vec1().unwrap();
+        let values: Vec<f32> = golden[&format!("{name}.values")].flatten_all().unwrap().to_vec1().unwrap();
+        let mut out = vec![f32::NAN; values.len()];
+        decode(&bytes, &mut out);
+        let differs = out.iter().zip(&values).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differs, None, "{name}");
+    };
+    for (name, form) in written.into_iter().zip(ALL) {
+        check(name, &|bytes, out| form.decode([bytes, &[], &[]], out));
+    }
+    for (name, form) in read {
+        check(name, &|bytes, out| form.decode(bytes, out));
+    }
+    assert_eq!(golden.len(), 2 * (written.len() + read.len()));
 }

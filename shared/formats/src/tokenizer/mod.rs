@@ -16,7 +16,10 @@ pub use config::TokenizerConfig;
 pub use prefix::Prefix;
 pub use shield::Shield;
 
-use crate::text_part;
+use crate::{
+    gguf::{self, is_gguf},
+    text_part,
+};
 use kto_cli::{Context, Error, Kind, Result, escape, guard, hash, input};
 use serde_json::Value;
 use std::{path::Path, sync::OnceLock};
@@ -119,6 +122,11 @@ impl TextTokenizer {
 }
 
 fn no_tokenizer(error: Error, dir: &Path) -> Error {
+    if is_gguf(dir) {
+        let text =
+            format!("{}: a GGUF file; its tokenizer is not read here", escape(&dir.display().to_string()));
+        return Error::data(text).with_hint(gguf::HINT);
+    }
     let hint = match ["tokenizer.model", "tekken.json", "vocab.json"].iter().find(|f| dir.join(f).exists()) {
         Some(other) => {
             format!("{other} alone is not read; transformers' save_pretrained writes tokenizer.json")

@@ -1,13 +1,21 @@
-//! A model as one GGUF file for llama.cpp: names, types, settings and tokenizer in its terms, then the weights.
+//! A model as one GGUF file for llama.cpp: names, types, settings and tokenizer in its terms, then the weights. And the way back.
 //!
-//! Called by kto-quantize and kto-merge. Supported are the decoders whose tensors llama.cpp has under fixed names
-//! ([`names`]). Deliberately absent: splitting, importance matrices, tokenizers other than byte-level and byte-fallback BPE.
+//! Called by kto-quantize and kto-merge. Supported are the decoders whose tensors llama.cpp has under fixed names. Of both directions: names
+//! and order of tensors ([`names`], [`rows`]), settings ([`settings`], [`rope`]), types ([`types`]), rules of tokenizers ([`splitting`]). Into a file: this module and
+//! [`tokenizer`]; out of it: [`model`] and [`vocabulary`]. Deliberately absent: splitting, importance matrices, tokenizers other than
+//! byte-level and byte-fallback BPE.
 
+mod model;
 mod names;
+mod rope;
+mod rows;
 mod settings;
+mod splitting;
 mod tokenizer;
 mod types;
+mod vocabulary;
 
+pub use model::{GgufModel, GgufWeight};
 pub use types::{FileType, label, parse};
 
 use crate::{Errors, Form, Values, encode};
@@ -16,9 +24,9 @@ use kto_formats::{
     gguf::{GgufTensor, GgufValue, header},
     model_dir::ModelDir,
 };
-use names::Family;
+use names::{Change, Family};
+use rows::{Given, Way};
 use safetensors::Dtype;
-use std::ops::Range;
 
 /// A tensor of the file.
 pub struct Tensor {
@@ -30,8 +38,10 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// Its form.
     pub form: Form,
-    /// Of queries and keys of Llama: the number of heads, whose rows are interleaved.
-    heads: Option<usize>,
+    /// How its values are in the file.
+    change: Change,
+    /// The values of a tensor that is no weight.
+    given: Option<Vec<f32>>,
 }
 
 /// What the file will hold.
@@ -59,15 +69,26 @@ impl Gguf {
     ) -> Result<Self> {
         let place = || escape(&model.path.join("config.json").display().to_string());
         let family = Family::of(&model.config).at(place())?;
-        let mut keys = settings::keys(&model.config, &family, file).at(place())?;
-        keys.push(("kto.quantized_from".into(), GgufValue::String(model.fingerprint())));
+        let settings = settings::write(&model.config, &family, file).at(place())?;
+        let mut keys = settings.keys;
+        keys.push((model::QUANTIZED_FROM.into(), GgufValue::String(model.fingerprint())));
         keys.extend(tokenizer::keys(&model.path, family.vocabulary, ui)?);
         let tied = !weights.iter().any(|(name, ..)| name == "lm_head.weight");
         let mut tensors = Vec::new();
+        for (name, values) in settings.tensors {
+            tensors.push(Tensor {
+                weight: name.into(),
+                name: name.into(),
+                shape: vec![values.len()],
+                form: Form::Float(Dtype::F32),
+                change: Change::None,
+                given: Some(values),
+            });
+        }
         for (weight, shape, dtype) in weights {
-            let (name, heads) = family.tensor(weight)?;
+            let (name, change) = family.tensor(weight)?;
             let rows = shape.first().copied().unwrap_or(0);
-            if heads.is_some_and(|heads| heads == 0 || rows == 0 || rows % (2 * heads) != 0) {
+            if !rows::fits(change, rows) {
                 let text =
                     format!("\"{}\": {rows} rows are no heads as config.json has them", escape(weight));
                 return Err(Error::data(format!("{}: {text}", place())));
@@ -85,8 +106,21 @@ impl Gguf {
                     other
                 }
             };
-            tensors.push(Tensor { weight: weight.clone(), name, shape: shape.clone(), form, heads });
+            let made = |name| Tensor {
+                weight: weight.clone(),
+                name,
+                shape: shape.clone(),
+                form,
+                change,
+                given: None,
+            };
+            // llama.cpp knows no tied head of this decoder.
+            if tied && family.kind.layer_norm && name == "token_embd.weight" {
+                tensors.push(made("output.weight".into()));
+            }
+            tensors.push(made(name));
         }
+        settings.notes.iter().for_each(|note| ui.warn(note));
         Ok(Self { keys, tensors })
     }
 
@@ -118,10 +152,9 @@ impl Gguf {
         let progress = ui.progress(made.size, "bytes");
         let mut end = made.bytes.len() as u64;
         for (tensor, offset) in self.tensors.iter().zip(&made.offsets) {
-            let values = values(&tensor.weight)?;
-            let values = match tensor.heads {
-                Some(heads) => Box::new(Interleaved::new(values, heads)) as Box<dyn Values>,
-                None => values,
+            let values: Box<dyn Values> = match &tensor.given {
+                Some(values) => Box::new(Given(values)),
+                None => rows::changed(values(&tensor.weight)?, tensor.change, Way::Into),
             };
             let mut at = *offset;
             let codec = tensor.form.codec(values.columns());
@@ -144,47 +177,6 @@ impl Gguf {
             return Err(Error::internal("a GGUF file shorter than its header says"));
         }
         Ok(())
-    }
-}
-
-/// Rows of queries or keys in the order of llama.cpp's Llama: of each head the two halves take turns, because it rotates neighbouring
-/// elements where transformers rotates halves.
-struct Interleaved<'a> {
-    values: Box<dyn Values + 'a>,
-    columns: usize,
-    /// Rows of a head.
-    rows: usize,
-}
-
-impl<'a> Interleaved<'a> {
-    fn new(values: Box<dyn Values + 'a>, heads: usize) -> Self {
-        // Of a bias every element is a row.
-        let columns = if values.columns() == values.len() { 1 } else { values.columns() };
-        let rows = values.len() / columns.max(1) / heads.max(1);
-        Self { values, columns, rows }
-    }
-}
-
-impl Values for Interleaved<'_> {
-    fn len(&self) -> usize {
-        self.values.len()
-    }
-    fn columns(&self) -> usize {
-        self.values.columns()
-    }
-    fn read(&self, start: usize, out: &mut [f32]) {
-        let columns = self.columns;
-        for (i, row) in out.chunks_mut(columns).enumerate() {
-            let (head, j) = ((start / columns + i) / self.rows, (start / columns + i) % self.rows);
-            let from = head * self.rows + j % 2 * (self.rows / 2) + j / 2;
-            self.values.read(from * columns, row);
-        }
-    }
-    // Rows are read in another order than they lie; they go with the rest of the file.
-    fn done(&self, range: Range<usize>) {
-        if range.end == self.len() {
-            self.values.done(0..range.end);
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Two kinds: byte-level BPE ("gpt2": tokens, merges, and the name of the splitting rule) and BPE with byte fallback ("llama": tokens with
 //! scores, which order the merges). The splitting rule is told by its regular expression.
 
+use super::splitting::Rule;
 use kto_cli::{Context, Error, Result, Ui, escape};
 use kto_formats::{gguf::GgufValue, tensors::Map};
 use serde_json::Value;
@@ -10,6 +11,9 @@ use std::{collections::HashMap, path::Path};
 
 /// Longest JSON file of a tokenizer, in bytes.
 const MAX_JSON: usize = 256 << 20;
+
+/// What of a tokenizer llama.cpp has no key for, as JSON, for the way back: everything but tokens and merges.
+pub const DETAILS: &str = "kto.tokenizer";
 
 /// Kinds of tokens in llama.cpp's numbers.
 #[derive(Clone, Copy)]
@@ -36,6 +40,8 @@ pub fn keys(directory: &Path, vocabulary: usize, ui: &Ui) -> Result<Vec<(String,
     let config = read(&directory.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
     let place = escape(&path.display().to_string());
     let mut keys = tokens(&json, vocabulary, ui).at(&place)?;
+    let model = read(&directory.join("config.json"))?.unwrap_or(Value::Null);
+    keys.push((DETAILS.into(), GgufValue::String(details(&json, &config, &model))));
     special(&json, &config, directory, &mut keys)?;
     if let Some(template) = template(directory, &config)? {
         keys.push(("tokenizer.chat_template".into(), GgufValue::String(template)));
@@ -54,6 +60,25 @@ fn read(path: &Path) -> Result<Option<Value>> {
     }
     let value = serde_json::from_slice(&bytes);
     value.map(Some).map_err(|e| Error::data(format!("{place}: not JSON: {}", escape(&e.to_string()))))
+}
+
+/// Everything but tokens, merges and templates.
+fn details(json: &Value, config: &Value, model: &Value) -> String {
+    let without = |value: &Value, fields: &[&str]| {
+        let all = value.as_object().into_iter().flatten();
+        let kept = all.filter(|(field, _)| !fields.contains(&field.as_str()));
+        Value::Object(kept.map(|(field, value)| (field.clone(), value.clone())).collect())
+    };
+    let mut all = without(json, &["model", "version", "truncation", "padding"]);
+    all["model"] = without(&json["model"], &["vocab", "merges"]);
+    if config.is_object() {
+        all["config"] = without(config, &["chat_template"]);
+        // transformers takes tokenizer.json as it is written for this model type, which the file may not keep.
+        if model["model_type"] == "mistral" {
+            all["config"]["tokenizer_class"] = "PreTrainedTokenizerFast".into();
+        }
+    }
+    all.to_string()
 }
 
 fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufValue)>> {
@@ -99,6 +124,7 @@ fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufV
         .map(|(id, token)| token.unwrap_or_else(|| (format!("[PAD{id}]"), Kind::Unused)))
         .collect();
     let merges = merges(model)?;
+    let pairs = || GgufValue::Strings(merges.iter().map(|(a, b)| format!("{a} {b}")).collect());
     let mut keys: Vec<(String, GgufValue)> = Vec::new();
     let mut put = |key: &str, value| keys.push((format!("tokenizer.ggml.{key}"), value));
     if fallback {
@@ -108,14 +134,16 @@ fn tokens(json: &Value, vocabulary: usize, ui: &Ui) -> Result<Vec<(String, GgufV
         let prefix = json["normalizer"].to_string().contains("\"Prepend\"")
             || json["pre_tokenizer"]["prepend_scheme"].as_str().is_some_and(|scheme| scheme != "never");
         put("add_space_prefix", GgufValue::Bool(prefix));
+        // llama.cpp goes by the scores; other readers, and the way back, find the same merges here.
+        put("merges", pairs());
     } else {
         put("model", GgufValue::String("gpt2".into()));
-        let rule = splitting(&json["pre_tokenizer"]);
+        let rule = Rule::name_of(&json["pre_tokenizer"]);
         if rule.is_none() {
             ui.warn("tokenizer.json: its splitting rule is none that llama.cpp is known to have; llama.cpp may tokenize otherwise");
         }
         put("pre", GgufValue::String(rule.unwrap_or("default").into()));
-        put("merges", GgufValue::Strings(merges.iter().map(|(a, b)| format!("{a} {b}")).collect()));
+        put("merges", pairs());
     }
     put("token_type", GgufValue::Ints(filled.iter().map(|(_, kind)| *kind as i32).collect()));
     put("tokens", GgufValue::Strings(filled.into_iter().map(|(text, _)| text).collect()));
@@ -150,31 +178,6 @@ fn scores(tokens: &[(String, Kind)], merges: &[(String, String)]) -> Vec<f32> {
         (None, _) => 0.0,
     };
     tokens.iter().map(score).collect()
-}
-
-/// Returns llama.cpp's name of a splitting rule, as far as it is known here.
-fn splitting(rule: &Value) -> Option<&'static str> {
-    let steps: Vec<&Value> = match rule["type"].as_str() {
-        Some("Sequence") => rule["pretokenizers"].as_array()?.iter().collect(),
-        _ => vec![rule],
-    };
-    let pattern = |step: &Value| step["pattern"]["Regex"].as_str().unwrap_or_default().to_string();
-    match steps[..] {
-        [only] if only["type"] == "ByteLevel" && only["use_regex"] != false => Some("gpt-2"),
-        [digits, bytes] if digits["type"] == "Digits" && digits["individual_digits"] == true => {
-            (bytes["type"] == "ByteLevel" && bytes["use_regex"] != false).then_some("smollm")
-        }
-        [split, bytes] if split["type"] == "Split" && bytes["type"] == "ByteLevel" => {
-            let pattern = pattern(split);
-            let common = pattern.starts_with("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|");
-            match () {
-                () if common && pattern.contains("\\p{N}{1,3}|") => Some("llama-bpe"),
-                () if common && pattern.contains("|\\p{N}| ?[^") => Some("qwen2"),
-                () => None,
-            }
-        }
-        _ => None,
-    }
 }
 
 /// Adds the special tokens and whether one is put before every text.

@@ -2,7 +2,8 @@
 
 use super::names::Family;
 use crate::Form;
-use kto_kernels::quant::Ggml;
+use kto_formats::gguf;
+use kto_kernels::quant::{Ggml, ggml::ReadOnly};
 use safetensors::Dtype;
 
 /// The type of a file, as llama.cpp names them.
@@ -56,6 +57,59 @@ pub fn number(form: Form) -> u32 {
     }
 }
 
+/// How a tensor of a file is stored, of the types that are read.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stored {
+    /// F32, F16 or BF16.
+    Float(Dtype),
+    /// A block form that is written too.
+    Written(Ggml),
+    /// Another one.
+    ReadOnly(ReadOnly),
+}
+
+/// ggml's numbers of the types that are read.
+const READ: [(u32, Stored); 15] = [
+    (0, Stored::Float(Dtype::F32)),
+    (1, Stored::Float(Dtype::F16)),
+    (30, Stored::Float(Dtype::BF16)),
+    (2, Stored::Written(Ggml::Q4_0)),
+    (3, Stored::ReadOnly(ReadOnly::Q4_1)),
+    (6, Stored::Written(Ggml::Q5_0)),
+    (7, Stored::Written(Ggml::Q5_1)),
+    (8, Stored::Written(Ggml::Q8_0)),
+    (10, Stored::ReadOnly(ReadOnly::Q2K)),
+    (11, Stored::ReadOnly(ReadOnly::Q3K)),
+    (12, Stored::Written(Ggml::Q4K)),
+    (13, Stored::Written(Ggml::Q5K)),
+    (14, Stored::Written(Ggml::Q6K)),
+    (20, Stored::ReadOnly(ReadOnly::Iq4Nl)),
+    (23, Stored::ReadOnly(ReadOnly::Iq4Xs)),
+];
+
+impl Stored {
+    /// Returns values and bytes of a block.
+    pub fn block(self) -> (usize, usize) {
+        match self {
+            Self::Float(Dtype::F32) => (1, 4),
+            Self::Float(_) => (1, 2),
+            Self::Written(form) => form.block(),
+            Self::ReadOnly(form) => form.block(),
+        }
+    }
+}
+
+/// Returns how a type of ggml's number is stored; none for those that are not read.
+pub fn stored(number: u32) -> Option<Stored> {
+    READ.iter().find(|(n, _)| *n == number).map(|(_, stored)| *stored)
+}
+
+/// Returns the names of the types that are read.
+pub fn readable() -> String {
+    let names: Vec<&str> = READ.iter().filter_map(|(n, _)| Some(gguf::kind(*n)?.name)).collect();
+    names.join(", ")
+}
+
 /// Returns the name of a form in ggml's terms.
 pub fn label(form: Form) -> &'static str {
     match number(form) {
@@ -97,8 +151,13 @@ pub fn form(name: &str, shape: &[usize], _dtype: Dtype, file: FileType, family: 
     if mixed && sensitive && block.is_some_and(|block| takes_more_bits(block, family.blocks)) {
         return Form::Ggml(Ggml::Q6K);
     }
+    // Values are among these rows.
+    if mixed && name.ends_with("attn_qkv.weight") {
+        return Form::Ggml(if base == Ggml::Q4K { Ggml::Q5K } else { Ggml::Q6K });
+    }
     // Eight query heads share these values in the 70B Llama: worth a bit more.
-    let shared = family.architecture == "llama" && family.blocks == 80 && family.heads != family.kv_heads;
+    let shared =
+        family.kind.architecture == "llama" && family.blocks == 80 && family.heads != family.kv_heads;
     if file == FileType::Q4KM && shared && name.ends_with("attn_v.weight") {
         return Form::Ggml(Ggml::Q5K);
     }

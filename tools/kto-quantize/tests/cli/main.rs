@@ -15,6 +15,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
+mod gguf;
 mod models;
 mod partial;
 
