@@ -6,11 +6,12 @@ import common
 
 
 def inputs(work):
-    """Makes what the commands need beside work/model and work/trained/adapter: the model in 4 bits of both libraries, a second adapter, a
+    """Makes what the commands need beside work/model and work/trained/adapter: the model in 4 bits of both libraries and as a GGUF file, a
     tuned model."""
     quantize, merge = common.tool("kto-quantize"), common.tool("kto-merge")
     common.must([quantize, "-q", work / "model", "-o", work / "nf4"])
     common.must([quantize, "-q", work / "model", "-o", work / "mlx", "--form", "mlx", "--group-size", 32])
+    common.must([quantize, "-q", work / "model", "-o", work / "model.gguf", "--form", "gguf", "--type", "Q8_0"])
     common.must([merge, "-q", "--base", work / "model", "--adapter", work / "trained/adapter", "-o", work / "tuned"])
 
 
@@ -27,6 +28,7 @@ def commands(work, shard):
     ]:
         yield f"kto-quantize {form}", [quantize, "-q", model, *more], "out.gguf" if form == "gguf" else "out"
     yield "kto-quantize --dequantize", [quantize, "-q", work / "nf4", "--dequantize", *shards], "out"
+    yield "kto-quantize --dequantize GGUF", [quantize, "-q", work / "model.gguf", "--dequantize", *shards], "out"
     yield "kto-quantize --report", [quantize, "-q", model, "--report", "OUT/report.jsonl", *shards], "out"
     one = ["--adapter", adapter]
     for form, words, output in [
