@@ -1,8 +1,8 @@
 //! A model as one GGUF file for llama.cpp: names, types, settings and tokenizer in its terms, then the weights. And the way back.
 //!
 //! Called by kto-quantize and kto-merge. Supported are the decoders whose tensors llama.cpp has under fixed names. Of both directions: names
-//! and order of tensors ([`names`], [`rows`]), settings ([`settings`], [`rope`]), types ([`types`]), rules of tokenizers ([`splitting`]). Into a file: this module and
-//! [`tokenizer`]; out of it: [`model`] and [`vocabulary`]. Deliberately absent: splitting, importance matrices, tokenizers other than
+//! and order of tensors (`names`, `rows`), settings (`settings`, `rope`), types (`types`), rules of tokenizers (`splitting`). Into a file: this module and
+//! `tokenizer`; out of it: `model` and `vocabulary`. Deliberately absent: splitting, importance matrices, tokenizers other than
 //! byte-level and byte-fallback BPE.
 
 mod model;
