@@ -28,12 +28,13 @@ use crate::Dense;
 pub const DIALECT: &str = include_str!("../../gpu/dialect.h");
 
 /// The files of kernels by name.
-pub const SOURCES: [(&str, &str); 12] = [
+pub const SOURCES: [(&str, &str); 13] = [
     ("dequantize_affine", include_str!("../../gpu/dequantize_affine.kernel")),
     ("dequantize_int8", include_str!("../../gpu/dequantize_int8.kernel")),
     ("dequantize_nf4", include_str!("../../gpu/dequantize_nf4.kernel")),
     ("dropout", include_str!("../../gpu/dropout.kernel")),
     ("elementwise", include_str!("../../gpu/elementwise.kernel")),
+    ("gains", include_str!("../../gpu/gains.kernel")),
     ("gated", include_str!("../../gpu/gated.kernel")),
     ("layer_norm", include_str!("../../gpu/layer_norm.kernel")),
     ("logprob", include_str!("../../gpu/logprob.kernel")),
