@@ -56,7 +56,7 @@ fn frequencies_are_those_of_transformers() {
             }
         }
     }
-    assert_eq!(checked, 2 * (17 + 1));
+    assert_eq!(checked, 2 * (18 + 2));
 }
 
 /// The sizes of the record are those of the tensors.
