@@ -81,7 +81,7 @@ gpu-plans: build ## what kto-train plans to hold on a GPU for models of 7B to 32
 	$(PYTHON) scripts/gpu/plans
 	$(PYTHON) scripts/bench/report.py
 
-check: fmt-check lint test manners faults demo ## everything CI does but gpu-kernels and check-cuda
+check: fmt-check lint doc test manners faults demo ## everything CI does but gpu-kernels and check-cuda
 
 fmt: ## format the sources
 	$(CARGO) fmt --all
@@ -131,7 +131,7 @@ bench-data: build ## kto-convert beside jq and TRL, kto-tokenize beside datasets
 	$(PYTHON) scripts/bench/report.py
 
 doc: ## API documentation into target/doc
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --release --workspace --no-deps
 
 man: build ## man pages into target/man
 	@mkdir -p target/man

@@ -2,7 +2,7 @@
 //!
 //! Called by the tests, on the emulator; a back end for a GPU implements [`Machine`] and runs the same [`CHECKS`]. Every buffer has
 //! guards around it and results begin as NaN, so a kernel that leaves something out, reads or writes outside, or changes
-//! an input is noticed. [`check_products`] does the same for a device's matrix products; [`rates`] measures what bounds its steps.
+//! an input is noticed. [`check_products`] does the same for a device's matrix products; [`rates()`] measures what bounds its steps.
 
 mod attention;
 #[cfg(feature = "cuda")]

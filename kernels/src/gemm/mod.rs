@@ -167,7 +167,7 @@ fn group(pieces: &mut std::iter::Peekable<impl Iterator<Item = Piece>>, most: us
     (!group.is_empty()).then_some(group)
 }
 
-/// Panels of a group of pieces: panel p is [depth][columns].
+/// Panels of a group of pieces: panel p is `[depth][columns]`.
 struct Slab<T> {
     at: Shared<T>,
     /// First panel and number of panels.

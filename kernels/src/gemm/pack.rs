@@ -13,7 +13,7 @@ const RUN: usize = 256;
 /// Where neighbouring panels go.
 #[derive(Clone, Copy)]
 pub(super) struct Panels<T> {
-    /// The first one, [rows][columns].
+    /// The first one, `[rows][columns]`.
     pub at: *mut T,
     /// Columns of a panel.
     pub columns: usize,
@@ -186,7 +186,7 @@ unsafe fn transpose_square_avx2(from: *const f32, from_row: usize, to: *mut f32,
     }
 }
 
-/// Copies rows `0..m` of columns `first..first + k` of `a` into `block` ([m][k]).
+/// Copies rows `0..m` of columns `first..first + k` of `a` into `block`, `[m][k]`.
 ///
 /// # Safety
 /// `a` must be valid for m rows and `first + k` columns, `block` for `m · k` elements.

@@ -1,6 +1,6 @@
 //! Rows on their way from a file to a record: what every row reader yields and how a JSON row is parsed.
 //!
-//! Called by the readers of this crate ([`crate::jsonl`], [`crate::json_array`], [`crate::table`]). A row is good or
+//! Called by the readers of this crate ([`crate::jsonl`], [`crate::json`], [`crate::table`]). A row is good or
 //! bad; only a broken stream ends the reading, so a caller may count bad rows and go on.
 
 use crate::json::{self, Fault};

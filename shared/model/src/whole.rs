@@ -259,9 +259,9 @@ impl<'a> Policy<'a> {
 
 /// Where the gradients of what is trained whole in a block are added to.
 pub(crate) struct WholeGradient {
-    /// By [`Module`]: of the weight (out, in).
+    /// By [`crate::architecture::Module`]: of the weight (out, in).
     pub weights: [Option<HostTensor>; 7],
-    /// By [`Module`]: of the bias (out).
+    /// By [`crate::architecture::Module`]: of the bias (out).
     pub biases: [Option<HostTensor>; 7],
     pub norms: Norms<NormGradient>,
 }

@@ -1,7 +1,7 @@
 //! Weights of a model: read from any form that files have them in, and written in any form.
 //!
 //! Called by kto-quantize and kto-merge, which say what becomes of each tensor, and by kto-model, which wraps frozen weights for its
-//! kernels. Data flows one way: [`Source`] → [`Weight`] (or other [`Values`]) → [`encode`] with a codec of `kto-kernels` → [`Layout`].
+//! kernels. Data flows one way: [`Source`] → [`Weight`] (or other [`Values`]) → [`encode()`] with a codec of `kto-kernels` → [`Layout`].
 //! Invariants: a tensor goes through memory a piece at a time; the bytes depend neither on the number of threads nor on where an earlier
 //! run stopped; nothing that is not finite is written. Deliberately absent: which tensor gets which form (the tools decide).
 

@@ -1,5 +1,7 @@
 //! The command line of kto-convert, as the user gives it.
 
+#![allow(rustdoc::broken_intra_doc_links, reason = "help texts have brackets")]
+
 use clap::{Parser, ValueEnum};
 use kto_cli::Common;
 use std::path::PathBuf;

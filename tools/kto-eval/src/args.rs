@@ -1,5 +1,7 @@
 //! The command line of kto-eval. Flag names are stable and mean what they mean in kto-train.
 
+#![allow(rustdoc::broken_intra_doc_links, reason = "help texts have brackets")]
+
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 use kto_cli::{
     Common,

@@ -1,5 +1,7 @@
 //! The command line of kto-merge, as the user gives it.
 
+#![allow(rustdoc::broken_intra_doc_links, reason = "help texts have brackets")]
+
 use clap::{ArgGroup, Parser, ValueEnum};
 use kto_cli::{Common, Error, escape};
 use kto_formats::{lora::Ecosystem, shards::parse_size};

@@ -1,5 +1,7 @@
 //! The command line of kto-train. Flag names are stable.
 
+#![allow(rustdoc::broken_intra_doc_links, reason = "help texts have brackets")]
+
 use crate::{
     adapter::{alpha_pattern, layers, rank_pattern},
     cadence::Every,

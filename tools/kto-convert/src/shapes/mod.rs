@@ -1,7 +1,7 @@
 //! The shapes of preference rows and the one table that decides between them.
 //!
 //! Called for every row: the shape of one row says nothing about the next. A new shape is a file beside this one and a
-//! line in [`table::SHAPES`]; the first line whose fields are all there wins, or the one that `--from` names.
+//! line in `table::SHAPES`; the first line whose fields are all there wins, or the one that `--from` names.
 
 mod advice;
 mod arena;
