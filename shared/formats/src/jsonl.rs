@@ -121,7 +121,9 @@ pub(crate) fn line_text<'a>(
 ) -> Result<Line<'a>> {
     let first = place.line == 1;
     if let Some(what) = binary(line).filter(|_| first) {
-        return Err(Error::data(format!("{name}: this is {what}, not JSON Lines")));
+        let error = Error::data(format!("{name}: this is {what}, not JSON Lines"));
+        let tables = ["a Parquet file", "an Arrow file"].contains(&what);
+        return Err(if tables { error.with_hint("kto-convert makes JSON Lines of it") } else { error });
     }
     if line.len() as u64 > options.max_line {
         return Ok(Line::Long(Row::bad(place.line, too_long(name, place.line, "line", options.max_line))));

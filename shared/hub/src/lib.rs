@@ -35,6 +35,11 @@ use std::path::{Path, PathBuf};
 pub fn locate(given: &Path, need: &Need, ui: &Ui) -> Result<PathBuf> {
     match named(given) {
         Some(name) => locate_named(&Settings::from_environment()?, &name, need, ui),
+        None if !given.exists() => Err(Error::new(
+            Kind::NoInput,
+            format!("{}: no such directory", escape(&given.display().to_string())),
+        )
+        .with_hint("a model on the hub is called org/name[@revision]")),
         None => Ok(given.into()),
     }
 }

@@ -3,7 +3,7 @@
 use crate::{
     args::{AdapterForm, Args, Method},
     delta::{Change, Held, Part},
-    inputs::{self, Inputs},
+    inputs::{self, EMBEDDING, HEAD, Inputs},
     low_rank::{Rows, factor},
     mix::Mix,
     origin,
@@ -233,16 +233,23 @@ pub fn extract(args: &Args, tuned: &Path, ui: &Ui) -> Result<Exit> {
             _ => others.push(name),
         }
     }
+    for name in weights(&tuned).filter(|name| !base.tensors.contains(name)) {
+        // A head of its own where the base's is the embedding may hold the same.
+        let tied = if name == HEAD { base.tensors.get(EMBEDDING) } else { None };
+        let tied = tied.map(|view| Weight::find(&base, view.name)).transpose()?.flatten();
+        match (tied, Weight::find(&tuned, name)?) {
+            (Some(a), Some(b)) if a.shape == b.shape && !differs(&Models { base: a, tuned: b }) => {}
+            _ => others.push(name),
+        }
+    }
     if modules.is_empty() {
         return Err(Error::data("no linear layer differs: there is nothing to extract"));
     }
     if !others.is_empty() {
         let shown: Vec<String> = others.iter().take(4).map(|n| escape(n)).collect();
-        ui.warn(format_args!(
-            "{} other tensors differ too and are not in the adapter: {}",
-            others.len(),
-            shown.join(", ")
-        ));
+        let more = if others.len() > shown.len() { ", …" } else { "" };
+        let text = "differ too, or are missing in the base, and are not in the adapter";
+        ui.warn(format_args!("{} other tensors {text}: {}{more}", others.len(), shown.join(", ")));
     }
     tell(ui, &least, rank);
     let set = LoraSet {

@@ -18,7 +18,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The embedding, which in a tied base is the head too.
-const EMBEDDING: &str = "model.embed_tokens.weight";
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The head.
 pub const HEAD: &str = "lm_head.weight";
 

@@ -17,6 +17,7 @@ use kto_formats::{
     tokenizer::TextTokenizer,
 };
 use kto_model::{architecture::Architecture, base::BaseModel, generate::Generator, lora::Lora, whole};
+use kto_weights::roles::{Role, role};
 use serde_json::Value;
 use std::{collections::BTreeMap, path::Path};
 
@@ -33,6 +34,8 @@ const TOKENS: usize = 64;
 /// The base with everything that is merged into it.
 pub struct Verify {
     lora: Lora,
+    /// Said of a result whose values are rounded to a few bits.
+    quantized: &'static str,
 }
 
 impl Verify {
@@ -49,6 +52,12 @@ impl Verify {
         let architecture = Architecture::from_config(&inputs.base.config).at(shown(&inputs.base.path))?;
         let mut tensors = BTreeMap::new();
         for (name, adapters) in &inputs.modules {
+            if !matches!(role(name), Some(Role::Linear(_))) {
+                return refuse(&format!(
+                    "\"{}\" is adapted, which the engine computes only merged",
+                    escape(name)
+                ));
+            }
             let part = |i: &usize| (&inputs.adapters[*i].modules[name], inputs.weights[*i] * args.scale);
             let parts: Vec<_> = adapters.iter().map(part).collect();
             let module = match parts[..] {
@@ -81,7 +90,8 @@ impl Verify {
             let values = Tensor::from_slice(&saved.values, &saved.shape[..], &candle_core::Device::Cpu);
             lora.whole.insert(name.clone(), values.map_err(|e| Error::internal(e.to_string()))?);
         }
-        Ok(Self { lora })
+        let quantized = if args.form.is_some() { ", with the rounding to its form" } else { "" };
+        Ok(Self { lora, quantized })
     }
 
     /// Compares the model whose weights lie at `merged`, without a name and a config.json yet, and says how far it is off. Error 65: its
@@ -105,10 +115,11 @@ impl Verify {
             return Err(Error::data("--verify: logits that are not finite")).at(shown(merged));
         }
         ui.note(format_args!(
-            "verified on {} prompts: logits differ from base and adapter by at most {:.2e}, the largest is {:.3}; the likeliest next \
+            "verified on {} prompts: logits differ from base and adapter by at most {:.2e}{}, the largest is {:.3}; the likeliest next \
              token is the same {} times of {}",
             prompts.len(),
             found.off,
+            self.quantized,
             found.largest,
             found.same,
             found.rows

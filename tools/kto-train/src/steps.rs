@@ -109,6 +109,9 @@ impl Steps<'_> {
         } else if self.run.cadence.is_due(step) {
             self.save_or_warn()?;
         }
+        if stopped.is_err() {
+            self.run.note_pause(self.position)?;
+        }
         stopped.map_err(|e| match step {
             0 => Error::new(e.kind(), format!("{e} before the first step")),
             _ => Error::new(e.kind(), format!("{e} after step {step}, which is saved"))

@@ -14,7 +14,7 @@ pub enum State {
     Copying,
     /// It trains, or was killed.
     Running,
-    /// It has had its time and is saved.
+    /// It has had its time, or was told to stop, and is saved.
     Paused,
     /// It has ended.
     Finished,

@@ -18,7 +18,7 @@ use crate::{
     steps::{Steps, Why},
     stored::State,
 };
-use kto_cli::{Result, Ui, atomic::AtomicDir};
+use kto_cli::{Result, Ui, atomic::AtomicDir, signal};
 use kto_formats::{
     adapter::{AdapterConfig, AdapterMeta},
     tokens::TokenSet,
@@ -96,8 +96,12 @@ impl Run<'_> {
         let workspace = Workspace::new(&self.base.architecture, Some(lora), spec, self.base.device());
         workspace.reserve_shape(&self.memory.reference.max(self.memory.steps), false)?;
         workspace.reserve_shape(&self.memory.steps, true)?;
-        let Some((references, scored)) = self.references(initial.as_ref(), &workspace)? else {
-            self.write_state(State::Paused, counts(start))?;
+        let scored = self.references(initial.as_ref(), &workspace);
+        if scored.as_ref().is_err_and(|e| signal::is_stop(e.kind())) {
+            self.note_pause(start)?;
+        }
+        let Some((references, scored)) = scored? else {
+            self.note_pause(start)?;
             return Ok(Ended::Paused("the reference pass is not done, what it has is saved".into()));
         };
         if let Some(lap) = scored {
@@ -205,7 +209,7 @@ impl Run<'_> {
     /// Leaves the run directory as it is to be found.
     fn end(&self, why: Why, end: Position, logs: &Logs, lora: &Lora, summary: String) -> Result<Ended> {
         if why == Why::Paused {
-            self.write_state(State::Paused, counts(end))?;
+            self.note_pause(end)?;
             return Ok(Ended::Paused(format!(
                 "{summary}; step {} of {} is saved",
                 end.step, self.plan.total_steps
@@ -238,6 +242,11 @@ impl Run<'_> {
         }
         self.write_state(State::Finished, result)?;
         Ok(Ended::Finished(summary))
+    }
+
+    /// Says in run.json that the run is saved at a position and not going on.
+    pub fn note_pause(&self, at: Position) -> Result<()> {
+        self.write_state(State::Paused, counts(at))
     }
 
     fn write_state(&self, state: State, result: Value) -> Result<()> {

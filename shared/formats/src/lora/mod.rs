@@ -83,6 +83,11 @@ impl LoraSet {
             return Err(Error::new(Kind::NoInput, format!("{}: not a directory", shown(&dir)))
                 .with_hint("give the directory that holds adapter_config.json"));
         }
+        if !dir.join(adapter::CONFIG).exists() && dir.join("run.json").is_file() {
+            let text = format!("{}: a run that is not finished has no adapter yet", shown(&dir));
+            let hint = "kto-train --resume goes on with it; best/ in it is the adapter of the best evaluation so far";
+            return Err(Error::new(Kind::NoInput, text).with_hint(hint));
+        }
         let set = if dir.join(mlx::WEIGHTS).exists() && !dir.join(adapter::WEIGHTS).exists() {
             mlx::read(&dir)?
         } else {

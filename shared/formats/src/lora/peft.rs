@@ -27,8 +27,9 @@ use std::{
 pub fn read(dir: &Path) -> Result<LoraSet> {
     let place = shown(&dir.join(adapter::CONFIG));
     let settings = read_json(&dir.join(adapter::CONFIG))?;
-    let peft = PeftConfig::read(&settings).at(&place)?;
+    // First: of another kind of adapter, that is what is wrong.
     let config = adapter_config::from_object(&settings).at(&place)?;
+    let peft = PeftConfig::read(&settings).at(&place)?;
     let path = dir.join(WEIGHTS);
     if !path.exists() && dir.join("adapter_model.bin").exists() {
         return Err(Error::data(format!(

@@ -27,6 +27,7 @@ use kto_formats::{
 use names::{Change, Family};
 use rows::{Given, Way};
 use safetensors::Dtype;
+use std::collections::BTreeMap;
 
 /// A tensor of the file.
 pub struct Tensor {
@@ -75,6 +76,8 @@ impl Gguf {
         keys.extend(tokenizer::keys(&model.path, family.vocabulary, ui)?);
         let tied = !weights.iter().any(|(name, ..)| name == "lm_head.weight");
         let mut tensors = Vec::new();
+        // Tensors that do not fit into the type of the file, by what they become and why.
+        let mut instead: BTreeMap<(&str, String), Vec<&String>> = BTreeMap::new();
         for (name, values) in settings.tensors {
             tensors.push(Tensor {
                 weight: name.into(),
@@ -101,8 +104,7 @@ impl Gguf {
                 None => form,
                 Some(why) => {
                     let other = types::instead(form, shape);
-                    let text = format!("\"{}\" becomes {}: {why}", escape(weight), types::label(other));
-                    ui.warn(text);
+                    instead.entry((types::label(other), why)).or_default().push(weight);
                     other
                 }
             };
@@ -121,6 +123,13 @@ impl Gguf {
             tensors.push(made(name));
         }
         settings.notes.iter().for_each(|note| ui.warn(note));
+        for ((label, why), names) in instead {
+            let first = escape(names[0]);
+            ui.warn(match names.len() {
+                1 => format!("\"{first}\" becomes {label}: {why}"),
+                n => format!("\"{first}\" and {} others become {label}: {why}", n - 1),
+            });
+        }
         Ok(Self { keys, tensors })
     }
 
