@@ -32,6 +32,8 @@ pub struct Record {
     /// Outputs: the result, and what is written beside it.
     results: Vec<PathBuf>,
     sides: Vec<PathBuf>,
+    /// The file by which make knows a directory without a manifest.
+    marker: &'static str,
     began: SystemTime,
     /// The inputs as the manifest has them, once they have been hashed.
     described: OnceLock<Vec<Value>>,
@@ -57,6 +59,7 @@ impl Record {
             results: Vec::new(),
             sides: Vec::new(),
             began: SystemTime::now(),
+            marker: "config.json",
             described: OnceLock::new(),
         }
     }
@@ -95,6 +98,10 @@ impl Record {
     /// Notes an output file; one without a name, a pipe or a device is none.
     pub fn output(&mut self, path: Option<&Path>) {
         self.results.extend(named(path));
+    }
+    /// Names the file of a directory that says that it is whole, where that is not config.json.
+    pub fn marker(&mut self, name: &'static str) {
+        self.marker = name;
     }
     /// Notes an output beside the result, such as a report.
     pub fn side(&mut self, path: Option<&Path>) {
@@ -194,7 +201,7 @@ impl Record {
             }
             None => directory.commit()?,
         }
-        self.write_rule(&[target.join(if self.keeps_own() { IN_DIRECTORY } else { "config.json" })])
+        self.write_rule(&[target.join(if self.keeps_own() { IN_DIRECTORY } else { self.marker })])
     }
     /// Returns what a manifest of another form takes over: configuration, inputs, these outputs, and the environment.
     pub fn sections(&self, outputs: &[PathBuf]) -> Result<Map<String, Value>> {

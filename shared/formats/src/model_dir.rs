@@ -25,6 +25,8 @@ type Object = serde_json::Map<String, Value>;
 pub const MAX_JSON: u64 = 64 << 20;
 /// Key of the source's fingerprint in the safetensors metadata of a quantized model.
 pub const QUANTIZED_FROM: &str = "kto.quantized_from";
+/// Key of the list of merges in the safetensors metadata of a merged model, and of what is made of it.
+pub const MERGED_FROM: &str = "kto.merged_from";
 /// Bytes of each end of a tensor that go into the fingerprint.
 const SAMPLE: usize = 32 << 10;
 /// Entries of config.json that say nothing about the weights.
@@ -73,7 +75,14 @@ impl ModelDir {
         if tensors.is_empty() {
             return Err(Error::data(format!("{}: the weights hold no tensor", shown(path))));
         }
-        let (is_part, config) = (part.is_some(), Value::Object(part.unwrap_or(config)));
+        let (is_part, mut config) = (part.is_some(), part.unwrap_or(config));
+        if unties(&config, &tensors) {
+            config.insert("tie_word_embeddings".into(), false.into());
+            let text =
+                "config.json ties the head to the embedding, the weights hold another head: that is used";
+            notes.push(format!("{}: {text}", shown(path)));
+        }
+        let config = Value::Object(config);
         Ok(Self { path: path.into(), config, tensors, notes, is_part })
     }
 
@@ -152,6 +161,17 @@ fn samples<'a>(view: &TensorView<'a>) -> (&'a [u8], &'a [u8]) {
     let head = view.data.len().min(SAMPLE);
     let tail = view.data.len().saturating_sub(SAMPLE).max(head);
     (&view.data[..head], &view.data[tail..])
+}
+
+/// Returns whether a head that shall be the embedding is there beside it as something else; transformers takes it then. Looks at the ends.
+fn unties(config: &Object, tensors: &TensorStore) -> bool {
+    let kind = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let tied =
+        config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(kind.starts_with("gemma"));
+    let (head, embedding) = (tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight"));
+    let Some((head, embedding)) = head.zip(embedding).filter(|_| tied) else { return false };
+    let form = |view: &TensorView| (view.dtype, view.shape.to_vec());
+    form(&head) == form(&embedding) && samples(&head) != samples(&embedding)
 }
 
 /// The value with the keys of every object sorted.

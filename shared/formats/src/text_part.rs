@@ -15,8 +15,15 @@ const PREFIXES: [(&str, &str); 3] =
 /// Where the part is in the module of transformers, so in the names of an adapter.
 const IN_WHOLE: &str = "model.language_model.";
 /// What the whole says of the weights and of the text's end.
-const OF_THE_WHOLE: [&str; 6] =
-    ["quantization_config", "quantization", "dtype", "torch_dtype", "eos_token_id", "transformers_version"];
+const OF_THE_WHOLE: [&str; 7] = [
+    "quantization_config",
+    "quantization",
+    "dtype",
+    "torch_dtype",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "transformers_version",
+];
 
 /// Returns the configuration of the language model; `None` where the whole is one.
 pub fn config(whole: &Map<String, Value>) -> Option<Map<String, Value>> {
@@ -27,6 +34,8 @@ pub fn config(whole: &Map<String, Value>) -> Option<Map<String, Value>> {
     for (field, value) in defaults() {
         part.entry(field).or_insert(value);
     }
+    // transformers asks the whole alone.
+    part.remove("tie_word_embeddings");
     for field in OF_THE_WHOLE {
         if let Some(value) = whole.get(field) {
             part.insert(field.into(), value.clone());

@@ -3,6 +3,7 @@
 //! Called before anything of the promised sizes is allocated: a config.json that lies about a size must not cost memory or time.
 //! Invariant: headers only, no weight is read. Deliberately absent: finiteness, which is checked as weights are loaded.
 
+use crate::whole::{Part, parts};
 use crate::{
     architecture::{Architecture, Module},
     norm::NormWeights,
@@ -10,6 +11,7 @@ use crate::{
 use kto_cli::{Error, Result, escape};
 use kto_formats::model_dir::ModelDir;
 use kto_weights::Source;
+use std::collections::BTreeMap;
 
 /// Name of the embedding (V, C).
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -119,6 +121,32 @@ pub fn check(architecture: &Architecture, directory: &ModelDir) -> Result<()> {
         }
     }
     no_further_block(architecture.layers, directory)
+}
+
+/// Returns a line about tensors that the decoder does not compute with.
+pub fn unused(architecture: &Architecture, directory: &ModelDir) -> Option<String> {
+    let parts = parts(architecture);
+    let modules: BTreeMap<&str, &Part> = parts.iter().map(|part| (part.name.as_str(), part)).collect();
+    let used = |name: &&str| {
+        // Scales and their like lie under the weight or beside it; a bias is a part of its own.
+        let mut module = *name;
+        while let Some((before, rest)) = module.rsplit_once('.') {
+            if let Some(part) = modules.get(before) {
+                return part.tensors.contains_key(*name) || rest != "bias";
+            }
+            module = before;
+        }
+        // Old files have the divisors of the rotation.
+        name.ends_with("rotary_emb.inv_freq")
+    };
+    let mut all = directory.tensors.names().filter(|name| !used(name));
+    let (first, more) = (all.next()?, all.count());
+    let more = if more > 0 { format!(" and {more} others") } else { String::new() };
+    Some(format!(
+        "tensor \"{}\"{more}: not a part of a {} model, not used",
+        escape(first),
+        architecture.family
+    ))
 }
 
 fn no_further_block(layers: usize, directory: &ModelDir) -> Result<()> {

@@ -57,6 +57,35 @@ fn base(name: &str, positions: usize, device: Option<&Device>) -> BaseModel {
     base
 }
 
+/// What a decoder does not compute with is named; a head beside the embedding that it shall be counts, as in transformers.
+#[test]
+fn further_tensors_are_told() {
+    let top = tempfile::tempdir().unwrap();
+    let with = |name: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        let dir = top.path().join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::copy(folder("llama-biases").join("model.safetensors"), dir.join("model.safetensors"))
+            .unwrap();
+        let text = std::fs::read(folder("llama-biases").join("config.json")).unwrap();
+        let mut config = serde_json::from_slice(&text).unwrap();
+        change(&mut config);
+        std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+        ModelDir::open(&dir).unwrap()
+    };
+    let unused = |model: &ModelDir| {
+        let architecture = Architecture::from_config(&model.config).unwrap();
+        kto_model::weights::check(&architecture, model).unwrap();
+        kto_model::weights::unused(&architecture, model)
+    };
+    assert_eq!(unused(&with("whole", &|_| {})), None);
+    let less = with("less", &|config| config["attention_bias"] = false.into());
+    let said = unused(&less).unwrap();
+    assert!(said.starts_with("tensor \"model.layers.0.self_attn.k_proj.bias\" and 7 others"), "{said}");
+    let tied = with("tied", &|config| config["tie_word_embeddings"] = true.into());
+    assert!(tied.config["tie_word_embeddings"] == false && tied.notes[0].contains("another head"));
+    assert_eq!(unused(&tied), None);
+}
+
 fn gpu() -> Option<Device> {
     Some(Device::Gpu(Gpu::new(emulated_gpu(1 << 30, Stream::Copy)?, 1 << 30), Dense::F32))
 }

@@ -35,6 +35,9 @@ impl Policy {
         directory.notes.iter().for_each(|note| ui.warn(note));
         let architecture = Architecture::from_config(&directory.config).at(shown(&args.model))?;
         weights::check(&architecture, &directory).at(shown(&args.model))?;
+        if let Some(text) = weights::unused(&architecture, &directory) {
+            ui.warn(format_args!("{}: {text}", shown(&args.model)));
+        }
         let lora = match &args.adapter {
             Some(path) => Some(adapter(path, "--adapter", &directory, &architecture, args.force_base)?),
             None => None,

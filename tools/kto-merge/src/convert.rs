@@ -19,25 +19,30 @@ use std::{collections::BTreeMap, path::Path};
 
 /// Writes one adapter: the given one, or with --rank the best approximation to the mixture of all.
 pub fn adapter(args: &Args, form: AdapterForm, ui: &Ui) -> Result<Exit> {
+    let base = args.base.as_deref().map(ModelDir::open).transpose()?;
+    base.iter().try_for_each(|base| refuse_output(&args.output, &base.path))?;
     let set = match args.rank {
-        None => converted(args)?,
+        None => converted(args, base.as_ref())?,
         Some(rank) => mixed(args, rank as usize, ui)?,
     };
-    write(args, &set, form.into(), ui)
+    write(args, &set, form.into(), base.as_slice(), ui)
 }
 
 /// The adapter as it is.
-fn converted(args: &Args) -> Result<LoraSet> {
+fn converted(args: &Args, base: Option<&ModelDir>) -> Result<LoraSet> {
     let (adapters, weights) = inputs::adapters(args)?;
     let [weight] = weights[..] else {
         return Err(Error::usage("several adapters become one only with --rank"));
     };
     let mut set = adapters.into_iter().next().ok_or_else(|| Error::usage("--adapter is needed"))?;
-    if let Some(base) = &args.base {
-        origin::check_base(&ModelDir::open(base)?, &set, args.force_base)?;
+    if let Some(base) = base {
+        origin::check_base(base, &set, args.force_base)?;
     }
     if args.layers.is_some() {
         return Err(Error::usage("--layers needs --rank here"));
+    }
+    if args.method != Method::Linear {
+        return Err(Error::usage("--method needs --rank here"));
     }
     let factor = weight * args.scale;
     if factor != 1.0 && set.modules.values().any(|m| m.magnitude.is_some()) {
@@ -237,9 +242,12 @@ pub fn extract(args: &Args, tuned: &Path, ui: &Ui) -> Result<Exit> {
         // A head of its own where the base's is the embedding may hold the same.
         let tied = if name == HEAD { base.tensors.get(EMBEDDING) } else { None };
         let tied = tied.map(|view| Weight::find(&base, view.name)).transpose()?.flatten();
-        match (tied, Weight::find(&tuned, name)?) {
-            (Some(a), Some(b)) if a.shape == b.shape && !differs(&Models { base: a, tuned: b }) => {}
-            _ => others.push(name),
+        let same = match (tied, Weight::find(&tuned, name)?) {
+            (Some(a), Some(b)) => a.shape == b.shape && !differs(&Models { base: a, tuned: b }),
+            _ => false,
+        };
+        if !same {
+            others.push(name);
         }
     }
     if modules.is_empty() {
@@ -261,7 +269,7 @@ pub fn extract(args: &Args, tuned: &Path, ui: &Ui) -> Result<Exit> {
         ecosystem: Ecosystem::Peft,
         of_part: base.is_part,
     };
-    write(args, &set, args.to.map_or(Ecosystem::Peft, Ecosystem::from), ui)
+    write(args, &set, args.to.map_or(Ecosystem::Peft, Ecosystem::from), &[base, tuned], ui)
 }
 
 fn differs(pair: &Models) -> bool {
@@ -273,14 +281,16 @@ fn differs(pair: &Models) -> bool {
     })
 }
 
-fn write(args: &Args, set: &LoraSet, form: Ecosystem, ui: &Ui) -> Result<Exit> {
+fn write(args: &Args, set: &LoraSet, form: Ecosystem, models: &[ModelDir], ui: &Ui) -> Result<Exit> {
     if args.dry_run {
         ui.note("nothing is written with --dry-run");
         return Ok(Exit::Ok);
     }
     let mut record = Record::new(&args.common);
     record.output(Some(&args.output));
+    models.iter().for_each(|model| record.model(&model.path, || model.fingerprint()));
     args.adapters.iter().for_each(|path| record.directory(&adapter::directory(path)));
+    record.marker(adapter::CONFIG);
     record.check()?;
     let directory =
         atomic::AtomicDir::create_if_changed(&args.output, args.force, args.common.make.if_changed)?;

@@ -97,6 +97,33 @@ impl Values for Merged<'_> {
     }
 }
 
+/// A weight of the base, moved by a part of the way to values that are held.
+pub struct Scaled<'a> {
+    /// The base's weight.
+    pub base: Box<dyn Values + 'a>,
+    /// Where the whole way leads.
+    pub held: Held<'a>,
+    /// The part.
+    pub factor: f32,
+}
+
+impl Values for Scaled<'_> {
+    fn len(&self) -> usize {
+        self.base.len()
+    }
+    fn columns(&self) -> usize {
+        self.base.columns()
+    }
+    fn read(&self, start: usize, out: &mut [f32]) {
+        self.base.read(start, out);
+        let held = &self.held.values[start..start + out.len()];
+        out.iter_mut().zip(held).for_each(|(v, h)| *v += self.factor * (h - *v));
+    }
+    fn done(&self, range: Range<usize>) {
+        self.base.done(range);
+    }
+}
+
 /// Values that are held, such as those of a module that was trained whole.
 pub struct Held<'a> {
     /// All of them.

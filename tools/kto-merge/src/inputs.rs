@@ -81,9 +81,10 @@ impl Inputs {
         if self.untied && name == HEAD { EMBEDDING } else { name }
     }
 
-    /// Returns the tensor that takes the place of `name`, if an adapter brings one.
-    pub fn saved(&self, name: &str) -> Option<&Saved> {
-        self.adapters.iter().find_map(|adapter| adapter.saved.get(name))
+    /// Returns the tensor that takes the place of `name`, if an adapter brings one, and the factor of its difference from the base.
+    pub fn saved(&self, name: &str, scale: f64) -> Option<(&Saved, f64)> {
+        let mut all = self.adapters.iter().zip(&self.weights);
+        all.find_map(|(adapter, weight)| Some((adapter.saved.get(name)?, weight * scale)))
     }
 
     /// Returns what is added to the weight `name`, if anything.

@@ -1,12 +1,13 @@
 //! Which base an adapter belongs to, and what has been merged already.
 
 use kto_cli::{Error, Result, Ui, escape, hash::Sha256Hex};
-use kto_formats::{lora::LoraSet, model_dir::ModelDir, safetensors_out::pt_metadata};
+use kto_formats::{
+    lora::LoraSet,
+    model_dir::{MERGED_FROM, ModelDir},
+    safetensors_out::pt_metadata,
+};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-
-/// Key of the list of merges in the safetensors metadata.
-const MERGED_FROM: &str = "kto.merged_from";
 
 /// Checks the adapters against the base and returns the metadata of the result: the merges so far and these.
 /// Errors (78): an adapter was trained on another base, or is merged into this one already.

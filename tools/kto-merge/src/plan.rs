@@ -3,7 +3,7 @@
 use crate::{
     Args,
     args::FormName,
-    delta::{Held, Merged},
+    delta::{Held, Merged, Scaled},
     inputs::{HEAD, Inputs},
     keep, origin,
 };
@@ -46,8 +46,12 @@ pub struct Plan {
     pub dequantized: usize,
     /// Values that differ from the base in the file, as far as they can be compared.
     pub different: AtomicU64,
+    /// Matrices that stay floats because their columns do not fit a quantized form.
+    pub unfit: Vec<String>,
     form: Option<FormName>,
     dtype: Option<Dtype>,
+    /// Whether the base is quantized in the form that is asked for, so that its settings are those of the result.
+    keeps: bool,
 }
 
 impl Plan {
@@ -58,11 +62,11 @@ impl Plan {
         let names = weights(base).filter(|name| !inputs.untied || *name != HEAD);
         let names: Vec<&str> = names.chain(inputs.untied.then_some(HEAD)).collect();
         let (mut targets, mut changed) = (BTreeMap::new(), BTreeSet::new());
-        let (mut dequantized, mut quantized) = (0, false);
+        let (mut dequantized, mut quantized, mut unfit) = (0, false, Vec::new());
         let has_nf4 = names.iter().any(|n| matches!(Nf4Tensor::find(&base.tensors, n), Ok(Some(_))));
         let has_mlx = names.iter().any(|n| matches!(AffineTensor::find(base, n), Ok(Some(_))));
         for name in names {
-            let touched = inputs.saved(name).is_some()
+            let touched = inputs.saved(name, 1.0).is_some()
                 || name.strip_suffix(".weight").is_some_and(|module| inputs.modules.contains_key(module));
             if touched {
                 changed.insert(name.to_string());
@@ -77,6 +81,10 @@ impl Plan {
                 Some(FormName::Nf4) => nf4(&inputs, &weight, has_nf4)?,
                 Some(FormName::Mlx) => affine(&inputs, &weight, has_mlx)?,
             };
+            if args.form == Some(FormName::Mlx) && !has_mlx && matches!(form, Form::Float(_)) {
+                let module = name.strip_suffix(".weight").unwrap_or_default();
+                unfit.extend(role(module).is_some().then(|| name.to_string()));
+            }
             let float = matches!(form, Form::Float(_));
             dequantized += usize::from(weight.quantized && float);
             let same = weight.quantized
@@ -90,18 +98,43 @@ impl Plan {
             let place = escape(&base.path.display().to_string());
             return Err(Error::data(format!("{place}: quantized by a method that is not known here")));
         }
+        let keeps = match args.form {
+            Some(FormName::Nf4) => has_nf4,
+            Some(FormName::Mlx) => has_mlx,
+            _ => false,
+        };
+        let few = |target: &Target| matches!(target, Target::Form(form) if !matches!(form, Form::Float(_)));
+        if !keeps && matches!(args.form, Some(FormName::Nf4 | FormName::Mlx)) && !targets.values().any(few) {
+            let text = "no matrix of the model fits the form: MLX's groups have 64 columns";
+            return Err(Error::usage(text).with_hint("leave --form out"));
+        }
         let (form, dtype, different) = (args.form, args.dtype.map(Dtype::from), AtomicU64::new(0));
-        Ok(Self { inputs, targets, changed, dequantized, different, form, dtype })
+        Ok(Self { inputs, targets, changed, dequantized, different, unfit, form, dtype, keeps })
+    }
+
+    /// Returns whether layers of the result have bitsandbytes' 4-bit floats, which an fp4 base keeps.
+    pub fn has_fp4(&self) -> bool {
+        let fp4 = |t: &Target| matches!(t, Target::Form(Form::FourBit { kind: FourBitKind::Fp4, .. }));
+        let tensors = &self.inputs.base.tensors;
+        let kept = |name: &String| matches!(Nf4Tensor::find(tensors, name), Ok(Some(t)) if t.state.kind == FourBitKind::Fp4);
+        self.form == Some(FormName::Nf4)
+            && self.targets.iter().any(|(name, t)| fp4(t) || *t == Target::Same && kept(name))
     }
 
     /// Returns the values of a weight of the result.
     pub fn values<'a>(&'a self, args: &Args, name: &str) -> Result<Box<dyn Values + 'a>> {
         let base = &self.inputs.base;
         let stored = base.tensors.require(self.inputs.stored(name))?.name;
-        let base: Box<dyn Values + 'a> = match self.inputs.saved(name) {
-            Some(saved) => {
+        let base: Box<dyn Values + 'a> = match self.inputs.saved(name, args.scale) {
+            Some((saved, factor)) => {
                 let columns = saved.shape.last().copied().unwrap_or(1);
-                Box::new(Held { values: &saved.values, columns })
+                let held = Held { values: &saved.values, columns };
+                match Weight::find(base, stored)? {
+                    Some(weight) if factor != 1.0 => {
+                        Box::new(Scaled { base: Box::new(weight), held, factor: factor as f32 })
+                    }
+                    _ => Box::new(held),
+                }
             }
             None => {
                 let weight = Weight::find(base, stored)?;
@@ -121,15 +154,17 @@ impl Plan {
         for (name, target) in &self.targets {
             let source = self.inputs.stored(name);
             let place = base.tensors.place_of(source);
+            let place = if self.changed.contains(name) { format!("{place} with the adapter") } else { place };
             let stored = Weight::find(base, base.tensors.require(source)?.name)?;
             let shape = stored.as_ref().map(|w| w.shape.clone());
             let content = match target {
                 Target::Same => Content::Copy(self.parts(name), &base.tensors),
                 Target::Form(form) => {
                     let values = self.values(args, name)?;
-                    let touched = self.changed.contains(name);
+                    // A head that was the embedding is written anew, but may have its values.
+                    let anew = self.changed.contains(name) || source != name;
                     let keep = match stored {
-                        Some(stored) if touched => keep::hook(base, source, stored, *form, &self.different)?,
+                        Some(stored) if anew => keep::hook(base, source, stored, *form, &self.different)?,
                         _ => None,
                     };
                     Content::Encoded { form: *form, values, keep }
@@ -173,14 +208,8 @@ impl Plan {
         if self.inputs.untied {
             map.insert("tie_word_embeddings".into(), false.into());
         }
-        let was = |key: &str, method: Option<&str>| {
-            let value = self.inputs.base.config.get(key);
-            value.is_some_and(|q| method.is_none_or(|m| q.get("quant_method").is_some_and(|v| v == m)))
-        };
-        match self.form {
-            Some(FormName::Nf4) if was("quantization_config", Some("bitsandbytes")) => return config,
-            Some(FormName::Mlx) if was("quantization", None) => return config,
-            _ => {}
+        if self.keeps {
+            return config;
         }
         map.remove("quantization_config");
         map.remove("quantization");

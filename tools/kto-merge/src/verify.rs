@@ -84,6 +84,9 @@ impl Verify {
         let mut lora = Lora::from_adapter(&architecture, &adapter, DType::F32)?;
         let parts = whole::parts(&architecture);
         for (name, saved) in inputs.adapters.iter().flat_map(|adapter| &adapter.saved) {
+            if inputs.saved(name, args.scale).is_some_and(|(_, factor)| factor != 1.0) {
+                return refuse("what was trained whole, with a factor, exists only merged");
+            }
             if !parts.iter().any(|part| part.tensors.contains_key(name)) {
                 return refuse(&format!("\"{}\" is no tensor that the engine computes with", escape(name)));
             }
@@ -113,6 +116,9 @@ impl Verify {
         }
         if !found.largest.is_finite() || !found.off.is_finite() {
             return Err(Error::data("--verify: logits that are not finite")).at(shown(merged));
+        }
+        if found.largest == 0.0 {
+            return Err(Error::data("--verify: every logit is zero")).at(shown(merged));
         }
         ui.note(format_args!(
             "verified on {} prompts: logits differ from base and adapter by at most {:.2e}{}, the largest is {:.3}; the likeliest next \

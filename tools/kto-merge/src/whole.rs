@@ -36,6 +36,19 @@ impl From<GgufType> for FileType {
 /// Merges.
 pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
     let plan = Plan::new(args, Inputs::open(args, ui)?)?;
+    if let Some(first) = plan.unfit.first() {
+        let more = match plan.unfit.len() {
+            1 => "stays".to_string(),
+            n => format!("and {} others stay", n - 1),
+        };
+        ui.warn(format_args!(
+            "\"{}\" {more} floats: the columns are no multiple of MLX's group of 64",
+            escape(first)
+        ));
+    }
+    if plan.has_fp4() {
+        ui.warn("the layers of the base are fp4, and stay so");
+    }
     let verify = args.verify.then(|| Verify::new(args, &plan.inputs)).transpose()?;
     if args.dry_run {
         let mut out = Output::create(None)?;
@@ -121,12 +134,14 @@ fn gguf_file(args: &Args, plan: &Plan, ui: &Ui) -> Result<Gguf> {
 
 fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
     let gguf = gguf_file(args, plan, ui)?;
-    if args.output.exists() && !args.force {
+    let if_changed = args.common.make.if_changed;
+    if args.output.exists() && !args.force && !if_changed {
         let text = format!("{}: already exists", escape(&args.output.display().to_string()));
         return Err(Error::new(Kind::CantCreate, text).with_hint("--force replaces it"));
     }
     disk::require_free(&args.output, gguf.size())?;
     let file = atomic::AtomicFile::create(&args.output)?;
+    let file = file.if_changed(if_changed).keep_other(if_changed && !args.force);
     gguf.write(&file, ui, &|name| plan.values(args, name), None)?;
     plan.inputs.base.tensors.check_unchanged()?;
     file.commit()?;

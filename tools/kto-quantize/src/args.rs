@@ -6,7 +6,7 @@ use clap::{Parser, ValueEnum};
 use kto_cli::{Common, Error, Result, escape};
 use kto_formats::shards::parse_size;
 use safetensors::Dtype;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const ABOUT: &str = "Quantize a model directory for bitsandbytes, MLX or llama.cpp";
 
@@ -134,6 +134,19 @@ impl Args {
         }
         if !self.dequantize {
             self.check_form(form)?;
+        }
+        if let Some(report) = &self.report {
+            // A directory is replaced when it appears, and what lies in it.
+            let real = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.into());
+            let mut partial = self.output.clone().into_os_string();
+            partial.push(".partial");
+            if [self.output.as_path(), Path::new(&partial)]
+                .iter()
+                .any(|dir| real(report).starts_with(real(dir)))
+            {
+                let name = escape(&report.display().to_string());
+                return Err(Error::usage(format!("--report {name}: inside the output")));
+            }
         }
         let named = self.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
         if named && (self.dequantize || self.form.is_none()) {

@@ -7,7 +7,7 @@ use crate::{
 use kto_formats::{
     bnb::{self, FourBitKind, torch_name},
     mlx::{self, Setting},
-    model_dir::QUANTIZED_FROM,
+    model_dir::{MERGED_FROM, QUANTIZED_FROM},
     safetensors_out::pt_metadata,
 };
 use kto_weights::{Form, roles::role};
@@ -23,6 +23,8 @@ impl Plan {
             metadata.insert("format".into(), "mlx".into());
         }
         metadata.insert(QUANTIZED_FROM.into(), self.model.fingerprint());
+        let merged = self.model.tensors.metadata().get(MERGED_FROM);
+        metadata.extend(merged.map(|merged| (MERGED_FROM.to_string(), merged.clone())));
         metadata
     }
 

@@ -75,6 +75,9 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     model.notes.iter().for_each(|note| ui.warn(note));
     let architecture = Architecture::from_config(&model.config).at(shown(&args.model))?;
     kto_model::weights::check(&architecture, &model).at(shown(&args.model))?;
+    if let Some(text) = kto_model::weights::unused(&architecture, &model) {
+        ui.warn(format_args!("{}: {text}", shown(&args.model)));
+    }
     let adapter = args.init_adapter.as_deref().map(Adapter::read).transpose()?;
     let tokens = data::read(&args)?;
     let held_out = HeldOut::read(&args, micro)?;
