@@ -6,9 +6,12 @@
 use std::{
     collections::HashSet,
     ffi::{OsStr, OsString},
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io,
-    os::unix::ffi::{OsStrExt, OsStringExt},
+    os::unix::{
+        ffi::{OsStrExt, OsStringExt},
+        fs::OpenOptionsExt,
+    },
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -72,14 +75,26 @@ fn name(target: &Path, tag: &[u8]) -> OsString {
 
 /// Removes what dead writers left in `folder`; failures are not ours to report.
 pub(crate) fn sweep(folder: &Path) {
+    sweep_if(folder, is_dead);
+}
+
+/// The same in a folder that the caller holds locked, into which no thread of this process writes yet: a free lock is enough there. A
+/// writer that was just killed keeps its pid until its parent asks for it.
+pub(crate) fn sweep_locked(folder: &Path) {
+    sweep_if(folder, |_| true);
+}
+
+fn sweep_if(folder: &Path, is_dead: impl Fn(u32) -> bool) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let file_name = entry.file_name();
         let Some(left) = parse(&file_name) else { continue };
         let path = entry.path();
-        if !is_dead(left.pid) || !is_free(&path) {
+        // No writer makes anything else, and to open a FIFO or a device may wait for ever.
+        let Ok(kind) = entry.file_type() else { continue };
+        if !(kind.is_file() || kind.is_dir()) || !is_dead(left.pid) || !is_free(&path) {
             continue;
         }
-        let is_dir = entry.file_type().is_ok_and(|t| t.is_dir());
+        let is_dir = kind.is_dir();
         let original = folder.join(left.target);
         let _ = match () {
             // Killed between two renames: the old directory is still the best one.
@@ -121,7 +136,9 @@ fn is_dead(pid: u32) -> bool {
 }
 
 fn is_free(path: &Path) -> bool {
-    match File::open(path).map(|file| file.try_lock()) {
+    // What has become a link or a FIFO since is neither followed nor waited for.
+    let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits();
+    match OpenOptions::new().read(true).custom_flags(flags as i32).open(path).map(|file| file.try_lock()) {
         Ok(Ok(())) | Ok(Err(fs::TryLockError::Error(_))) => true,
         Ok(Err(fs::TryLockError::WouldBlock)) | Err(_) => false,
     }
@@ -163,6 +180,40 @@ mod tests {
         left.sort();
         assert_eq!(left.len(), 3, "{left:?}");
         assert!(dir.path().join("lost").is_dir() && dir.path().join("other.kto-tmp").exists());
+    }
+
+    #[test]
+    fn neither_fifos_nor_links_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in [".fifo.999999999.kto-tmp", ".fifo.999999999.old.kto-tmp"] {
+            assert!(std::process::Command::new("mkfifo").arg(path(name)).status().unwrap().success());
+        }
+        std::os::unix::fs::symlink(".fifo.999999999.kto-tmp", path(".link.999999999.kto-tmp")).unwrap();
+        let (done, wait) = std::sync::mpsc::channel();
+        let folder = dir.path().to_path_buf();
+        std::thread::spawn(move || {
+            sweep(&folder);
+            sweep_locked(&folder);
+            done.send(()).unwrap();
+        });
+        wait.recv_timeout(std::time::Duration::from_secs(60)).expect("the sweep waits for a FIFO");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
+        assert!(!is_free(&path(".link.999999999.kto-tmp")));
+    }
+
+    #[test]
+    fn in_a_locked_folder_a_free_lock_is_enough() {
+        let dir = tempfile::tempdir().unwrap();
+        let alive = rustix::process::getppid().unwrap().as_raw_nonzero();
+        let [free, held] = ["free", "held"].map(|name| dir.path().join(format!(".{name}.{alive}.kto-tmp")));
+        fs::write(&free, b"").unwrap();
+        let lock = File::create_new(&held).unwrap();
+        lock.try_lock().unwrap();
+        sweep(dir.path());
+        assert!(free.exists() && held.exists());
+        sweep_locked(dir.path());
+        assert!(!free.exists() && held.exists());
     }
 
     #[test]

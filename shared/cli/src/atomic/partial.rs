@@ -70,10 +70,14 @@ pub(super) fn open(shown: &Path, resolved: &Path, job: &str, seal: &Seal) -> Res
         return Err(Error::new(Kind::CantCreate, format!("{place}: in the way of the partial result")));
     }
     let lock = File::open(&path).map_err(fail)?;
-    if let Err(TryLockError::WouldBlock) = lock.try_lock() {
-        return Err(Error::new(Kind::TryAgain, format!("{place}: another run is writing it")));
+    match lock.try_lock() {
+        Ok(()) => stale::sweep_locked(&path),
+        Err(TryLockError::WouldBlock) => {
+            return Err(Error::new(Kind::TryAgain, format!("{place}: another run is writing it")));
+        }
+        // A file system without locks.
+        Err(TryLockError::Error(_)) => stale::sweep(&path),
     }
-    stale::sweep(&path);
     let marker = path.join(JOB);
     let (mut resumed, mut finished, mut notes) = (false, BTreeMap::new(), Vec::new());
     match text_of(&marker).map_err(fail)? {
@@ -325,6 +329,19 @@ mod tests {
             let (used, left, _) = tampered(&|p| damage(&p.join(JOURNAL)));
             assert!(!used && left == [".kto-finished", ".kto-job"], "{i}: {left:?}");
         }
+    }
+
+    #[test]
+    fn a_run_killed_before_it_says_its_job_is_not_in_the_way() {
+        let top = tempfile::tempdir().unwrap();
+        let partial = top.path().join("m.partial");
+        fs::create_dir(&partial).unwrap();
+        // As of a process that was killed and still has its pid.
+        let pid = rustix::process::getppid().unwrap().as_raw_nonzero();
+        fs::write(partial.join(format!(".{JOB}.{pid}.kto-tmp")), "a jo").unwrap();
+        let first = start(&top.path().join("m"), "a").unwrap();
+        assert!(!first.resumed());
+        assert_eq!(names(&partial), [JOB]);
     }
 
     #[test]
