@@ -31,6 +31,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<Exit> {
     let max_shard = args.max_shard_size.unwrap_or(MAX_SHARD);
     let layout = Layout::plan(items(&model, dtype), max_shard)?;
     if args.dry_run {
+        model.tokenizer(ui)?;
         let mut out = Output::create(None)?;
         out.write(describe(args, &model, dtype, &layout).as_bytes())?;
         out.finish()?;

@@ -16,6 +16,10 @@ use std::collections::{BTreeMap, HashMap};
 
 /// Longest text of a token, in bytes: the merges that give it are looked for at each of its letters.
 const LONGEST: usize = 1024;
+/// Most merges that are looked for: Gemma's 262,144 tokens have 514,906.
+const MOST_MERGES: usize = 1 << 21;
+/// Most bytes of them together, far below what is read as a tokenizer.json.
+const LONGEST_MERGES: usize = 64 << 20;
 /// Longest [`DETAILS`], in bytes.
 const LONGEST_DETAILS: usize = 16 << 20;
 
@@ -306,10 +310,10 @@ impl<'a> Vocabulary<'a> {
         let merges = match self.merges_of_file()? {
             Some(merges) => merges,
             // Gemma's scores do not follow its merges; the order of the tokens does.
-            None if self.is_gemma() => self.merges(&ids, &|id| -(id as f64)),
+            None if self.is_gemma() => self.merges(&ids, &|id| -(id as f64))?,
             None => match self.file.get("tokenizer.ggml.scores") {
                 Some(GgufValue::Floats(scores)) if scores.len() == self.tokens.len() => {
-                    self.merges(&ids, &|id| f64::from(scores[id]))
+                    self.merges(&ids, &|id| f64::from(scores[id]))?
                 }
                 _ => return Err(Error::data("\"tokenizer.ggml.scores\" is not one number for each token")),
             },
@@ -347,9 +351,14 @@ impl<'a> Vocabulary<'a> {
         Ok(self.document(model, [normalizer, Value::Null, decoder]))
     }
 
-    /// The merges that give each token from two others, the highest score first, as transformers orders them.
-    fn merges(&self, ids: &BTreeMap<&'a str, usize>, score: &dyn Fn(usize) -> f64) -> Vec<[&'a str; 2]> {
-        let mut found = Vec::new();
+    /// The merges that give each token from two others, the highest score first, as transformers orders them. Errors (65): tokens that
+    /// are beginnings and ends of each other have more than any tokenizer.
+    fn merges(
+        &self,
+        ids: &BTreeMap<&'a str, usize>,
+        score: &dyn Fn(usize) -> f64,
+    ) -> Result<Vec<[&'a str; 2]>> {
+        let (mut found, mut bytes) = (Vec::new(), 0);
         let by_text: HashMap<&str, usize> = ids.iter().map(|(text, id)| (*text, *id)).collect();
         for (id, token) in self.tokens.iter().enumerate() {
             if by_text.get(token) != Some(&id) {
@@ -358,9 +367,16 @@ impl<'a> Vocabulary<'a> {
             let mut own = Vec::new();
             for (at, _) in token.char_indices().skip(1) {
                 let (a, b) = token.split_at(at);
-                if let (Some(left), Some(right)) = (by_text.get(a), by_text.get(b)) {
+                if let Some(left) = by_text.get(a)
+                    && let Some(right) = by_text.get(b)
+                {
                     own.push((*left, *right, [a, b]));
                 }
+            }
+            bytes += own.len() * token.len();
+            if found.len() + own.len() > MOST_MERGES || bytes > LONGEST_MERGES {
+                let most = format!("at most {MOST_MERGES} of {} MiB together", LONGEST_MERGES >> 20);
+                return Err(Error::data(format!("\"tokenizer.ggml.tokens\" gives too many merges, {most}")));
             }
             own.sort_by_key(|(left, right, _)| (*left, *right));
             found.extend(
@@ -370,7 +386,7 @@ impl<'a> Vocabulary<'a> {
         }
         // Stable: of equal ones the first token's first.
         found.sort_by(|x, y| y.0.total_cmp(&x.0).then(y.1.cmp(&x.1)).then(y.2.cmp(&x.2)));
-        found.into_iter().map(|(_, _, _, pair)| pair).collect()
+        Ok(found.into_iter().map(|(_, _, _, pair)| pair).collect())
     }
 
     /// tokenizer_config.json.

@@ -81,6 +81,31 @@ fn merges_follow_from_scores() {
     assert!(files.iter().any(|(name, bytes)| name == "chat_template.jinja" && bytes == b"{{ x }}"));
 }
 
+/// Every beginning and end of a token is one too.
+#[test]
+fn merges_without_bound_are_refused() {
+    let of = |tokens: Vec<String>| {
+        let top = tempfile::tempdir().unwrap();
+        let count = tokens.len();
+        let mut keys = sentencepiece();
+        keys.retain(|(name, _)| !name.ends_with("token_type"));
+        keys[1].1 = GgufValue::Strings(tokens);
+        keys[2].1 = GgufValue::Floats(vec![0.0; count]);
+        let file = open(&top.path().join("m.gguf"), &header(&keys, &[]).bytes).unwrap();
+        let config = json!({"model_type": "llama", "vocab_size": count});
+        files(&file, config.as_object().unwrap(), &Ui::silent("test"))
+    };
+    let runs = |most: usize| (1..=most).map(|n| "a".repeat(n)).collect::<Vec<_>>();
+    assert!(of(runs(500)).is_ok());
+    let message = "\"tokenizer.ggml.tokens\" gives too many merges, at most 2097152 of 64 MiB together";
+    // 523,776 of 512 letters on average.
+    assert_eq!(of(runs(1024)).unwrap_err().to_string(), message);
+    // 3.4 million short ones.
+    let pairs = (0..150).flat_map(|a| (0..150).map(move |b| "a".repeat(a) + &"b".repeat(b)));
+    let error = of(pairs.skip(1).collect()).unwrap_err();
+    assert!(error.kind() == kto_cli::Kind::Data && error.to_string() == message);
+}
+
 #[test]
 fn lists_that_do_not_fit_are_refused_by_name() {
     let with = |name: &str, value: GgufValue| {
