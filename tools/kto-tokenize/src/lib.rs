@@ -76,7 +76,8 @@ fn record(args: &Args, plan: &Plan) -> Result<Record> {
 }
 
 fn show(plan: Plan, ui: &Ui) -> Result<Exit> {
-    let text = watched(plan, ui, show::run)?;
+    let (text, notes) = watched(plan, ui, show::run)?;
+    notes.iter().for_each(|note| ui.warn(note));
     let mut output = Output::create(None)?;
     output.write(text.as_bytes())?;
     output.finish()?;

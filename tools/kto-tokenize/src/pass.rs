@@ -35,14 +35,9 @@ pub fn run(plan: &Plan, watch: &Watch) -> Result<(TokenSpool, Report)> {
         max_length: plan.max_length,
         ..TokenMeta::default()
     };
-    let mut pass = Pass {
-        plan,
-        watch,
-        pool,
-        encoder,
-        set: TokenSpool::new(meta).map_err(|e| spooling(&e))?,
-        report: Report::default(),
-    };
+    let report = Report::new(encoder.tokenizer.notes.clone());
+    let mut pass =
+        Pass { plan, watch, pool, encoder, set: TokenSpool::new(meta).map_err(|e| spooling(&e))?, report };
     for path in &plan.inputs {
         pass.input(input::open(path)?)?;
     }

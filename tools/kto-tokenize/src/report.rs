@@ -58,12 +58,19 @@ pub struct Report {
     shielded: Tally,
     desirable: u64,
     undesirable: u64,
+    /// What of the tokenizer is not followed.
+    notes: Vec<String>,
     prompts: Lengths,
     completions: Lengths,
     totals: Lengths,
 }
 
 impl Report {
+    /// Returns the report before the first row. `notes` say what of the tokenizer is not followed.
+    pub fn new(notes: Vec<String>) -> Self {
+        Self { notes, ..Self::default() }
+    }
+
     /// Counts a bad row by its message, which begins with its place.
     pub fn skip(&mut self, what: String) {
         self.skipped.note(&what);
@@ -121,6 +128,7 @@ impl Report {
     }
 
     fn warn(&self, ui: &Ui) {
+        self.notes.iter().for_each(|note| ui.warn(note));
         for (tally, what) in [
             (&self.skipped, "cannot be used and were skipped"),
             (&self.dropped, "dropped, because the prompt reaches the maximum length"),

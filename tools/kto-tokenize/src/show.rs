@@ -24,8 +24,8 @@ const CONTROL: &str = "1;36";
 const DESIRABLE: &str = "32";
 const UNDESIRABLE: &str = "31";
 
-/// Returns the text for the first `plan.show` rows of the inputs.
-pub fn run(plan: &Plan, watch: &Watch) -> Result<String> {
+/// Returns the text for the first `plan.show` rows of the inputs, and what of the tokenizer is not followed.
+pub fn run(plan: &Plan, watch: &Watch) -> Result<(String, Vec<String>)> {
     guard::on_big_stack(|| {
         let mut encoder = watch.over(None, 0, || pass::encoder(plan))?;
         let (mut out, mut before) = (String::new(), Before::default());
@@ -54,7 +54,7 @@ pub fn run(plan: &Plan, watch: &Watch) -> Result<String> {
                 }
             }
         }
-        Ok(out)
+        Ok((out, encoder.tokenizer.notes))
     })
 }
 

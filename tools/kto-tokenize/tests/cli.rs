@@ -68,6 +68,44 @@ fn lines(path: &Path) -> Vec<Value> {
     fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
+/// The files of a model that tokenize, with another tokenizer.json.
+fn with_tokenizer(dir: &Path, edit: impl Fn(&mut Value)) {
+    for file in ["tokenizer_config.json", "config.json"] {
+        fs::copy(llama().join(file), dir.join(file)).unwrap();
+    }
+    let mut json = json_of(&llama().join("tokenizer.json"));
+    edit(&mut json);
+    fs::write(dir.join("tokenizer.json"), json.to_string()).unwrap();
+}
+
+fn json_of(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// With dropout the crate takes another way through the merges each time.
+#[test]
+fn dropout_of_a_tokenizer_is_left_out_with_a_warning() {
+    let top = tempfile::tempdir().unwrap();
+    let rows: String = (0..50).map(|i| text("Tell me a story.", &format!("Once upon a time {i}."))).collect();
+    let plain = tokens(&llama(), &[], &rows);
+    for (dropout, warned) in [(0.5, true), (1.0, true), (0.0, false)] {
+        with_tokenizer(top.path(), |json| json["model"]["dropout"] = json!(dropout));
+        let made = run(top.path(), &[], &rows);
+        let set = TokenSet::read("stdout", &made.stdout[..]).unwrap();
+        assert!(
+            set.rows()
+                .zip(plain.rows())
+                .all(|(a, b)| (a.prompt_ids, a.completion_ids) == (b.prompt_ids, b.completion_ids))
+        );
+        assert_eq!(set.len(), plain.len(), "{dropout}");
+        let shown = run(top.path(), &["--show", "1"], &rows);
+        for said in [made.stderr, shown.stderr] {
+            let said = String::from_utf8(said).unwrap();
+            assert_eq!(said.contains(&format!("tokenizer.json: dropout {dropout}")), warned, "{said}");
+        }
+    }
+}
+
 /// The records of a TRL case; pairs in TRL's order, all chosen before all rejected.
 fn records(data: &Path) -> String {
     let rows = lines(data);

@@ -24,7 +24,8 @@ use kto_cli::{Context, Error, Kind, Result, escape, guard, hash, input};
 use serde_json::Value;
 use std::{path::Path, sync::OnceLock};
 use tokenizers::{
-    AddedToken, Encoding, PostProcessorWrapper, Tokenizer, processors::template::TemplateProcessing,
+    AddedToken, Encoding, ModelWrapper, PostProcessorWrapper, Tokenizer,
+    processors::template::TemplateProcessing,
 };
 
 /// Bytes of tokenizer.json, at most.
@@ -38,6 +39,8 @@ pub struct TextTokenizer {
     config: TokenizerConfig,
     fingerprint: String,
     vocab_size: u32,
+    /// What of the files is not followed, a line each.
+    pub notes: Vec<String>,
     /// Made when the first text needs it.
     shield: OnceLock<Shield>,
     /// The same.
@@ -54,12 +57,16 @@ impl TextTokenizer {
         let config = TokenizerConfig::from_model_dir(dir)?;
         let place = escape(&path.display().to_string());
         let model = model_config(dir)?;
-        let tokenizer = load(&bytes, &config, &model).at(&place)?;
+        let mut tokenizer = load(&bytes, &config, &model).at(&place)?;
+        let dropout = without_dropout(&mut tokenizer);
+        let note =
+            |p| format!("{place}: dropout {p} of merges is left out: the same text has the same tokens");
+        let notes = dropout.map(note).into_iter().collect();
         let ids = check_ids(&tokenizer).at(&place)?;
         let vocab_size = model_vocab_size(&model, dir)?.unwrap_or(ids);
         let fingerprint = hash::sha256_hex(&bytes);
         let (shield, dividers) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { tokenizer, config, fingerprint, vocab_size, shield, dividers })
+        Ok(Self { tokenizer, config, fingerprint, vocab_size, notes, shield, dividers })
     }
 
     /// Returns the ids of `text`; control tokens in it become control tokens, as in transformers. `add_special` adds
@@ -150,6 +157,16 @@ fn load(bytes: &[u8], config: &TokenizerConfig, model: &Value) -> Result<Tokeniz
         tokenizer.encode_fast("a b", true).map_err(failed)?;
         Ok(tokenizer)
     })?
+}
+
+/// Takes the chance away by which BPE leaves merges out, and returns it: transformers tokenizes with it, otherwise each time.
+fn without_dropout(tokenizer: &mut Tokenizer) -> Option<f32> {
+    let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
+    let dropout = model.dropout.filter(|p| *p != 0.0)?;
+    let mut model = model.clone();
+    model.dropout = None;
+    tokenizer.with_model(model);
+    Some(dropout)
 }
 
 /// Adds the tokens that only the configuration knows, and makes the named ones control tokens.

@@ -2,7 +2,7 @@
 
 use super::prompts::{Body, Prompt};
 use crate::args::GenerateArgs;
-use kto_cli::{Context, Error, Result, guard};
+use kto_cli::{Context, Error, Result, Ui, guard};
 use kto_formats::{chat, template::ChatTemplate, tokenizer::TextTokenizer};
 use serde_json::{Value, json};
 use std::{path::PathBuf, sync::OnceLock};
@@ -20,10 +20,12 @@ pub struct Encoder {
 
 impl Encoder {
     /// Loads the tokenizer.
-    pub fn open(args: &GenerateArgs) -> Result<Self> {
+    pub fn open(args: &GenerateArgs, ui: &Ui) -> Result<Self> {
         let model = args.model.model.clone();
+        let tokenizer = TextTokenizer::from_model_dir(&model)?;
+        tokenizer.notes.iter().for_each(|note| ui.warn(note));
         let this = Self {
-            tokenizer: TextTokenizer::from_model_dir(&model)?,
+            tokenizer,
             template: OnceLock::new(),
             template_choice: args.chat_template.clone(),
             model,

@@ -47,7 +47,7 @@ pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     policy.note(&args.model, &mut record);
     let encoder = match args.ids {
         true => None,
-        false => Some(Encoder::open(args)?),
+        false => Some(Encoder::open(args, ui)?),
     };
     let stops = Stops::read(&args.model.model, encoder.as_ref().and_then(Encoder::eos_id))?;
     let mut prompts = Prompts::new(paths, args)?;
