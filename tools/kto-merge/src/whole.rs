@@ -142,8 +142,10 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
     disk::require_free(&args.output, gguf.size())?;
     let file = atomic::AtomicFile::create(&args.output)?;
     let file = file.if_changed(if_changed).keep_other(if_changed && !args.force);
-    gguf.write(&file, ui, &|name| plan.values(args, name), None)?;
-    plan.inputs.base.tensors.check_unchanged()?;
+    let base = &plan.inputs.base;
+    let place = |name: &str| base.tensors.place_of(plan.inputs.stored(name));
+    gguf.write(&file, ui, &|name| Ok((plan.values(args, name)?, place(name))), None)?;
+    base.tensors.check_unchanged()?;
     file.commit()?;
     let (merged, all, size) = (plan.changed.len(), plan.targets.len(), gguf.size());
     ui.note(format_args!("{merged} of {all} tensors merged, {} MB", size.div_ceil(1_000_000)));

@@ -73,9 +73,11 @@ pub fn run(args: &Args, ui: &Ui) -> Result<Exit> {
 }
 
 fn write(args: &Args, model: &ModelDir, gguf: &Gguf, ui: &Ui) -> Result<()> {
-    let values = |name: &str| -> Result<Box<dyn Values + '_>> {
+    let values = |name: &str| -> Result<(Box<dyn Values + '_>, String)> {
         let name = model.tensors.require(name)?.name;
-        Ok(Box::new(Weight::find(model, name)?.ok_or_else(|| Error::internal("no floats"))?))
+        let weight = Weight::find(model, name)?.ok_or_else(|| Error::internal("no floats"))?;
+        let place = weight.place();
+        Ok((Box::new(weight), place))
     };
     let if_changed = args.common.make.if_changed;
     let file = AtomicFile::create(&args.output)?.if_changed(if_changed).keep_other(if_changed && !args.force);

@@ -19,7 +19,7 @@ pub use model::{GgufModel, GgufWeight};
 pub use types::{FileType, label, parse};
 
 use crate::{Errors, Form, Values, encode};
-use kto_cli::{Context, Error, Result, Ui, atomic::AtomicFile, escape};
+use kto_cli::{Context, Error, Kind, Result, Ui, atomic::AtomicFile, escape};
 use kto_formats::{
     gguf::{GgufTensor, GgufValue, header},
     model_dir::ModelDir,
@@ -148,12 +148,13 @@ impl Gguf {
         header(&self.keys, &self.announced()).size
     }
 
-    /// Writes all of `file`, which the caller makes final. `values` gives the values of a weight.
+    /// Writes all of `file`, which the caller makes final. `values` gives the values of a weight, and the file that holds them. Errors
+    /// (65): a value that is not finite or too large for its form.
     pub fn write<'a>(
         &self,
         file: &AtomicFile,
         ui: &Ui,
-        values: &dyn Fn(&str) -> Result<Box<dyn Values + 'a>>,
+        values: &dyn Fn(&str) -> Result<(Box<dyn Values + 'a>, String)>,
         mut report: Option<&mut Report>,
     ) -> Result<()> {
         let made = header(&self.keys, &self.announced());
@@ -161,9 +162,12 @@ impl Gguf {
         let progress = ui.progress(made.size, "bytes");
         let mut end = made.bytes.len() as u64;
         for (tensor, offset) in self.tensors.iter().zip(&made.offsets) {
-            let values: Box<dyn Values> = match &tensor.given {
-                Some(values) => Box::new(Given(values)),
-                None => rows::changed(values(&tensor.weight)?, tensor.change, Way::Into),
+            let (values, place): (Box<dyn Values>, _) = match &tensor.given {
+                Some(values) => (Box::new(Given(values)), None),
+                None => {
+                    let (values, place) = values(&tensor.weight)?;
+                    (rows::changed(values, tensor.change, Way::Into), Some(place))
+                }
             };
             let mut at = *offset;
             let codec = tensor.form.codec(values.columns());
@@ -173,7 +177,12 @@ impl Gguf {
                     at += bytes.len() as u64;
                     progress.add(bytes.len() as u64);
                     Ok(())
-                })?;
+                });
+            let errors = match (errors, place) {
+                // What is wrong with the input, not with the output.
+                (Err(error), Some(place)) if error.kind() == Kind::Data => Err(error).at(place),
+                (errors, _) => errors,
+            }?;
             end = at;
             if let Some(report) = &mut report {
                 report(tensor, &errors)?;

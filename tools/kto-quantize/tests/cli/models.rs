@@ -46,6 +46,19 @@ fn bad_models_are_refused_by_name() {
     assert!(code == 65 && message.contains("cut short"), "{message}");
 }
 
+#[test]
+fn every_form_names_the_file_of_a_bad_value() {
+    let top = tempfile::tempdir().unwrap();
+    let model =
+        edited(top.path(), &|t| find(t, "lm_head.weight").1[..2].copy_from_slice(&[0x80, 0x7f]), |c| c);
+    let says =
+        format!("{}: tensor \"lm_head.weight\": infinity at", model.join("model.safetensors").display());
+    for form in ["nf4", "int8", "mlx", "gguf"] {
+        let (code, message) = refused(&model, &["-q", "--form", form]);
+        assert!(code == 65 && message.contains(&says), "{form}: {message}");
+    }
+}
+
 /// Which tensors a family has, and of which shapes, is known in one place; what it says is what kto-train says.
 #[test]
 fn the_configuration_and_the_tensors_must_agree() {
