@@ -58,6 +58,9 @@ pub type Wish<'a> = dyn Fn(&str) -> Result<Option<Form>> + 'a;
 /// Hears of every tensor that was written and how far its values are off.
 pub type Report<'a> = dyn FnMut(&Tensor, &Errors) -> Result<()> + 'a;
 
+/// Gives the values of a weight, and the name of the file that holds them.
+pub type Lookup<'f, 'a> = dyn Fn(&str) -> Result<(Box<dyn Values + 'a>, String)> + 'f;
+
 impl Gguf {
     /// Decides what the file holds. `weights` are names, shapes and dtypes; `wish` may give a weight another form. Errors (65): a decoder or
     /// tokenizer that llama.cpp's files have no name for, or that is not known here.
@@ -148,13 +151,13 @@ impl Gguf {
         header(&self.keys, &self.announced()).size
     }
 
-    /// Writes all of `file`, which the caller makes final. `values` gives the values of a weight, and the file that holds them. Errors
-    /// (65): a value that is not finite or too large for its form.
+    /// Writes all of `file`, which the caller makes final. Errors (65): a value that is not finite or too
+    /// large for its form.
     pub fn write<'a>(
         &self,
         file: &AtomicFile,
         ui: &Ui,
-        values: &dyn Fn(&str) -> Result<(Box<dyn Values + 'a>, String)>,
+        values: &Lookup<'_, 'a>,
         mut report: Option<&mut Report>,
     ) -> Result<()> {
         let made = header(&self.keys, &self.announced());
