@@ -21,6 +21,7 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     signal::install();
     match &mut args.command {
         Command::Score(score) => {
+            score::check_outputs(score)?;
             models::locate(&mut score.model.model, ui)?;
             if score.reference != Path::new("base") {
                 models::locate(&mut score.reference, ui)?;

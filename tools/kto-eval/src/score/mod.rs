@@ -24,16 +24,21 @@ use serde_json::{Map, Value, json};
 use std::{io::Write, path::Path};
 use summary::Summary;
 
-/// Runs `kto-eval score`.
-pub fn run(args: &ScoreArgs, common: &Common, ui: &Ui) -> Result<Exit> {
-    let assertions = args.fail_if.iter().map(|text| Assertion::parse(text)).collect::<Result<Vec<_>>>()?;
-    let summary_only = args.no_rows || is_stdout(args.summary.as_deref());
+/// Refuses (2) outputs that exclude each other.
+pub fn check_outputs(args: &ScoreArgs) -> Result<()> {
     if is_stdout(args.summary.as_deref()) && args.output.is_some() {
         return Err(Error::usage(
             "--summary - prints the summary in place of the rows, --output writes rows",
         )
         .with_hint("--summary FILE"));
     }
+    Ok(())
+}
+
+/// Runs `kto-eval score`.
+pub fn run(args: &ScoreArgs, common: &Common, ui: &Ui) -> Result<Exit> {
+    let assertions = args.fail_if.iter().map(|text| Assertion::parse(text)).collect::<Result<Vec<_>>>()?;
+    let summary_only = args.no_rows || is_stdout(args.summary.as_deref());
     let loss = run_plan::loss(args, ui)?;
     check_known(args, &assertions, &loss)?;
     let mut record = begin(args, common)?;
