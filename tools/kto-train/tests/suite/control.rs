@@ -241,7 +241,7 @@ fn two_runs_on_one_directory_and_one_gets_75() {
     let b = Bench::new();
     let (model, data, out) =
         (b.model.display().to_string(), b.data.display().to_string(), b.out().display().to_string());
-    let inputs = ["--model", &model, "--data", &data, "--out", &out, "--epochs", "300", "--resume"];
+    let inputs = ["--model", &model, "--data", &data, "--out", &out, "--epochs", "3000", "--resume"];
     let first = Command::new(env!("CARGO_BIN_EXE_kto-train"))
         .args(inputs)
         .stdin(Stdio::null())
