@@ -23,6 +23,8 @@ use std::{collections::BTreeMap, ops::Range, path::Path};
 
 /// Bytes that are copied at a time.
 const COPY: usize = 16 << 20;
+/// Largest file of weights where nothing is said, in bytes: that of transformers.
+pub const MAX_SHARD: u64 = 5_000_000_000;
 
 /// Bytes of an index without its lines, with the totals at their longest.
 const INDEX: u64 = 160;

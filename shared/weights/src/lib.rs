@@ -20,7 +20,7 @@ mod weight;
 pub use encode::{Keep, Values, encode};
 pub use errors::Errors;
 pub use form::Form;
-pub use layout::{Content, Item, Layout, Written};
+pub use layout::{Content, Item, Layout, MAX_SHARD, Written};
 pub use resume::{resume, source};
 pub use source::Source;
 pub use weight::{Weight, check_finite_all, weights};

@@ -5,6 +5,7 @@
 use clap::{ArgGroup, Parser, ValueEnum};
 use kto_cli::{Common, Error, escape};
 use kto_formats::{lora::Ecosystem, shards::parse_size};
+use kto_weights::MAX_SHARD;
 use safetensors::Dtype;
 use std::path::PathBuf;
 
@@ -122,19 +123,14 @@ pub struct Args {
 
 /// Share of elements that ties and dare keep, where none is given.
 const DENSITY: f64 = 0.5;
-/// Largest weight file, where none is given.
-const SHARD: u64 = 5_000_000_000;
 
 impl Args {
     /// Refuses (2) what would have no effect.
     pub fn check(&self) -> Result<(), Error> {
         let refuse = |what: &str, hint: &str| Err(Error::usage(what).with_hint(hint));
         let gguf = self.form == Some(FormName::Gguf);
-        match self.rank {
-            Some(rank) if self.to.is_none() && self.extract.is_none() => {
-                return Err(Error::usage(format!("--rank {rank} needs --to or --extract")));
-            }
-            _ => {}
+        if let Some(rank) = self.rank.filter(|_| self.to.is_none() && self.extract.is_none()) {
+            return Err(Error::usage(format!("--rank {rank} needs --to or --extract")));
         }
         if self.density.is_some() && self.method == Method::Linear {
             return refuse("--density: the linear method keeps everything", "--method ties or --method dare");
@@ -162,7 +158,7 @@ impl Args {
 
     /// Largest weight file, in bytes.
     pub fn max_shard_size(&self) -> u64 {
-        self.max_shard_size.unwrap_or(SHARD)
+        self.max_shard_size.unwrap_or(MAX_SHARD)
     }
 }
 

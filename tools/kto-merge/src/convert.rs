@@ -19,11 +19,10 @@ use std::{collections::BTreeMap, path::Path};
 
 /// Writes one adapter: the given one, or with --rank the best approximation to the mixture of all.
 pub fn adapter(args: &Args, form: AdapterForm, ui: &Ui) -> Result<Exit> {
-    let base = args.base.as_deref().map(ModelDir::open).transpose()?;
-    base.iter().try_for_each(|base| refuse_output(&args.output, &base.path))?;
-    let set = match args.rank {
-        None => converted(args, base.as_ref())?,
-        Some(rank) => mixed(args, rank as usize, ui)?,
+    let base = inputs::base(args, ui)?;
+    let (set, base) = match args.rank {
+        None => (converted(args, base.as_ref())?, base),
+        Some(rank) => mixed(args, rank as usize, base, ui)?,
     };
     write(args, &set, form.into(), base.as_slice(), ui)
 }
@@ -76,12 +75,10 @@ impl Rows for Difference<'_> {
     }
 }
 
-fn mixed(args: &Args, rank: usize, ui: &Ui) -> Result<LoraSet> {
-    let from_base = args.base.is_some();
-    let given = match from_base {
-        true => Some(Inputs::open(args, ui)?),
-        false => None,
-    };
+/// The best approximation to the mixture; gives the base back.
+fn mixed(args: &Args, rank: usize, base: Option<ModelDir>, ui: &Ui) -> Result<(LoraSet, Option<ModelDir>)> {
+    let given = base.map(|base| Inputs::open(args, base, ui)).transpose()?;
+    let from_base = given.is_some();
     let (adapters, weights) = match &given {
         Some(inputs) => (inputs.adapters.clone(), inputs.weights.clone()),
         None => inputs::adapters(args)?,
@@ -136,7 +133,7 @@ fn mixed(args: &Args, rank: usize, ui: &Ui) -> Result<LoraSet> {
     if args.method != Method::Linear && adapters.len() == 1 {
         ui.warn("--method has one adapter to mix");
     }
-    Ok(LoraSet {
+    let set = LoraSet {
         modules,
         saved: BTreeMap::new(),
         base_fingerprint: adapters.iter().find_map(|a| a.base_fingerprint.clone()),
@@ -144,7 +141,8 @@ fn mixed(args: &Args, rank: usize, ui: &Ui) -> Result<LoraSet> {
         dropout: 0.0,
         ecosystem: first.ecosystem,
         of_part: first.of_part,
-    })
+    };
+    Ok((set, given.map(|inputs| inputs.base)))
 }
 
 fn put(
@@ -198,9 +196,8 @@ impl Rows for Models<'_> {
 
 /// Writes the difference between `tuned` and the base as an adapter: the linear layers that differ.
 pub fn extract(args: &Args, tuned: &Path, ui: &Ui) -> Result<Exit> {
-    let path = args.base.as_ref().ok_or_else(|| Error::usage("--extract needs --base"))?;
-    let (base, tuned) = (ModelDir::open(path)?, ModelDir::open(tuned)?);
-    [&base, &tuned].into_iter().try_for_each(|model| refuse_output(&args.output, &model.path))?;
+    let (base, tuned) = (inputs::needed_base(args, ui)?, ModelDir::open(tuned)?);
+    refuse_output(&args.output, &tuned.path)?;
     let rank = args.rank.unwrap_or(16) as usize;
     let names: Vec<&str> = weights(&base).collect();
     let progress = ui.progress(names.len() as u64, "weights");

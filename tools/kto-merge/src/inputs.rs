@@ -39,12 +39,9 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Opens everything. Errors: 2 for an output inside an input; 65 for an adapter tensor without its base tensor or of another shape; 78
-    /// for another base or a second merge.
-    pub fn open(args: &Args, ui: &Ui) -> Result<Self> {
-        let path = args.base.as_ref().ok_or_else(|| Error::usage("--base is needed"))?;
-        let base = ModelDir::open(&kto_hub::locate(path, &Need::Weights(|_| Ok(())), ui)?)?;
-        refuse_output(&args.output, &base.path)?;
+    /// Opens the adapters of `base`. Errors: 2 for an output inside an input; 65 for an adapter tensor without its base tensor or of
+    /// another shape; 78 for another base or a second merge.
+    pub fn open(args: &Args, base: ModelDir, ui: &Ui) -> Result<Self> {
         let (mut adapters, weights) = adapters(args)?;
         base.notes.iter().for_each(|note| ui.warn(note));
         // Before the shapes: of a wholly different base, that is what is wrong.
@@ -103,6 +100,19 @@ impl Inputs {
         let mix = Mix::new(args.method, args.density(), args.seed, module, &parts, base);
         Some(Change { parts, mix, scale: args.scale })
     }
+}
+
+/// Opens --base, a directory or a name on the hub. Error (2): the output lies in it.
+pub fn base(args: &Args, ui: &Ui) -> Result<Option<ModelDir>> {
+    let Some(path) = &args.base else { return Ok(None) };
+    let base = ModelDir::open(&kto_hub::locate(path, &Need::Weights(|_| Ok(())), ui)?)?;
+    refuse_output(&args.output, &base.path)?;
+    Ok(Some(base))
+}
+
+/// As [`base`], where nothing can be done without one.
+pub fn needed_base(args: &Args, ui: &Ui) -> Result<ModelDir> {
+    base(args, ui)?.ok_or_else(|| Error::usage("--base is needed"))
 }
 
 /// Reads the adapters and their weights. Errors (2): not as many weights as adapters.

@@ -2,7 +2,7 @@
 
 use crate::{
     args::{Args, FormName, GgufType},
-    inputs::Inputs,
+    inputs::{self, Inputs},
     plan::Plan,
     verify::Verify,
 };
@@ -35,7 +35,7 @@ impl From<GgufType> for FileType {
 
 /// Merges.
 pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
-    let plan = Plan::new(args, Inputs::open(args, ui)?)?;
+    let plan = Plan::new(args, Inputs::open(args, inputs::needed_base(args, ui)?, ui)?)?;
     if let Some(first) = plan.unfit.first() {
         let more = match plan.unfit.len() {
             1 => "stays".to_string(),

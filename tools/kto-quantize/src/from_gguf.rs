@@ -1,6 +1,6 @@
 //! `FILE.gguf --dequantize`: a model directory of a file of llama.cpp.
 
-use crate::{args::Args, config, plan::MAX_SHARD};
+use crate::{args::Args, config};
 use kto_cli::{
     Context, Error, Exit, Kind, Record, Result, Ui, atomic, disk, escape,
     output::{Output, print_path},
@@ -13,7 +13,7 @@ use kto_formats::{
     safetensors_out::pt_metadata,
     tokenizer::TextTokenizer,
 };
-use kto_weights::{Content, Form, Item, Layout, gguf::GgufModel};
+use kto_weights::{Content, Form, Item, Layout, MAX_SHARD, gguf::GgufModel};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;

@@ -10,7 +10,7 @@ use kto_formats::{
 use kto_hub::Need;
 use kto_model::architecture::Architecture;
 use kto_weights::{
-    Content, Form, Item, Values, Weight,
+    Content, Form, Item, MAX_SHARD, Values, Weight,
     roles::{Role, role},
     weights,
 };
@@ -19,9 +19,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
 };
-
-/// Largest file of weights when nothing is said, in bytes.
-pub const MAX_SHARD: u64 = 5_000_000_000;
 
 /// The job, with every default filled in.
 pub struct Plan {

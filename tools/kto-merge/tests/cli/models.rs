@@ -81,3 +81,34 @@ fn a_result_of_another_form_says_so() {
         refused(&testdata("families/llama-biases"), &testdata("adapters/dora-biases"), &["--form", "mlx"]);
     assert!(code == 2 && message.contains("no matrix of the model fits"), "{message}");
 }
+
+/// A name on the hub is a base for every command, not for merging alone.
+#[test]
+fn a_base_has_a_name_for_adapters_too() {
+    let top = tempfile::tempdir().unwrap();
+    let of_name = top.path().join("models--some--base");
+    fs::create_dir_all(of_name.join("snapshots")).unwrap();
+    fs::create_dir_all(of_name.join("refs")).unwrap();
+    fs::write(of_name.join("refs/main"), "0123456789abcdef0123456789abcdef01234567").unwrap();
+    let snapshot = of_name.join("snapshots/0123456789abcdef0123456789abcdef01234567");
+    let base = copied(&llama().0, &snapshot);
+    let tuned = top.path().join("tuned");
+    merged(&base, &llama().1, &tuned, &["-q"]);
+    let adapter = llama().1;
+    for (i, more) in [
+        &["--adapter", text(&adapter), "--to", "mlx"][..],
+        &["--adapter", text(&adapter), "--to", "peft", "--rank", "2"],
+        &["--extract", text(&tuned), "--rank", "2"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = top.path().join(i.to_string());
+        let call = ["-q", "--base", "some/base", "-o", text(&out)];
+        let mut command = Command::new(TOOL);
+        command.args(call).args(more).env("HF_HUB_CACHE", top.path()).env("HF_HUB_OFFLINE", "1");
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(out.join("adapter_config.json").exists());
+    }
+}

@@ -12,15 +12,15 @@ use kto_formats::{
 use serde_json::{Value, json};
 use std::{collections::BTreeSet, path::Path};
 
-fn settings(run: &Path) -> Value {
+pub fn settings(run: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(run.join("adapter/adapter_config.json")).unwrap()).unwrap()
 }
 
-fn weights(run: &Path) -> Vec<u8> {
+pub fn weights(run: &Path) -> Vec<u8> {
     std::fs::read(run.join("adapter/adapter_model.safetensors")).unwrap()
 }
 
-fn trained(b: &Bench, more: &[&str]) {
+pub fn trained(b: &Bench, more: &[&str]) {
     let output = b.train(&[&["-q", "--max-steps", "3", "--lr", "1e-3"], more].concat());
     assert!(output.status.success(), "{more:?}: {}", stderr(&output));
 }

@@ -1,6 +1,7 @@
 //! Modules trained whole and biases, from the flags to the files: written as PEFT has them, read back, gone on with after an interruption.
 
 use crate::{
+    adapters::{settings, trained, weights},
     cli::{Bench, refused, stderr, write},
     families::{close, done, scores, tokens},
     golden::Case,
@@ -8,19 +9,6 @@ use crate::{
 use kto_formats::{adapter::Adapter, tensors::TensorStore};
 use serde_json::{Value, json};
 use std::path::Path;
-
-fn settings(run: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(run.join("adapter/adapter_config.json")).unwrap()).unwrap()
-}
-
-fn weights(run: &Path) -> Vec<u8> {
-    std::fs::read(run.join("adapter/adapter_model.safetensors")).unwrap()
-}
-
-fn trained(b: &Bench, more: &[&str]) {
-    let output = b.train(&[&["-q", "--max-steps", "3", "--lr", "1e-3"], more].concat());
-    assert!(output.status.success(), "{more:?}: {}", stderr(&output));
-}
 
 /// Values of the base that the bench trains on.
 fn base(name: &str) -> Vec<f32> {
