@@ -135,7 +135,7 @@ pub(crate) fn first_layer<'a>(names: impl Iterator<Item = &'a String>, layers: u
 }
 
 /// The error of such tensors on a GPU.
-pub(crate) fn not_on_gpu() -> Error {
+pub fn not_on_gpu() -> Error {
     let text = "modules trained whole (modules_to_save, bias) are not computed on a GPU yet";
     Error::new(Kind::Unavailable, text).with_hint("--device cpu")
 }

@@ -10,7 +10,10 @@ use kto_kernels::{
     device::Device,
     gpu::{DeviceInfo, Gpu},
 };
-use kto_model::devices::{self, Choice, Opened};
+use kto_model::{
+    devices::{self, Choice, Opened},
+    whole,
+};
 
 /// Share of a GPU's free memory that a run takes when nobody says.
 const DEFAULT_SHARE: f64 = 0.9;
@@ -61,8 +64,7 @@ impl RunDevice {
     /// Fails (69) when the plan asks for what is not computed there.
     pub fn check(&self, plan: &Plan) -> Result<()> {
         if !plan.typed.whole.is_empty() && matches!(self, Self::Gpu(..)) {
-            let text = "modules trained whole (modules_to_save, bias) are not computed on a GPU yet";
-            return Err(Error::new(kto_cli::Kind::Unavailable, text).with_hint("--device cpu"));
+            return Err(whole::not_on_gpu());
         }
         Ok(())
     }
