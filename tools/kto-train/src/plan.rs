@@ -310,7 +310,10 @@ fn optimizer(args: &Args) -> OptimizerSpec {
 pub fn batches(args: &Args) -> Result<(usize, usize)> {
     let batch = args.batch as usize;
     match (args.preset, args.micro_batch) {
-        (None, Some(_)) => Err(Error::usage("--micro-batch has a meaning with --preset trl only").with_hint(
+        (None, Some(_)) => Err(Error::usage(
+            "--micro-batch (per_device_train_batch_size) has a meaning with --preset trl only",
+        )
+        .with_hint(
             "without it the KL estimate is taken over the whole --batch and nothing depends on a micro-batch",
         )),
         (None, None) => Ok((batch, batch)),
