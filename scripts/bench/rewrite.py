@@ -96,6 +96,7 @@ def make(folder, layers):
 def run(command):
     """Wall seconds, processor seconds, peak resident and peak anonymous bytes, standard output. The peak that wait4 tells is no less than
     that of this process, so the process is asked every few milliseconds."""
+    os.sync()  # What the run before has left unwritten is not this one's to wait for.
     start, resident, anonymous = time.perf_counter(), 0, 0
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while True:

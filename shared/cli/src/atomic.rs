@@ -21,6 +21,8 @@ use std::{
 
 /// Write size; large enough that the system call does not count.
 const BUFFER: usize = 1 << 20;
+/// Bytes at a place from which on they are sent to the disk at once.
+const EARLY: usize = 1 << 18;
 
 /// A file under construction. Dropped without [`AtomicFile::commit`], it leaves nothing behind.
 pub struct AtomicFile {
@@ -87,7 +89,12 @@ impl AtomicFile {
     /// not after [`AtomicFile::write`].
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         use std::os::unix::fs::FileExt;
-        self.writer.get_ref().write_all_at(bytes, offset).map_err(|e| Error::writing(&self.shown, &e))
+        let file = self.writer.get_ref();
+        file.write_all_at(bytes, offset).map_err(|e| Error::writing(&self.shown, &e))?;
+        if bytes.len() >= EARLY {
+            write_back(file, offset, bytes.len() as u64);
+        }
+        Ok(())
     }
     /// Makes the file final: flush, fsync, rename, fsync of the directory.
     pub fn commit(mut self) -> Result<()> {
@@ -149,6 +156,15 @@ pub fn write(target: &Path, bytes: &[u8]) -> Result<()> {
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
     let renamed = fs::rename(from, to).and_then(|()| sync_dir(&stale::folder_of(to)));
     renamed.map_err(|e| Error::writing(to, &e))
+}
+
+/// Starts to bring bytes to the disk, so that the fsync at the end finds little to do. Linux does that for bytes it is told will not
+/// be read again; they stay in the page cache, as it drops only those that are on the disk already.
+fn write_back(file: &File, offset: u64, bytes: u64) {
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(bytes), rustix::fs::Advice::DontNeed);
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, offset, bytes);
 }
 
 /// Creates a directory, and those above it that are missing. Their names are safe from a power loss when it returns.

@@ -15,6 +15,8 @@ use std::{
 
 /// Bytes read at a time.
 const BUFFER: usize = 1 << 20;
+/// Bytes from which on another thread is worth its start.
+const BESIDE: usize = 1 << 18;
 
 /// Returns the SHA-256 of `bytes` as 64 lower-case hexadecimal digits.
 pub fn sha256_hex(bytes: &[u8]) -> String {
@@ -37,6 +39,23 @@ impl Sha256Hex {
     /// Takes in `bytes`.
     pub fn update(&mut self, bytes: &[u8]) {
         self.state.update(bytes);
+    }
+    /// Takes in `bytes` on another thread, if there are many, while this one does `work`.
+    pub fn update_beside<T>(&mut self, bytes: &[u8], work: impl FnOnce() -> T) -> T {
+        if bytes.len() < BESIDE {
+            self.update(bytes);
+            return work();
+        }
+        let (done, taken) = thread::scope(|scope| {
+            let state = &mut self.state;
+            let other = thread::Builder::new().spawn_scoped(scope, || state.update(bytes));
+            (work(), other.is_ok())
+        });
+        // Without another thread, this one does both.
+        if !taken {
+            self.update(bytes);
+        }
+        done
     }
     /// Returns the 64 digits.
     pub fn finish(self) -> String {
@@ -139,6 +158,10 @@ mod tests {
         let mut pieces = Sha256Hex::new();
         pieces.update(b"a");
         pieces.update(b"bc");
+        let mut beside = Sha256Hex::new();
+        let long = vec![b'x'; BESIDE];
+        assert_eq!([&b"ab"[..], &long].map(|bytes| beside.update_beside(bytes, || bytes.len())), [2, BESIDE]);
+        assert_eq!(beside.finish(), sha256_hex(&[&b"ab"[..], &long].concat()));
         assert_eq!(pieces.finish(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 }

@@ -90,13 +90,21 @@ impl PlacedWriter {
             return Err(Error::internal(format!("tensor \"{}\": {text}", escape(name))));
         }
         let at = *offset + *written;
-        self.file.write_at(bytes, at)?;
+        let mut write = || {
+            hash.write(bytes);
+            self.file.write_at(bytes, at)
+        };
+        match self.hash.take_if(|(_, next)| *next == at) {
+            Some((mut whole, next)) => {
+                whole.update_beside(bytes, write)?;
+                self.hash = Some((whole, next + bytes.len() as u64));
+            }
+            None => {
+                self.hash = None;
+                write()?;
+            }
+        }
         *written += bytes.len() as u64;
-        hash.write(bytes);
-        self.hash = self.hash.take().filter(|(_, next)| *next == at).map(|(mut hash, next)| {
-            hash.update(bytes);
-            (hash, next + bytes.len() as u64)
-        });
         Ok(())
     }
 

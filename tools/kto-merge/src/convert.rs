@@ -64,14 +64,10 @@ impl Rows for Difference<'_> {
     }
     fn read(&self, first: usize, out: &mut [f32]) {
         let columns = self.base.columns();
-        let mut scratch = Vec::new();
-        let mut before = vec![0.0; columns];
-        for (i, row) in out.chunks_mut(columns).enumerate() {
-            self.base.read((first + i) * columns, &mut before);
-            row.copy_from_slice(&before);
-            self.change.add_to(first + i, row, &mut scratch);
-            row.iter_mut().zip(&before).for_each(|(r, b)| *r -= b);
-        }
+        self.base.read(first * columns, out);
+        let before = out.to_vec();
+        self.change.add_to(first, columns, out);
+        out.iter_mut().zip(&before).for_each(|(o, b)| *o -= b);
     }
 }
 

@@ -17,20 +17,24 @@ pub struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Writes the change of one row into `out`. `base` is the row of the base: DoRA's change depends on it.
-    pub fn row(&self, index: usize, base: &[f32], out: &mut [f32]) {
+    /// Writes the change of whole rows from `first` on into `out`. `base` are these rows of the base: DoRA's change depends on them.
+    pub fn rows(&self, first: usize, base: &[f32], out: &mut [f32]) {
         let m = self.module;
-        let b = &m.b[index * m.r..][..m.r];
+        let columns = m.in_features;
+        let b = &m.b[first * m.r..][..out.len() / columns * m.r];
         let Some(magnitude) = &m.magnitude else {
             out.fill(0.0);
-            return add_low_rank(out, b, &m.a, m.scale as f32);
+            return add_low_rank(out, columns, b, &m.a, m.scale as f32);
         };
         out.copy_from_slice(base);
-        add_low_rank(out, b, &m.a, m.scale as f32);
-        let length = out.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
-        // A row of zeros has no direction.
-        let factor = if length > 0.0 { (f64::from(magnitude[index]) / length) as f32 } else { 0.0 };
-        out.iter_mut().zip(base).for_each(|(o, b)| *o = *o * factor - b);
+        add_low_rank(out, columns, b, &m.a, m.scale as f32);
+        let rows = out.chunks_mut(columns).zip(base.chunks(columns));
+        for ((out, base), magnitude) in rows.zip(&magnitude[first..]) {
+            let length = out.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
+            // A row of zeros has no direction.
+            let factor = if length > 0.0 { (f64::from(*magnitude) / length) as f32 } else { 0.0 };
+            out.iter_mut().zip(base).for_each(|(o, b)| *o = *o * factor - b);
+        }
     }
 }
 
@@ -45,27 +49,27 @@ pub struct Change<'a> {
 }
 
 impl Change<'_> {
-    /// Adds the change to a row, which holds the base.
-    pub fn add_to(&self, index: usize, row: &mut [f32], scratch: &mut Vec<f32>) {
+    /// Adds the change to whole rows from `first` on, which hold the base.
+    pub fn add_to(&self, first: usize, columns: usize, rows: &mut [f32]) {
         let plain =
             self.mix.method == Method::Linear && self.parts.iter().all(|p| p.module.magnitude.is_none());
         if plain {
             for Part { module: m, weight, .. } in &self.parts {
                 let factor = (m.scale * weight * self.scale) as f32;
-                add_low_rank(row, &m.b[index * m.r..][..m.r], &m.a, factor);
+                let b = &m.b[first * m.r..][..rows.len() / columns * m.r];
+                add_low_rank(rows, columns, b, &m.a, factor);
             }
             return;
         }
-        // One row for each part, and one for the mixture.
-        let columns = row.len();
-        scratch.resize(columns * (self.parts.len() + 1), 0.0);
-        let (mixed, rows) = scratch.split_at_mut(columns);
-        for (part, out) in self.parts.iter().zip(rows.chunks_mut(columns)) {
-            part.row(index, row, out);
+        let n = rows.len();
+        let mut changes = vec![0.0; n * self.parts.len()];
+        for (part, change) in self.parts.iter().zip(changes.chunks_mut(n)) {
+            part.rows(first, rows, change);
         }
-        self.mix.rows(&self.parts, index, rows, mixed);
+        let mut mixed = vec![0.0; n];
+        self.mix.mix(&self.parts, first * columns, &mut changes, &mut mixed);
         let scale = self.scale as f32;
-        row.iter_mut().zip(mixed).for_each(|(w, d)| *w += scale * *d);
+        rows.iter_mut().zip(&mixed).for_each(|(w, d)| *w += scale * *d);
     }
 }
 
@@ -87,10 +91,7 @@ impl Values for Merged<'_> {
     fn read(&self, start: usize, out: &mut [f32]) {
         self.base.read(start, out);
         let columns = self.columns();
-        let mut scratch = Vec::new();
-        for (i, row) in out.chunks_mut(columns).enumerate() {
-            self.change.add_to(start / columns + i, row, &mut scratch);
-        }
+        self.change.add_to(start / columns, columns, out);
     }
     fn done(&self, range: Range<usize>) {
         self.base.done(range);

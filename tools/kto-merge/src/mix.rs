@@ -21,7 +21,7 @@ pub struct Mix {
 }
 
 /// Rows that a task looks at.
-const ROWS: usize = 64;
+const ROWS: usize = 16;
 
 impl Mix {
     /// Prepares mixing for a weight. For TIES this computes the changes twice, to find the thresholds.
@@ -42,38 +42,38 @@ impl Mix {
         Self { method, density, thresholds, keys }
     }
 
-    /// Mixes rows `(parts, columns)` of row `index` of the weight into `out`.
-    pub fn rows(&self, parts: &[Part], index: usize, rows: &mut [f32], out: &mut [f32]) {
-        let columns = out.len();
-        for (i, row) in rows.chunks_mut(columns).enumerate() {
-            self.sparse(i, index * columns, row);
-            let weight = parts[i].weight as f32;
-            row.iter_mut().for_each(|v| *v *= weight);
+    /// Mixes `changes`, shape (parts, n), of the n elements of the weight from `start` on into `out`.
+    pub fn mix(&self, parts: &[Part], start: usize, changes: &mut [f32], out: &mut [f32]) {
+        let n = out.len();
+        for (i, (part, change)) in parts.iter().zip(changes.chunks_mut(n)).enumerate() {
+            self.sparse(i, start, change);
+            let weight = part.weight as f32;
+            change.iter_mut().for_each(|v| *v *= weight);
         }
         let signs = matches!(self.method, Method::Ties | Method::DareTies);
-        for (c, o) in out.iter_mut().enumerate() {
-            let column = || rows.iter().skip(c).step_by(columns);
-            let sum: f32 = column().sum();
+        for (i, o) in out.iter_mut().enumerate() {
+            let given = || changes.iter().skip(i).step_by(n);
+            let sum: f32 = given().sum();
             *o = sum;
             if signs {
                 let agree = |v: &&f32| **v != 0.0 && (**v > 0.0) == (sum > 0.0);
-                let count = column().filter(agree).count();
-                *o = if sum == 0.0 { 0.0 } else { column().filter(agree).sum::<f32>() / count.max(1) as f32 };
+                let count = given().filter(agree).count();
+                *o = if sum == 0.0 { 0.0 } else { given().filter(agree).sum::<f32>() / count.max(1) as f32 };
             }
         }
     }
 
-    /// Takes away what does not stay of a row whose first element has the index `start`.
-    fn sparse(&self, part: usize, start: usize, row: &mut [f32]) {
+    /// Takes away what does not stay of a change whose first element has the index `start`.
+    fn sparse(&self, part: usize, start: usize, change: &mut [f32]) {
         match self.method {
             Method::Linear => {}
             Method::Ties => {
                 let least = self.thresholds[part];
-                row.iter_mut().filter(|v| v.abs() < least).for_each(|v| *v = 0.0);
+                change.iter_mut().filter(|v| v.abs() < least).for_each(|v| *v = 0.0);
             }
             Method::Dare | Method::DareTies => {
                 let enlarged = 1.0 / self.density as f32;
-                for (i, v) in row.iter_mut().enumerate() {
+                for (i, v) in change.iter_mut().enumerate() {
                     let stays = random::uniform(self.keys[part], (start + i) as u64) < self.density;
                     *v = if stays { *v * enlarged } else { 0.0 };
                 }
@@ -113,15 +113,12 @@ fn counts(part: &Part, base: &dyn Values, bin: impl Fn(u32) -> Option<u32> + Syn
         .fold(
             || vec![0u64; 1 << 16],
             |mut counts, task| {
-                let (mut row, mut change) = (vec![0.0; columns], vec![0.0; columns]);
-                for index in task * ROWS..((task + 1) * ROWS).min(rows) {
-                    base.read(index * columns, &mut row);
-                    part.row(index, &row, &mut change);
-                    for v in &change {
-                        if let Some(bin) = bin(v.abs().to_bits()) {
-                            counts[bin as usize] += 1;
-                        }
-                    }
+                let n = ROWS.min(rows - task * ROWS) * columns;
+                let (mut values, mut change) = (vec![0.0; n], vec![0.0; n]);
+                base.read(task * ROWS * columns, &mut values);
+                part.rows(task * ROWS, &values, &mut change);
+                for bin in change.iter().filter_map(|v| bin(v.abs().to_bits())) {
+                    counts[bin as usize] += 1;
                 }
                 counts
             },
@@ -165,9 +162,9 @@ mod tests {
         let zeros = vec![0.0; changes[0].len()];
         let base = Held { values: &zeros, columns: zeros.len() };
         let mix = Mix::new(method, density, 7, "m", &parts, &base);
-        let mut rows: Vec<f32> = changes.concat();
+        let mut changes: Vec<f32> = changes.concat();
         let mut out = vec![0.0; zeros.len()];
-        mix.rows(&parts, 0, &mut rows, &mut out);
+        mix.mix(&parts, 0, &mut changes, &mut out);
         out
     }
 
