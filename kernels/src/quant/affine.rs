@@ -70,8 +70,7 @@ simd! {
                 *high = if v > *high { v } else { *high };
             }
         }
-        let low = low.into_iter().fold(f32::INFINITY, f32::min);
-        let high = high.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        let (low, high) = ends(low, high);
         let n = ((1u32 << bits) - 1) as f32;
         let below = low.abs() > high.abs();
         let mut scale = ((high - low) / n).max(EPSILON);
@@ -84,10 +83,24 @@ simd! {
             bias = edge;
         }
         for (code, &v) in codes.iter_mut().zip(x) {
-            *code = ((v - bias) / scale).round_ties_even().clamp(0.0, n) as u8;
+            // Adding 2²³ rounds to even and leaves the integer in the low bits.
+            *code = (((v - bias) / scale).clamp(0.0, n) + 8_388_608.0).to_bits() as u8;
         }
         (scale, bias)
     }
+}
+
+/// Returns the least and the largest value of all lanes, halving them: one after the other they would wait for each other.
+#[inline(always)]
+fn ends(mut low: [f32; 16], mut high: [f32; 16]) -> (f32, f32) {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            let (l, h) = (low[i + half], high[i + half]);
+            low[i] = if l < low[i] { l } else { low[i] };
+            high[i] = if h > high[i] { h } else { high[i] };
+        }
+    }
+    (low[0], high[0])
 }
 
 /// Eight codes fill as many bytes as a code has bits.
