@@ -9,6 +9,7 @@ SHELL := /bin/bash
 
 CARGO ?= cargo
 PYTHON ?= python3
+MLX_PYTHON ?= $(PYTHON)
 PREFIX ?= $(HOME)/.local
 DESTDIR ?=
 TOOLS := kto-convert kto-tokenize kto-quantize kto-train kto-eval kto-merge
@@ -104,8 +105,8 @@ peers: demo ## load what the demo made in PEFT, transformers and pyarrow; share 
 	$(PYTHON) scripts/oracle/peers.py demo-out
 	$(PYTHON) scripts/check-hub.py
 
-bench-rewrite: build ## kto-quantize and kto-merge beside bitsandbytes and PEFT on a 1B-shaped model: five minutes, 8 GB under target/bench (PYTHON= with all of them)
-	$(PYTHON) scripts/bench/rewrite.py --save
+bench-rewrite: build ## kto-quantize and kto-merge beside bitsandbytes, mlx-lm and PEFT on a 1B-shaped model: ten minutes, 8 GB under target/bench (PYTHON=, MLX_PYTHON= for mlx-lm)
+	$(PYTHON) scripts/bench/rewrite.py --rounds 5 --mlx $(MLX_PYTHON) --save
 	$(PYTHON) scripts/bench/report.py
 
 bench: build ## our step and TRL's in turn, growth, kernels, memory; 45 minutes, an idle machine (PYTHON=, BENCHMARKS.md)

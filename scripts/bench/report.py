@@ -182,8 +182,9 @@ def data(results):
 def rewrite(results):
     """kto-quantize and kto-merge beside their peers."""
     r, rows = results["rewrite"], []
-    for job, ours, theirs, aim in [("quantize", "kto-quantize, NF4 with double quantization", "transformers + bitsandbytes", 5),
-                                   ("merge", "kto-merge, rank 16 on all linear layers", "PEFT", 3)]:
+    for job, ours, theirs, aim in [("quantize", "kto-quantize, NF4 with double quantization", "transformers + bitsandbytes", "5×"),
+                                   ("quantize-mlx", "kto-quantize, MLX's 4 bits in groups of 64", "mlx-lm on the CPU", "1×"),
+                                   ("merge", "kto-merge, rank 16 on all linear layers", "PEFT", "3×")]:
         of = lambda who, key: [x[key] for x in r["rows"] if (x["job"], x["who"]) == (job, who)]
         median = lambda who, key: statistics.median(of(who, key))
         seconds = {"kto": of("kto", "wall_seconds"), "peer": of("peer", "work_seconds")}
@@ -192,7 +193,7 @@ def rewrite(results):
         times = [f"{statistics.median(s):.2f} ({min(s):.2f}–{max(s):.2f})" for s in (seconds["kto"], seconds["peer"])]
         faster = statistics.median(seconds["peer"]) / statistics.median(seconds["kto"])
         memory = [median(who, key) for key in ("peak_anonymous_bytes", "peak_rss_bytes") for who in ("kto", "peer")]
-        rows.append([f"{ours} against {theirs}", *times, f"**{faster:.1f}×**", f"{aim}×", f"{median('kto', 'cpu_seconds'):.1f} / {median('peer', 'cpu_seconds'):.0f}",
+        rows.append([f"{ours} against {theirs}", *times, f"**{faster:.1f}×**", aim, f"{median('kto', 'cpu_seconds'):.1f} / {median('peer', 'cpu_seconds'):.0f}",
                      f"{mib(memory[0])} / {mib(memory[1])}", f"{memory[1] / memory[0]:.0f}×", f"{mib(memory[2])} / {mib(memory[3])}", f"{memory[3] / memory[2]:.0f}×", "8×",
                      f"{100 * statistics.median(half):.0f} %"])
     v = ", ".join(f"{k} {x}" for k, x in r["versions"].items())

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""kto-quantize beside transformers + bitsandbytes, kto-merge beside PEFT: time and peak memory on a 1B-shaped bf16 model, in turn.
+"""kto-quantize beside transformers + bitsandbytes and mlx-lm, kto-merge beside PEFT: time and peak memory on a 1B-shaped bf16 model, in turn.
 
-usage: rewrite.py [--rounds N] [--layers N] [--save]     (with an interpreter that has numpy, torch, transformers, bitsandbytes, peft)
+usage: rewrite.py [--rounds N] [--layers N] [--mlx PYTHON] [--save]
+
+With an interpreter that has numpy, torch, transformers, bitsandbytes and peft; that of --mlx has mlx and mlx-lm (default: the same).
 
 Peer and tool alternate, the first of them another one each round. Ours is timed as a process, of the peer what it does after its
 imports (`work`), so that its start does not count for us; processor seconds are those of the whole process. Two peaks of each process:
@@ -11,7 +13,6 @@ in one thread and forced to the disk; what a tool reads and writes, at that rate
 """
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import shutil
@@ -38,6 +39,8 @@ CONFIG = {
 LINEARS = {"self_attn.q_proj": (2048, 2048), "self_attn.k_proj": (512, 2048), "self_attn.v_proj": (512, 2048), "self_attn.o_proj": (2048, 2048),
            "mlp.gate_proj": (8192, 2048), "mlp.up_proj": (8192, 2048), "mlp.down_proj": (2048, 8192)}
 RANK = 16
+JOBS = ("quantize", "quantize-mlx", "merge")
+VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
 
 QUANTIZE = """
 import sys, time, torch
@@ -46,6 +49,19 @@ start = time.perf_counter()
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, device_map="cpu", dtype=torch.bfloat16)
 model.save_pretrained(sys.argv[3])
+print(time.perf_counter() - start)
+"""
+MLX = """
+import sys, time
+from pathlib import Path
+import mlx.core as mx
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+mx.set_default_device(mx.cpu)
+start, out = time.perf_counter(), Path(sys.argv[3])
+model, config = load_model(Path(sys.argv[1]), lazy=True)
+model, config = quantize_model(model, config, 64, 4)
+save_model(out, model, donate_model=True)
+save_config(config, out / "config.json")
 print(time.perf_counter() - start)
 """
 MERGE = """
@@ -123,10 +139,15 @@ def copy_rate(model, out):
     return size / seconds
 
 
+def versions_of(python, *packages):
+    return json.loads(subprocess.run([python, "-c", VERSIONS, *packages], check=True, capture_output=True, text=True).stdout)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--mlx", default=sys.executable)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     about, rows = machine.describe(), []
@@ -138,12 +159,14 @@ def main():
         jobs = {
             ("quantize", "peer"): [sys.executable, "-c", QUANTIZE, model, "-", out],
             ("quantize", "kto"): [BIN / "kto-quantize", "-q", model, "-o", out],
+            ("quantize-mlx", "peer"): [args.mlx, "-c", MLX, model, "-", out],
+            ("quantize-mlx", "kto"): [BIN / "kto-quantize", "-q", model, "--form", "mlx", "-o", out],
             ("merge", "peer"): [sys.executable, "-c", MERGE, model, adapter, out],
             ("merge", "kto"): [BIN / "kto-merge", "-q", "--base", model, "--adapter", adapter, "-o", out],
         }
         for round_ in range(args.rounds):
             rate = copy_rate(model, folder / "copy")
-            for job in ("quantize", "merge"):
+            for job in JOBS:
                 for who in (("peer", "kto"), ("kto", "peer"))[round_ % 2]:
                     wall, cpu, resident, anonymous, said = run(jobs[job, who])
                     work = float(said.split()[-1]) if who == "peer" else wall
@@ -153,10 +176,10 @@ def main():
                                  "copy_bytes_per_second": rate})
                     print(json.dumps(rows[-1]), flush=True)
                     shutil.rmtree(out)
-    packages = ("torch", "transformers", "bitsandbytes", "peft")
+    versions = {**versions_of(sys.executable, "torch", "transformers", "bitsandbytes", "peft"), **versions_of(args.mlx, "mlx", "mlx-lm")}
     result = {"case": "rewrite", "date": datetime.date.today().isoformat(), "revision": machine.revision(), "machine": about,
-              "versions": {name: importlib.metadata.version(name) for name in packages}, "settings": {"layers": args.layers, "rank": RANK}, "rows": rows}
-    for job in ("quantize", "merge"):
+              "versions": versions, "settings": {"layers": args.layers, "rank": RANK}, "rows": rows}
+    for job in JOBS:
         median = lambda who, key: statistics.median(r[key] for r in rows if (r["job"], r["who"]) == (job, who))  # noqa: E731
         print(f"{job}: {median('peer', 'work_seconds') / median('kto', 'wall_seconds'):.1f} times as fast, "
               f"{median('peer', 'peak_anonymous_bytes') / median('kto', 'peak_anonymous_bytes'):.0f} times less anonymous memory")
