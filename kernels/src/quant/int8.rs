@@ -4,7 +4,8 @@
 //! Formula: scale = largest magnitude of the row; code = rint(x · (1/scale · 127)); a row of zeros has codes 0.
 
 use super::{Codec, PLANES, four_bit::largest};
-use half::f16;
+use crate::simd::simd;
+use half::{f16, slice::HalfFloatSliceExt};
 
 /// Codes of a matrix with this many columns.
 #[derive(Clone, Copy, Debug)]
@@ -22,18 +23,17 @@ impl Codec for Int8 {
     }
     fn encode(&self, values: &[f32], [codes, scales, _]: [&mut [u8]; PLANES]) -> bool {
         let mut sound = true;
-        let mut row = vec![0.0; self.columns];
+        let (mut row, mut halves) = (vec![0.0; self.columns], vec![f16::ZERO; self.columns]);
         let rows = values.chunks(self.columns.max(1)).zip(codes.chunks_mut(self.columns.max(1)));
         for ((values, codes), scale) in rows.zip(scales.as_chunks_mut::<4>().0) {
-            row.iter_mut().zip(values).for_each(|(r, v)| *r = f16::from_f32(*v).to_f32());
-            let absmax = largest(&row);
+            halves.convert_from_f32_slice(values);
+            halves.convert_to_f32_slice(&mut row);
+            let absmax = magnitude(&row);
             sound &= absmax.is_finite();
             *scale = absmax.to_le_bytes();
             // torch divides a number by a tensor as the number times the reciprocals.
             let factor = if absmax > 0.0 { 1.0 / absmax * 127.0 } else { 0.0 };
-            for (code, v) in codes.iter_mut().zip(&row) {
-                *code = (v * factor).round_ties_even() as i8 as u8;
-            }
+            round(&row, factor, codes);
         }
         sound
     }
@@ -44,6 +44,20 @@ impl Codec for Int8 {
             for (o, code) in out.iter_mut().zip(codes) {
                 *o = f32::from(*code as i8) * scale * (1.0 / 127.0);
             }
+        }
+    }
+}
+
+simd! {
+    fn magnitude(row: &[f32]) -> f32 {
+        largest(row)
+    }
+}
+
+simd! {
+    fn round(row: &[f32], factor: f32, codes: &mut [u8]) {
+        for (code, v) in codes.iter_mut().zip(row) {
+            *code = (v * factor).round_ties_even() as i8 as u8;
         }
     }
 }

@@ -5,8 +5,9 @@
 
 use super::{
     half, read_half,
-    search::{Grid, NOTHING, nearest, symmetric, with_minimum},
+    search::{Grid, NOTHING, each, side_by_side, symmetric, with_minimum},
 };
+use crate::simd::simd;
 
 /// Values of a block.
 const BLOCK: usize = 256;
@@ -15,7 +16,7 @@ const GROUP: usize = 32;
 
 pub fn q4(x: &[f32], out: &mut [u8]) -> bool {
     let mut codes = [0; BLOCK];
-    if !scales_and_codes(x, Grid { most: 15, first: -1.0, tries: 20 }, &mut codes, out) {
+    if !scales_and_codes(x, Grid { most: 15.0, first: -1.0, tries: 20 }, &mut codes, out) {
         return false;
     }
     low_halves(&codes, &mut out[16..]);
@@ -24,7 +25,7 @@ pub fn q4(x: &[f32], out: &mut [u8]) -> bool {
 
 pub fn q5(x: &[f32], out: &mut [u8]) -> bool {
     let mut codes = [0; BLOCK];
-    if !scales_and_codes(x, Grid { most: 31, first: -0.5, tries: 15 }, &mut codes, out) {
+    if !scales_and_codes(x, Grid { most: 31.0, first: -0.5, tries: 15 }, &mut codes, out) {
         return false;
     }
     let (fifth, low) = out[16..].split_at_mut(32);
@@ -47,42 +48,51 @@ fn low_halves(codes: &[u8; BLOCK], out: &mut [u8]) {
     }
 }
 
-/// Finds scales, minima and codes and writes the 16 bytes of the former.
-fn scales_and_codes(x: &[f32], grid: Grid, codes: &mut [u8; BLOCK], out: &mut [u8]) -> bool {
-    let (mut scales, mut minima) = ([0.0f32; 8], [0.0f32; 8]);
-    let groups = || x.as_chunks::<GROUP>().0;
-    for (j, group) in groups().iter().enumerate() {
-        let sum: f32 = group.iter().fold(0.0, |sum, v| sum + v * v);
-        let average = (sum / GROUP as f32).sqrt();
-        let weights = group.map(|v| average + v.abs());
-        (scales[j], minima[j]) = with_minimum(group, &weights, grid, &mut codes[j * GROUP..][..GROUP]);
-    }
-    let most = |all: &[f32; 8]| all.iter().fold(0.0, |m: f32, &v| if v > m { v } else { m });
-    let (most_scale, most_minimum) = (most(&scales), most(&minima));
-    let steps = |most: f32| if most > 0.0 { 63.0 / most } else { 0.0 };
-    let (scale_steps, minimum_steps) = (steps(most_scale), steps(most_minimum));
-    let (Some(d), Some(dmin)) = (half(most_scale / 63.0), half(most_minimum / 63.0)) else { return false };
-    out[..2].copy_from_slice(&d.to_le_bytes());
-    out[2..4].copy_from_slice(&dmin.to_le_bytes());
-    let packed = &mut out[4..16];
-    packed.fill(0);
-    for j in 0..8 {
-        let scale = nearest(scale_steps * scales[j]).clamp(0, 63) as u8;
-        let minimum = nearest(minimum_steps * minima[j]).clamp(0, 63) as u8;
-        put_six(packed, j, scale, minimum);
-    }
-    for (j, group) in groups().iter().enumerate() {
-        let (scale, minimum) = get_six(packed, j);
-        let step = d.to_f32() * f32::from(scale);
-        if step == 0.0 {
-            continue;
+/// Rounds to the nearest of the integers from `least` to `most`, ties to even.
+#[inline(always)]
+fn nearest(v: f32, least: f32, most: f32) -> f32 {
+    v.round_ties_even().clamp(least, most)
+}
+
+simd! {
+    /// Finds scales, minima and codes and writes the 16 bytes of the former. Returns whether they are finite.
+    fn scales_and_codes(x: &[f32], grid: Grid, codes: &mut [u8; BLOCK], out: &mut [u8]) -> bool {
+        let groups = side_by_side::<8, GROUP>(x);
+        let mut sums = [0.0; 8];
+        for v in &groups {
+            sums = each(|g| sums[g] + v[g] * v[g]);
         }
-        let shift = dmin.to_f32() * f32::from(minimum);
-        for (code, v) in codes[j * GROUP..].iter_mut().zip(group) {
-            *code = nearest((v + shift) / step).clamp(0, grid.most) as u8;
+        let average = sums.map(|sum| (sum / GROUP as f32).sqrt());
+        let mut weights = groups;
+        for v in &mut weights {
+            *v = each(|g| average[g] + v[g].abs());
         }
+        let found = with_minimum(&groups, &weights, grid);
+        let most = |all: &[f32; 8]| all.iter().fold(0.0, |m: f32, &v| if v > m { v } else { m });
+        let (most_scale, most_minimum) = (most(&found.scale), most(&found.minimum));
+        let steps = |most: f32| if most > 0.0 { 63.0 / most } else { 0.0 };
+        let (scale_steps, minimum_steps) = (steps(most_scale), steps(most_minimum));
+        let (Some(d), Some(dmin)) = (half(most_scale / 63.0), half(most_minimum / 63.0)) else { return false };
+        out[..2].copy_from_slice(&d.to_le_bytes());
+        out[2..4].copy_from_slice(&dmin.to_le_bytes());
+        let packed = &mut out[4..16];
+        packed.fill(0);
+        for (j, (scale, minimum)) in found.scale.iter().zip(&found.minimum).enumerate() {
+            let six = |steps: f32, v: f32| nearest(steps * v, 0.0, 63.0) as u8;
+            put_six(packed, j, six(scale_steps, *scale), six(minimum_steps, *minimum));
+        }
+        let (d, dmin) = (d.to_f32(), dmin.to_f32());
+        for (j, (codes, x)) in codes.chunks_exact_mut(GROUP).zip(x.chunks_exact(GROUP)).enumerate() {
+            let (scale, minimum) = get_six(packed, j);
+            let (step, shift) = (d * f32::from(scale), dmin * f32::from(minimum));
+            for (i, (code, v)) in codes.iter_mut().zip(x).enumerate() {
+                // Without a step ggml leaves the code of the search.
+                let new = if step == 0.0 { found.codes[i][j] } else { nearest((v + shift) / step, 0.0, grid.most) };
+                *code = new as u8;
+            }
+        }
+        true
     }
-    true
 }
 
 /// Scale and minimum of group `j`: of the first four groups six bits a byte; of the others four bits in the last bytes and two
@@ -127,41 +137,39 @@ fn from_low_halves(block: &[u8], low: &[u8], out: &mut [f32], upper: impl Fn(usi
     }
 }
 
-pub fn q6(x: &[f32], out: &mut [u8]) -> bool {
-    let mut scales = [0.0f32; 16];
-    let mut most = 0.0f32;
-    for (scale, group) in scales.iter_mut().zip(x.chunks(16)) {
-        *scale = symmetric(group);
-        most = if scale.abs() > most.abs() { *scale } else { most };
-    }
-    out.fill(0);
-    if most.abs() < NOTHING {
-        return true;
-    }
-    let inverse = -128.0 / most;
-    let Some(d) = half(1.0 / inverse) else { return false };
-    let mut codes = [0u8; BLOCK];
-    for (j, (scale, group)) in scales.iter().zip(x.chunks(16)).enumerate() {
-        let stored = nearest(inverse * scale).min(127) as i8;
-        out[192 + j] = stored as u8;
-        let step = d.to_f32() * f32::from(stored);
-        for (code, v) in codes[j * 16..].iter_mut().zip(group) {
-            // ggml leaves the search's code where the step is zero; the value is zero there whatever the code.
-            *code = if step == 0.0 { 32 } else { (nearest(v / step).clamp(-32, 31) + 32) as u8 };
+simd! {
+    pub fn q6(x: &[f32], out: &mut [u8]) -> bool {
+        let scales = symmetric(&side_by_side::<16, 16>(x));
+        let most = scales.iter().fold(0.0f32, |most, &scale| if scale.abs() > most.abs() { scale } else { most });
+        out.fill(0);
+        if most.abs() < NOTHING {
+            return true;
         }
-    }
-    for half in 0..2 {
-        let codes = &codes[half * 128..][..128];
-        for l in 0..32 {
-            let four = [codes[l], codes[l + 32], codes[l + 64], codes[l + 96]];
-            out[half * 64 + l] = four[0] & 15 | (four[2] & 15) << 4;
-            out[half * 64 + 32 + l] = four[1] & 15 | (four[3] & 15) << 4;
-            out[128 + half * 32 + l] =
-                four[0] >> 4 | four[1] >> 4 << 2 | four[2] >> 4 << 4 | four[3] >> 4 << 6;
+        let inverse = -128.0 / most;
+        let Some(d) = half(1.0 / inverse) else { return false };
+        let mut codes = [0u8; BLOCK];
+        for (j, (codes, x)) in codes.chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
+            let stored = nearest(inverse * scales[j], -128.0, 127.0);
+            out[192 + j] = stored as i8 as u8;
+            let step = d.to_f32() * stored;
+            for (code, v) in codes.iter_mut().zip(x) {
+                // ggml leaves the search's code where the step is zero; the value is zero there whatever the code.
+                *code = if step == 0.0 { 32 } else { (nearest(v / step, -32.0, 31.0) + 32.0) as u8 };
+            }
         }
+        for half in 0..2 {
+            let codes = &codes[half * 128..][..128];
+            for l in 0..32 {
+                let four = [codes[l], codes[l + 32], codes[l + 64], codes[l + 96]];
+                out[half * 64 + l] = four[0] & 15 | (four[2] & 15) << 4;
+                out[half * 64 + 32 + l] = four[1] & 15 | (four[3] & 15) << 4;
+                out[128 + half * 32 + l] =
+                    four[0] >> 4 | four[1] >> 4 << 2 | four[2] >> 4 << 4 | four[3] >> 4 << 6;
+            }
+        }
+        out[208..210].copy_from_slice(&d.to_le_bytes());
+        true
     }
-    out[208..210].copy_from_slice(&d.to_le_bytes());
-    true
 }
 
 pub fn from_q6(block: &[u8], out: &mut [f32]) {

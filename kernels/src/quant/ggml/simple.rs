@@ -4,6 +4,7 @@
 //! half of byte i, value i + 16 in its high half. Q8_0 has a signed byte a value.
 
 use super::{half, read_half};
+use crate::{quant::four_bit::largest, simd::simd};
 
 /// The value of the largest magnitude, with its sign; the first of several.
 fn extreme(x: &[f32]) -> f32 {
@@ -84,15 +85,20 @@ pub fn from_q5(block: &[u8], out: &mut [f32], with_minimum: bool) {
     }
 }
 
-pub fn q8_0(x: &[f32], out: &mut [u8]) -> bool {
-    let d = extreme(x).abs() / 127.0;
-    let id = inverse(d);
-    let Some(stored) = half(d) else { return false };
-    out[..2].copy_from_slice(&stored.to_le_bytes());
-    for (byte, v) in out[2..].iter_mut().zip(x) {
-        *byte = (v * id).round() as i8 as u8;
+simd! {
+    pub fn q8_0(x: &[f32], out: &mut [u8]) -> bool {
+        let d = largest(x) / 127.0;
+        let id = inverse(d);
+        let Some(stored) = half(d) else { return false };
+        out[..2].copy_from_slice(&stored.to_le_bytes());
+        for (byte, v) in out[2..].iter_mut().zip(x) {
+            // Halves away from zero, as `round`, which is no vector instruction.
+            let (v, whole) = (v * id, (v * id).trunc());
+            let away = if (v - whole).abs() >= 0.5 { 1f32.copysign(v) } else { 0.0 };
+            *byte = (whole + away) as i8 as u8;
+        }
+        true
     }
-    true
 }
 
 pub fn from_q8_0(block: &[u8], out: &mut [f32]) {

@@ -1,6 +1,6 @@
 //! Properties of the ggml forms; that the bytes are ggml's is checked by scripts/oracle/gguf_peers.py against llama.cpp.
 
-use super::*;
+use super::{search::side_by_side, *};
 use candle_core::Device;
 use std::path::Path;
 
@@ -88,4 +88,36 @@ fn blocks_decode_as_the_gguf_package_does() {
         check(name, &|bytes, out| form.decode(bytes, out));
     }
     assert_eq!(golden.len(), 2 * (written.len() + read.len()));
+}
+
+/// The searches run over all groups of a block side by side; what they find for one is what they find for it alone.
+#[test]
+fn groups_beside_each_other_do_not_meet() {
+    let mut values = noise(256);
+    values[32..64].fill(0.25); // one value
+    values[64..96].fill(0.0);
+    values[96..128].iter_mut().for_each(|v| *v = v.abs()); // no minimum
+    values[128..160].iter_mut().for_each(|v| *v *= 1e-6);
+    let weights: Vec<f32> = values.iter().map(|v| 0.1 + v.abs()).collect();
+    let grid = search::Grid { most: 15.0, first: -1.0, tries: 20 };
+    let together = search::with_minimum::<8, 32>(&side_by_side(&values), &side_by_side(&weights), grid);
+    for (g, (x, w)) in values.chunks(32).zip(weights.chunks(32)).enumerate() {
+        let alone = search::with_minimum::<1, 32>(&side_by_side(x), &side_by_side(w), grid);
+        assert_eq!((together.scale[g], together.minimum[g]), (alone.scale[0], alone.minimum[0]), "group {g}");
+        assert!(together.codes.iter().zip(alone.codes).all(|(all, one)| all[g] == one[0]), "group {g}");
+    }
+    let together = search::symmetric::<16, 16>(&side_by_side(&values));
+    for (g, x) in values.chunks(16).enumerate() {
+        assert_eq!(together[g], search::symmetric::<1, 16>(&side_by_side(x))[0], "group {g}");
+    }
+}
+
+/// As f32::round, also one bit below a half.
+#[test]
+fn eight_bits_round_halves_away_from_zero() {
+    let mut values = [0.0f32; 32];
+    values[..7].copy_from_slice(&[127.0, 0.5, -0.5, 0.499_999_97, -1.5, 2.5, 126.499_99]);
+    let mut bytes = [0; 34];
+    assert!(Ggml::Q8_0.encode(&values, [&mut bytes, &mut [], &mut []]));
+    assert_eq!(bytes[2..9].iter().map(|b| *b as i8).collect::<Vec<_>>(), [127, 1, -1, 0, -2, 3, 126]);
 }
