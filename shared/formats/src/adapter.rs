@@ -10,7 +10,7 @@ use crate::{
     model_dir::{ModelDir, same_origin},
     text_part,
 };
-use kto_cli::{Context, Error, Result, atomic, escape};
+use kto_cli::{Context, Error, Result, atomic, escape, hash::Sha256Hex};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -55,6 +55,16 @@ pub fn directory(path: &Path) -> PathBuf {
 }
 
 impl Adapter {
+/// Returns the run directory of kto-train that an adapter lies in: as its result, as its best one, or in a checkpoint.
+pub fn run_of(path: &Path) -> Option<PathBuf> {
+    let dir = directory(path).canonicalize().ok()?;
+    let is_checkpoint = |p: &&Path| p.parent().is_some_and(|up| up.ends_with("checkpoints"));
+    match dir.ancestors().take(2).find(is_checkpoint) {
+        Some(checkpoint) => checkpoint.ancestors().nth(2).map(Path::to_path_buf),
+        None => dir.parent().map(Path::to_path_buf),
+    }
+}
+
     /// Reads an adapter directory of PEFT or mlx-lm, or of a run directory its adapter. Errors: 66 for a missing file; 65 that names the
     /// field or tensor for features, shapes or values that cannot be used.
     pub fn read(path: &Path) -> Result<Self> {
@@ -87,6 +97,27 @@ impl Adapter {
     /// `meta` goes into the safetensors metadata, where PEFT ignores it.
     pub fn write(&self, dir: &Path, meta: AdapterMeta) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::writing(dir, &e))?;
+    /// Returns a hash over settings and numbers, by which a run names the adapter that it began with.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256Hex::new();
+        let common = self.config.scale();
+        hash.update(&common.to_le_bytes());
+        for (name, m) in &self.tensors {
+            hash.update(name.as_bytes());
+            for value in m.a.iter().chain(&m.b).chain(m.magnitude.iter().flatten()) {
+                hash.update(&value.to_le_bytes());
+            }
+            if m.scale != common {
+                hash.update(&m.scale.to_le_bytes());
+            }
+        }
+        for (name, saved) in &self.saved {
+            hash.update(name.as_bytes());
+            saved.values.iter().for_each(|value| hash.update(&value.to_le_bytes()));
+        }
+        hash.finish()
+    }
+
         peft::write_weights(&dir.join(WEIGHTS), &self.tensors, &self.saved, &meta)?;
         atomic::write(&dir.join("README.md"), self.model_card().as_bytes())?;
         let config = match meta.of_part {

@@ -32,8 +32,8 @@ pub enum Command {
     /// kl_from, the row whose completion is scored after this row's prompt, with kl_logps, kl_reference_logps and
     /// kl, their difference. A summary goes to standard error, or as JSON to --summary.
     ///
-    /// An adapter in a run directory of kto-train is scored with that run's loss, beta and weights (run.json), unless
-    /// flags say otherwise.
+    /// An adapter in a run directory of kto-train is scored with that run's loss, beta, weights, seed and reference
+    /// (run.json), unless flags say otherwise; so the run's own --eval-data gives the numbers of its eval.jsonl.
     #[command(after_long_help = SCORE_HELP)]
     Score(ScoreArgs),
     /// Answers to prompts
@@ -91,8 +91,9 @@ pub struct ScoreArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// What rewards are measured against: base (the model without adapter), another adapter, or another model
-    #[arg(long, value_name = "base|DIR|NAME", default_value = "base", help_heading = "Model")]
-    pub reference: PathBuf,
+    /// [default: what the adapter's run had, else base]
+    #[arg(long, value_name = "base|DIR|NAME", help_heading = "Model")]
+    pub reference: Option<PathBuf>,
 
     /// Write to FILE, which appears whole or not at all, instead of standard output
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
@@ -122,9 +123,9 @@ pub struct ScoreArgs {
     /// Weight of rows with label false [default: that of the adapter's run, else 1]
     #[arg(long, value_name = "X", value_parser = not_negative, help_heading = "Loss")]
     pub undesirable_weight: Option<f64>,
-    /// Seed of the KL partners
-    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Loss")]
-    pub seed: u64,
+    /// Seed of the KL partners [default: that of the adapter's run, else 42]
+    #[arg(long, value_name = "N", help_heading = "Loss")]
+    pub seed: Option<u64>,
     /// Skip the KL estimate, half of the work; the kto loss is then not reported
     #[arg(long, help_heading = "Loss")]
     pub no_kl: bool,
