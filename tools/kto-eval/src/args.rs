@@ -41,7 +41,8 @@ pub enum Command {
     /// Reads JSON Lines: "prompt" (text, or a list of messages), or "messages" (answers at their end are left out).
     /// Messages go through the model's chat template. Writes one JSON object a prompt: prompt, completion,
     /// finish ("stop" or "length"), tokens, then the other columns; a completion and label that came with the row
-    /// are given_completion and given_label.
+    /// are given_completion and given_label. A prompt that leaves the model no room for a token gets none: its completion
+    /// is null (with --text an empty line) and finish "too_long". That is a warning; only when no prompt was answered it is 65.
     #[command(after_long_help = GENERATE_HELP)]
     Generate(GenerateArgs),
     /// What the Hugging Face cache holds
@@ -162,7 +163,7 @@ pub struct GenerateArgs {
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
 
-    /// Tokens of an answer, at most
+    /// Tokens of an answer, at most; less where the prompt leaves the model less room
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 24), help_heading = "Sampling")]
     pub max_new_tokens: u32,
     /// 0 takes the likeliest token each time
