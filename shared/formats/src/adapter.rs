@@ -5,7 +5,8 @@
 
 pub use crate::adapter_config::{AdapterConfig, Targets, whole};
 use crate::{
-    lora::{Ecosystem, LoraModule, LoraSet, Saved, is_embedding, peft},
+    adapter_config,
+    lora::{Ecosystem, LoraModule, LoraSet, Saved, checkpoint, is_embedding, peft},
     mmap::shown,
     model_dir::{ModelDir, same_origin},
     text_part,
@@ -54,7 +55,6 @@ pub fn directory(path: &Path) -> PathBuf {
     if is_run { inner } else { path.into() }
 }
 
-impl Adapter {
 /// Returns the run directory of kto-train that an adapter lies in: as its result, as its best one, or in a checkpoint.
 pub fn run_of(path: &Path) -> Option<PathBuf> {
     let dir = directory(path).canonicalize().ok()?;
@@ -65,12 +65,16 @@ pub fn run_of(path: &Path) -> Option<PathBuf> {
     }
 }
 
-    /// Reads an adapter directory of PEFT or mlx-lm, or of a run directory its adapter. Errors: 66 for a missing file; 65 that names the
+impl Adapter {
+    /// Reads an adapter directory of PEFT or mlx-lm, a checkpoint, or of a run directory its adapter. Errors: 66 for a missing file; 65 that names the
     /// field or tensor for features, shapes or values that cannot be used.
     pub fn read(path: &Path) -> Result<Self> {
         let (dir, set) = (directory(path), LoraSet::read(path)?);
         let place = || shown(&dir.join(CONFIG));
         let mut config = match set.ecosystem {
+            Ecosystem::Peft if !dir.join(CONFIG).exists() => {
+                adapter_config::from_object(&checkpoint::settings(&dir)?).at(place())?
+            }
             Ecosystem::Peft => AdapterConfig::read(&dir.join(CONFIG))?,
             Ecosystem::Mlx => peft::config(&set).at(place())?,
         };
@@ -93,10 +97,6 @@ pub fn run_of(path: &Path) -> Option<PathBuf> {
         trained_on.is_none_or(|trained_on| same_origin(trained_on, &base.fingerprint()))
     }
 
-    /// Writes a PEFT directory: every file whole, the settings last. Creates `dir` when it is missing.
-    /// `meta` goes into the safetensors metadata, where PEFT ignores it.
-    pub fn write(&self, dir: &Path, meta: AdapterMeta) -> Result<()> {
-        std::fs::create_dir_all(dir).map_err(|e| Error::writing(dir, &e))?;
     /// Returns a hash over settings and numbers, by which a run names the adapter that it began with.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256Hex::new();
@@ -118,6 +118,10 @@ pub fn run_of(path: &Path) -> Option<PathBuf> {
         hash.finish()
     }
 
+    /// Writes a PEFT directory: every file whole, the settings last. Creates `dir` when it is missing.
+    /// `meta` goes into the safetensors metadata, where PEFT ignores it.
+    pub fn write(&self, dir: &Path, meta: AdapterMeta) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(|e| Error::writing(dir, &e))?;
         peft::write_weights(&dir.join(WEIGHTS), &self.tensors, &self.saved, &meta)?;
         atomic::write(&dir.join("README.md"), self.model_card().as_bytes())?;
         let config = match meta.of_part {

@@ -70,7 +70,7 @@ pub struct ModelArgs {
     /// org/name[@revision] on the hub
     #[arg(long, value_name = "DIR|NAME", alias = "model-name-or-path", help_heading = "Model")]
     pub model: PathBuf,
-    /// Adapter on it (a directory of PEFT or mlx-lm), or a run directory of kto-train with its adapter
+    /// Adapter on it (a directory of PEFT or mlx-lm, a checkpoint of kto-train), or a run directory of kto-train with its adapter
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub adapter: Option<PathBuf>,
     /// Go on although tokens or adapter were made with another tokenizer or base
