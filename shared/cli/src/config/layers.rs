@@ -5,7 +5,7 @@ use super::{
     option::{Opt, Scope, Shape},
     unknown,
 };
-use crate::{Error, Kind, Result, escape};
+use crate::{Error, Kind, Result, escape, foreign};
 use clap::{ArgMatches, parser::ValueSource};
 use serde_json::Value as Json;
 use std::{
@@ -115,7 +115,13 @@ impl Layers {
                 if skipped(&entry.key) {
                     continue;
                 }
-                return Err(unknown(&place, "key", &entry.key, &scope.keys()));
+                return Err(match foreign::hint(&scope.tool, &entry.key) {
+                    Some(hint) => {
+                        let text = format!("{place}: unknown key \"{}\"", escape(&entry.key));
+                        Error::new(Kind::Config, text).with_hint(hint)
+                    }
+                    None => unknown(&place, "key", &entry.key, &scope.keys()),
+                });
             };
             let words = entry.item.words(&scope.options[index]);
             let words = words.map_err(|what| Error::new(Kind::Config, format!("{place}: {what}")))?;

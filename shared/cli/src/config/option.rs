@@ -92,6 +92,8 @@ pub(super) struct Scope {
     /// In the order of the help; the tool's own come first.
     pub options: Vec<Opt>,
     /// How many of them stand before the subcommand.
+    /// The tool.
+    pub tool: String,
     pub own: usize,
     /// The subcommand.
     pub sub: Option<String>,
@@ -122,7 +124,7 @@ impl Scope {
                 others.push((each.get_name().to_string(), list(each, true)));
             }
         }
-        Self { options, own, sub, others }
+        Self { tool: command.get_name().into(), options, own, sub, others }
     }
     /// Returns the option that a file calls `name`.
     pub fn find(&self, name: &str) -> Option<&Opt> {
