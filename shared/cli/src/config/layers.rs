@@ -70,6 +70,11 @@ impl Layers {
             self.set(index, words, Origin::Flag);
         }
     }
+    /// Adds the switches, by their keys, that were turned off.
+    pub fn add_off(&mut self, scope: &Scope, off: &[String]) {
+        let index = |key: &String| scope.options.iter().position(|option| option.key == *key);
+        off.iter().filter_map(index).for_each(|index| self.set(index, Words::Off, Origin::Flag));
+    }
     /// Adds a file: the keys at the top, then those of the tool's table, then those of the subcommand's table in it.
     /// Errors (78): an unknown key or table, a value of the wrong type.
     pub fn add_file(&mut self, tool: &str, scope: &Scope, path: &Path) -> Result<()> {
