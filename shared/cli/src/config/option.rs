@@ -33,6 +33,8 @@ pub(super) struct Opt {
     pub variables: Vec<String>,
     pub shape: Shape,
     pub defaults: Vec<OsString>,
+    /// The default that the tool finds itself, as its help names it.
+    pub derived: Option<String>,
     /// A text even when it looks like a number.
     pub text: bool,
     /// True or false as a value.
@@ -72,6 +74,7 @@ impl Opt {
                 || kind == TypeId::of::<PathBuf>()
                 || kind == TypeId::of::<OsString>(),
             boolean: kind == TypeId::of::<bool>() && !matches!(shape, Shape::Switch),
+            derived: arg.get_help().and_then(|help| derived(&help.to_string())),
             positional: arg.is_positional(),
             steering: STEERING.contains(&id.as_str()),
             common: common.contains(&id),
@@ -89,11 +92,11 @@ impl Opt {
 
 /// The options that a call can have: the tool's and those of the subcommand at hand.
 pub(super) struct Scope {
+    /// The tool.
+    pub tool: String,
     /// In the order of the help; the tool's own come first.
     pub options: Vec<Opt>,
     /// How many of them stand before the subcommand.
-    /// The tool.
-    pub tool: String,
     pub own: usize,
     /// The subcommand.
     pub sub: Option<String>,
@@ -150,6 +153,12 @@ impl Scope {
             _ => matches,
         }
     }
+}
+
+/// What stands in `[default: …]` of a help.
+fn derived(help: &str) -> Option<String> {
+    let (_, behind) = help.split_once("[default: ")?;
+    behind.split_once(']').map(|(text, _)| text.replace('\n', " "))
 }
 
 fn is_help(arg: &Arg) -> bool {

@@ -64,3 +64,14 @@ fn a_name_of_trl_without_a_counterpart_is_answered_with_what_to_do() {
     let output = kto_train(&["--use_peft=true", "--learnin_rate", "1"]);
     assert!(stderr(&output).contains("hint: leave it out: kto-train always"), "{}", stderr(&output));
 }
+
+#[test]
+fn a_printed_configuration_names_the_defaults_that_are_found_later() {
+    let output = kto_train(&["--print-config"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let line =
+        |key: &str| text.lines().find(|line| line.starts_with(&format!("# {key} is not set"))).unwrap();
+    assert!(line("lora-r").ends_with("# default: 16"), "{}", line("lora-r"));
+    assert!(line("threads").ends_with("# default: all cores"), "{}", line("threads"));
+    assert_eq!(line("init-adapter"), "# init-adapter is not set");
+}
