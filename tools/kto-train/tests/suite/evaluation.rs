@@ -315,3 +315,14 @@ fn the_memory_plan_covers_the_evaluation() {
         assert!(measured < 1.1 * with + 4.0, "measured {measured} MiB, predicted {with} MiB");
     }
 }
+
+#[test]
+fn held_out_rows_that_are_the_trained_ones_are_a_warning() {
+    let b = Bench::new();
+    let copy = held_out(&b, &Case::open("llama").tokens());
+    let said = |eval: &str| stderr(&b.train(&["--dry-run", "--eval-data", eval]));
+    let warning = "--eval-data holds the rows of --data";
+    assert!(said(&copy).contains(warning) && said(&b.data.display().to_string()).contains(warning));
+    let other = held_out(&b, &part(&Case::open("llama").tokens(), 0..7, false));
+    assert!(!said(&other).contains(warning));
+}
