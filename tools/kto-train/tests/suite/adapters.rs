@@ -260,3 +260,16 @@ fn the_adapter_in_a_checkpoint_is_read_by_every_tool() {
         assert!(output.status.code() == Some(65) && said.contains("does not match its hash"), "{said}");
     }
 }
+
+/// PEFT names the modules of a language model that is a part of another model otherwise: a checkpoint tells that it is one.
+#[test]
+fn a_checkpoint_knows_that_its_base_is_a_part() {
+    use crate::whole::{families, on};
+    let b = on(&families().join("gemma3-images"));
+    let output = b.train_in_batches("2", &["-q", "--max-steps", "1", "--checkpoint-every", "1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let ours = Adapter::read(&b.out().join("checkpoints/step-00000001")).unwrap();
+    let truth = Adapter::read(&b.out()).unwrap();
+    assert!(truth.meta.of_part);
+    assert_eq!((ours.meta, ours.tensors), (truth.meta, truth.tensors));
+}

@@ -269,12 +269,12 @@ fn it_begins_with_the_values_of_a_quantized_base() {
     assert!(adapted[0] > scores(&model, None, &b.data)[0] + 1e-3, "{adapted:?}");
 }
 
-fn families() -> std::path::PathBuf {
+pub fn families() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/families")
 }
 
 /// A bench on a tiny model of a family.
-fn on(model: &Path) -> Bench {
+pub fn on(model: &Path) -> Bench {
     let b = Bench::new();
     write(&tokens(model), &b.data);
     Bench { model: model.into(), ..b }
