@@ -7,6 +7,7 @@
 mod environment;
 mod file;
 mod layers;
+mod negated;
 mod option;
 mod print;
 mod resolution;
@@ -28,7 +29,8 @@ use std::{ffi::OsString, path::PathBuf};
 pub(crate) const CONFIGURATION: &str = "\
 Configuration:
   Every option can be set in these ways; the first that is there counts:
-    --batch 8      the flag (underscores in a long flag are hyphens)
+    --batch 8      the flag (underscores in a long flag are hyphens; --no-NAME or
+                   --NAME=false turns a switch off)
     KTO_BATCH=8    an environment variable; a switch is 1 or 0
     batch = 8      a key of the TOML file of --config: at its top, for every tool that
                    reads it, or in a table for one: [kto-train]
@@ -60,7 +62,8 @@ impl From<Error> for Wrong {
 
 /// Finds the value of every option of `tool`, whose definition is `command`.
 pub(crate) fn resolve(tool: &'static str, command: &Command, argv: &[OsString]) -> Result<Found, Wrong> {
-    let typed = match relaxed(command.clone()).try_get_matches_from(argv) {
+    let (argv, off) = negated::take(command, argv);
+    let typed = match relaxed(command.clone()).try_get_matches_from(&argv) {
         Ok(matches) => matches,
         // The relaxed definition shows another usage line.
         Err(first) => {
@@ -68,7 +71,7 @@ pub(crate) fn resolve(tool: &'static str, command: &Command, argv: &[OsString]) 
         }
     };
     let scope = Scope::new(command, &typed);
-    let layers = collect(tool, &scope, &typed)?;
+    let layers = collect(tool, &scope, (&typed, &off))?;
     let argv = layers.argv(&scope, tool);
     let print = layers.is_on(&scope, "print_config");
     // What is required may be missing from a configuration that is only shown.
@@ -83,10 +86,11 @@ pub(crate) fn resolve(tool: &'static str, command: &Command, argv: &[OsString]) 
 }
 
 /// The layers, the lowest first. A manifest takes the place of file and environment: a run is repeated as it was.
-fn collect(tool: &str, scope: &Scope, typed: &ArgMatches) -> Result<Layers> {
+fn collect(tool: &str, scope: &Scope, (typed, off): (&ArgMatches, &[String])) -> Result<Layers> {
     let mut layers = Layers::default();
     let mut flags = Layers::default();
     flags.add_typed(scope, typed);
+    flags.add_off(scope, off);
     let typed_manifest = flags.path(scope, "from_manifest");
     let mut variable = Layers::default();
     variable.add_environment(scope, |option| option.id == "from_manifest")?;

@@ -11,6 +11,7 @@ mod depfile;
 pub mod disk;
 mod error;
 mod exit;
+pub mod foreign;
 mod generate;
 pub mod guard;
 pub mod hash;

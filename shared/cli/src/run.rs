@@ -3,13 +3,16 @@
 use crate::{
     Common, Context, EXIT_STATUS, Error, Exit, Kind, Result, Ui,
     config::{self, CONFIGURATION, Found, Resolution, Wrong},
-    generate, guard,
+    foreign, generate, guard,
     output::Output,
     signal, tool as running,
     ui::{self, report},
     underscores, version,
 };
-use clap::{ColorChoice, Command, Parser, error::ErrorKind};
+use clap::{
+    ColorChoice, Command, Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
     env,
@@ -121,8 +124,17 @@ fn parse<A: Parser>(tool: &'static str, mut command: Command, argv: &[OsString])
             Ok(Parsed::Shown)
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Err(Error::usage("no command")),
-        _ => {
-            let error = usage(&error.render().to_string());
+        kind => {
+            let typed = match error.get(ContextKind::InvalidArg) {
+                Some(ContextValue::String(name)) if kind == ErrorKind::UnknownArgument => name.as_str(),
+                _ => "",
+            };
+            let said = usage(&error.render().to_string());
+            // The most similar of our names is not what another program's option means.
+            let error = match foreign::hint(tool, typed) {
+                Some(hint) => said.with_hint(hint),
+                None => said,
+            };
             match place {
                 Some(place) => Err(error.with_kind(Kind::Config)).at(place),
                 None => Err(error),

@@ -5,12 +5,13 @@
 
 pub use crate::adapter_config::{AdapterConfig, Targets, whole};
 use crate::{
-    lora::{Ecosystem, LoraModule, LoraSet, Saved, is_embedding, peft},
+    adapter_config,
+    lora::{Ecosystem, LoraModule, LoraSet, Saved, checkpoint, is_embedding, peft},
     mmap::shown,
     model_dir::{ModelDir, same_origin},
     text_part,
 };
-use kto_cli::{Context, Error, Result, atomic, escape};
+use kto_cli::{Context, Error, Result, atomic, escape, hash::Sha256Hex};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -54,13 +55,26 @@ pub fn directory(path: &Path) -> PathBuf {
     if is_run { inner } else { path.into() }
 }
 
+/// Returns the run directory of kto-train that an adapter lies in: as its result, as its best one, or in a checkpoint.
+pub fn run_of(path: &Path) -> Option<PathBuf> {
+    let dir = directory(path).canonicalize().ok()?;
+    let is_checkpoint = |p: &&Path| p.parent().is_some_and(|up| up.ends_with("checkpoints"));
+    match dir.ancestors().take(2).find(is_checkpoint) {
+        Some(checkpoint) => checkpoint.ancestors().nth(2).map(Path::to_path_buf),
+        None => dir.parent().map(Path::to_path_buf),
+    }
+}
+
 impl Adapter {
-    /// Reads an adapter directory of PEFT or mlx-lm, or of a run directory its adapter. Errors: 66 for a missing file; 65 that names the
+    /// Reads an adapter directory of PEFT or mlx-lm, a checkpoint, or of a run directory its adapter. Errors: 66 for a missing file; 65 that names the
     /// field or tensor for features, shapes or values that cannot be used.
     pub fn read(path: &Path) -> Result<Self> {
         let (dir, set) = (directory(path), LoraSet::read(path)?);
         let place = || shown(&dir.join(CONFIG));
         let mut config = match set.ecosystem {
+            Ecosystem::Peft if !dir.join(CONFIG).exists() => {
+                adapter_config::from_object(&checkpoint::settings(&dir)?).at(place())?
+            }
             Ecosystem::Peft => AdapterConfig::read(&dir.join(CONFIG))?,
             Ecosystem::Mlx => peft::config(&set).at(place())?,
         };
@@ -81,6 +95,27 @@ impl Adapter {
     pub fn fits(&self, base: &ModelDir) -> bool {
         let trained_on = self.meta.base_fingerprint.as_deref();
         trained_on.is_none_or(|trained_on| same_origin(trained_on, &base.fingerprint()))
+    }
+
+    /// Returns a hash over settings and numbers, by which a run names the adapter that it began with.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256Hex::new();
+        let common = self.config.scale();
+        hash.update(&common.to_le_bytes());
+        for (name, m) in &self.tensors {
+            hash.update(name.as_bytes());
+            for value in m.a.iter().chain(&m.b).chain(m.magnitude.iter().flatten()) {
+                hash.update(&value.to_le_bytes());
+            }
+            if m.scale != common {
+                hash.update(&m.scale.to_le_bytes());
+            }
+        }
+        for (name, saved) in &self.saved {
+            hash.update(name.as_bytes());
+            saved.values.iter().for_each(|value| hash.update(&value.to_le_bytes()));
+        }
+        hash.finish()
     }
 
     /// Writes a PEFT directory: every file whole, the settings last. Creates `dir` when it is missing.

@@ -6,6 +6,7 @@
 //! PEFT 0.21.2; what training leaves alone (exclusions, patterns) is written as it was read.
 
 use crate::{
+    json::quoted,
     mmap::shown,
     model_dir::read_json,
     peft::{PeftConfig, wrong},
@@ -173,8 +174,8 @@ pub(crate) fn from_object(object: &Map<String, Value>) -> Result<AdapterConfig> 
     let peft = PeftConfig::read(object)?;
     if peft.changes_base() {
         return Err(Error::data(format!(
-            "init_lora_weights \"{}\" changes the base weights, which is not supported",
-            escape(&peft.init_lora_weights)
+            "init_lora_weights {} changes the base weights, which is not supported",
+            quoted(&peft.init_lora_weights)
         )));
     }
     let base_model_name_or_path = match object.get("base_model_name_or_path") {

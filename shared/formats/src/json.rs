@@ -93,6 +93,16 @@ pub fn describe(value: &Value) -> String {
     }
 }
 
+/// Returns the JSON of a value of a settings file for a message: at most 60 characters, safe for a terminal.
+pub fn short(value: &Value) -> String {
+    let text = value.to_string();
+    let mut cut: String = text.chars().take(60).collect();
+    if cut.len() < text.len() {
+        cut.push('…');
+    }
+    escape(&cut)
+}
+
 /// Quotes a text of a file for a message: at most 40 characters, safe for a terminal.
 pub fn quoted(text: &str) -> String {
     let mut cut: String = text.chars().take(40).collect();
@@ -212,6 +222,13 @@ mod tests {
     fn duplicate_keys_are_named_at_any_depth() {
         assert_eq!(what(r#"{"label": true, "label": false}"#), r#"key "label" appears twice"#);
         assert_eq!(what(r#"{"m": [{"role": "a", "role": "b"}]}"#), r#"key "role" appears twice"#);
+    }
+
+    #[test]
+    fn long_values_are_cut_for_messages() {
+        assert_eq!(short(&serde_json::json!({"a": "\u{1b}"})), r#"{"a":"\u001b"}"#);
+        let long = short(&serde_json::json!("é".repeat(100_000)));
+        assert_eq!((long.chars().count(), long.ends_with("é…")), (61, true));
     }
 
     #[test]

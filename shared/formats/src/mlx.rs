@@ -9,6 +9,7 @@
 //! Deliberately absent: the search for codes.
 
 use crate::{
+    json::short,
     model_dir::ModelDir,
     safetensors_out::TensorSpec,
     tensors::{TensorStore, TensorView, float_size},
@@ -199,7 +200,7 @@ fn settings(config: &Value, layer: &str) -> Result<(Mode, usize, usize)> {
     };
     let own = all.get(layer).and_then(Value::as_object).unwrap_or(all);
     let bad = |key: &str| {
-        let value = escape(&own.get(key).unwrap_or(&Value::Null).to_string());
+        let value = short(own.get(key).unwrap_or(&Value::Null));
         Error::data(format!(
             "config.json: quantization of \"{}\": {key} {value} is not supported",
             escape(layer)

@@ -6,6 +6,7 @@
 //! testdata/peft. Patterns are Python's regular expressions; theirs and ours agree on what such files hold, and the
 //! engine of ours gives up (65) instead of running for ever. Deliberately absent: fields of other methods than LoRA.
 
+use crate::json::short;
 use kto_cli::{Error, Result, escape};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -348,8 +349,7 @@ fn names(field: &str, value: &Value) -> Result<Vec<String>> {
 
 /// The error of a field whose value is of the wrong kind.
 pub(crate) fn wrong(field: &str, expected: &str, found: &Value) -> Error {
-    let text: String = found.to_string().chars().take(60).collect();
-    Error::data(format!("field \"{field}\" must be {expected}, found {}", escape(&text)))
+    Error::data(format!("field \"{field}\" must be {expected}, found {}", short(found)))
 }
 
 #[cfg(test)]

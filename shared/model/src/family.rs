@@ -5,7 +5,8 @@
 //! models/*/configuration_*.py; testdata/families holds a model of each. Unknown values are refused, never passed over.
 
 use crate::rotary::{self, Rotary, Surroundings};
-use kto_cli::{Error, Result, escape};
+use kto_cli::{Error, Result};
+use kto_formats::json::{quoted, short};
 use kto_kernels::HeadShape;
 use serde_json::Value;
 
@@ -63,7 +64,7 @@ impl Family {
             Some((family, _, _)) => Ok(*family),
             None => {
                 let works: Vec<&str> = works.iter().map(|family| family.name()).collect();
-                Err(Error::data(format!("config.json: model_type \"{}\" is not supported", escape(name)))
+                Err(Error::data(format!("config.json: model_type {} is not supported", quoted(name)))
                     .with_hint(format!("supported families: {}", works.join(", "))))
             }
         }
@@ -319,7 +320,7 @@ impl Fields<'_> {
             Some((_, "silu")) => Ok(Activation::Silu),
             Some((_, "gelu_pytorch_tanh")) => Ok(Activation::GeluTanh),
             Some((value, _)) => {
-                let found = escape(&value.to_string());
+                let found = short(value);
                 Err(Error::data(format!("config.json: {field} {found} is not supported"))
                     .with_hint("supported: silu, gelu_pytorch_tanh"))
             }
@@ -352,7 +353,7 @@ impl Fields<'_> {
                     Some("full_attention") => Ok(false),
                     Some("sliding_attention") if window.is_some() => Ok(true),
                     _ => {
-                        let found = escape(&kind.to_string());
+                        let found = short(kind);
                         Err(Error::data(format!("config.json: layer_types {found} is not supported"))
                             .with_hint(
                                 "supported: full_attention, and sliding_attention with sliding_window",
@@ -405,8 +406,7 @@ impl Fields<'_> {
 }
 
 fn wrong(field: &str, expected: &str, found: &Value) -> Error {
-    let found: String = found.to_string().chars().take(60).collect();
-    Error::data(format!("config.json: \"{field}\" must be {expected}, found {}", escape(&found)))
+    Error::data(format!("config.json: \"{field}\" must be {expected}, found {}", short(found)))
 }
 
 #[cfg(test)]

@@ -47,6 +47,13 @@ impl PromptGroups {
         }
         Some(place)
     }
+
+    /// Returns the partner of every row for an evaluation, as kto-train and kto-eval draw it: for (seed, row), the same each time, so that
+    /// numbers of different adapters can be compared. `None` when there is only one prompt.
+    pub fn held_out(&self, seed: u64) -> Option<Vec<usize>> {
+        let draw = |row: usize| self.partner(random::key(&[seed, purpose("eval"), row as u64]), row);
+        (0..self.group_of.len()).map(draw).collect()
+    }
 }
 
 /// Returns the key of a row's draw. kto-train counts epochs from 0.

@@ -6,7 +6,8 @@
 //! Invariant: what a sequence computes depends on its own length only. transformers decides by the longest sequence of the batch,
 //! and its dynamic scaling remembers the longest one of the process.
 
-use kto_cli::{Error, Result, escape};
+use kto_cli::{Error, Result};
+use kto_formats::json::short;
 use serde_json::Value;
 use std::f64::consts::PI;
 
@@ -219,7 +220,7 @@ fn scaling(reader: &Reader, of: &Surroundings, dim: usize) -> Result<Scaling> {
         // Phi-3's first files call it su.
         "longrope" | "su" => long(reader, dim, original()?, max_positions),
         _ => {
-            let found = escape(&kind.to_string());
+            let found = short(kind);
             Err(Error::data(format!("config.json: {name} of type {found} is not supported"))
                 .with_hint(format!("supported: {KNOWN}")))
         }
@@ -304,7 +305,6 @@ impl Reader<'_> {
     }
 
     fn wrong(&self, field: &str, expected: &str, found: &Value) -> Error {
-        let found: String = found.to_string().chars().take(60).collect();
-        Error::data(format!("config.json: \"{field}\" must be {expected}, found {}", escape(&found)))
+        Error::data(format!("config.json: \"{field}\" must be {expected}, found {}", short(found)))
     }
 }

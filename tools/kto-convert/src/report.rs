@@ -175,10 +175,10 @@ impl Report {
             (
                 "conflicts",
                 "record",
-                "called good and bad (same text as before, other label)",
+                "called good and bad (same text as before, other label), kept (--conflicts drop leaves them out)",
                 &self.conflicts,
             ),
-            ("duplicates", "record", "seen before", &self.duplicates),
+            ("duplicates", "record", "seen before, kept (--dedup exact leaves them out)", &self.duplicates),
             ("mixed", "row", "with text beside messages, or the prompt said twice, made alike", &self.mixed),
             (
                 "replaced_columns",

@@ -32,8 +32,8 @@ pub enum Command {
     /// kl_from, the row whose completion is scored after this row's prompt, with kl_logps, kl_reference_logps and
     /// kl, their difference. A summary goes to standard error, or as JSON to --summary.
     ///
-    /// An adapter in a run directory of kto-train is scored with that run's loss, beta and weights (run.json), unless
-    /// flags say otherwise.
+    /// An adapter in a run directory of kto-train is scored with that run's loss, beta, weights, seed and reference
+    /// (run.json), unless flags say otherwise; so the run's own --eval-data gives the numbers of its eval.jsonl.
     #[command(after_long_help = SCORE_HELP)]
     Score(ScoreArgs),
     /// Answers to prompts
@@ -41,7 +41,8 @@ pub enum Command {
     /// Reads JSON Lines: "prompt" (text, or a list of messages), or "messages" (answers at their end are left out).
     /// Messages go through the model's chat template. Writes one JSON object a prompt: prompt, completion,
     /// finish ("stop" or "length"), tokens, then the other columns; a completion and label that came with the row
-    /// are given_completion and given_label.
+    /// are given_completion and given_label. A prompt that leaves the model no room for a token gets none: its completion
+    /// is null (with --text an empty line) and finish "too_long". That is a warning; only when no prompt was answered it is 65.
     #[command(after_long_help = GENERATE_HELP)]
     Generate(GenerateArgs),
     /// What the Hugging Face cache holds
@@ -69,7 +70,7 @@ pub struct ModelArgs {
     /// org/name[@revision] on the hub
     #[arg(long, value_name = "DIR|NAME", alias = "model-name-or-path", help_heading = "Model")]
     pub model: PathBuf,
-    /// Adapter on it (a directory of PEFT or mlx-lm), or a run directory of kto-train with its adapter
+    /// Adapter on it (a directory of PEFT or mlx-lm, a checkpoint of kto-train), or a run directory of kto-train with its adapter
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub adapter: Option<PathBuf>,
     /// Go on although tokens or adapter were made with another tokenizer or base
@@ -91,8 +92,9 @@ pub struct ScoreArgs {
     #[allow(missing_docs)]
     pub model: ModelArgs,
     /// What rewards are measured against: base (the model without adapter), another adapter, or another model
-    #[arg(long, value_name = "base|DIR|NAME", default_value = "base", help_heading = "Model")]
-    pub reference: PathBuf,
+    /// [default: what the adapter's run had, else base]
+    #[arg(long, value_name = "base|DIR|NAME", help_heading = "Model")]
+    pub reference: Option<PathBuf>,
 
     /// Write to FILE, which appears whole or not at all, instead of standard output
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
@@ -122,9 +124,9 @@ pub struct ScoreArgs {
     /// Weight of rows with label false [default: that of the adapter's run, else 1]
     #[arg(long, value_name = "X", value_parser = not_negative, help_heading = "Loss")]
     pub undesirable_weight: Option<f64>,
-    /// Seed of the KL partners
-    #[arg(long, value_name = "N", default_value_t = 42, help_heading = "Loss")]
-    pub seed: u64,
+    /// Seed of the KL partners [default: that of the adapter's run, else 42]
+    #[arg(long, value_name = "N", help_heading = "Loss")]
+    pub seed: Option<u64>,
     /// Skip the KL estimate, half of the work; the kto loss is then not reported
     #[arg(long, help_heading = "Loss")]
     pub no_kl: bool,
@@ -161,7 +163,7 @@ pub struct GenerateArgs {
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
 
-    /// Tokens of an answer, at most
+    /// Tokens of an answer, at most; less where the prompt leaves the model less room
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 24), help_heading = "Sampling")]
     pub max_new_tokens: u32,
     /// 0 takes the likeliest token each time

@@ -23,8 +23,8 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
         Command::Score(score) => {
             score::check_outputs(score)?;
             models::locate(&mut score.model.model, ui)?;
-            if score.reference != Path::new("base") {
-                models::locate(&mut score.reference, ui)?;
+            if let Some(reference) = score.reference.as_mut().filter(|path| *path != Path::new("base")) {
+                models::locate(reference, ui)?;
             }
             score::run(score, &args.common, ui)
         }

@@ -54,7 +54,7 @@ pub fn run(args: Args, ui: &Ui) -> Result<Exit> {
     let name = target.unwrap_or_else(|| PathBuf::from("standard output"));
     set.write(&mut output).map_err(|e| output::error(&name, &e))?;
     output.finish()?;
-    report.print(ui);
+    report.print(&meta, ui);
     if let Some(path) = &report_path {
         write_report(path, &report, &meta, if_changed)?;
     }

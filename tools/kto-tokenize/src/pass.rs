@@ -35,7 +35,7 @@ pub fn run(plan: &Plan, watch: &Watch) -> Result<(TokenSpool, Report)> {
         max_length: plan.max_length,
         ..TokenMeta::default()
     };
-    let report = Report::new(encoder.tokenizer.notes.clone());
+    let report = Report::new(encoder.tokenizer.notes.clone(), encoder.tokenizer.max_length());
     let mut pass =
         Pass { plan, watch, pool, encoder, set: TokenSpool::new(meta).map_err(|e| spooling(&e))?, report };
     for path in &plan.inputs {

@@ -58,6 +58,8 @@ pub struct Report {
     shielded: Tally,
     desirable: u64,
     undesirable: u64,
+    /// The tokenizer's model_max_length.
+    made_for: Option<u64>,
     /// What of the tokenizer is not followed.
     notes: Vec<String>,
     prompts: Lengths,
@@ -66,9 +68,10 @@ pub struct Report {
 }
 
 impl Report {
-    /// Returns the report before the first row. `notes` say what of the tokenizer is not followed.
-    pub fn new(notes: Vec<String>) -> Self {
-        Self { notes, ..Self::default() }
+    /// Returns the report before the first row. `notes` say what of the tokenizer is not followed, `made_for` how many tokens it is made
+    /// for.
+    pub fn new(notes: Vec<String>, made_for: Option<u64>) -> Self {
+        Self { notes, made_for, ..Self::default() }
     }
 
     /// Counts a bad row by its message, which begins with its place.
@@ -110,7 +113,7 @@ impl Report {
     }
 
     /// Prints the summary and the warnings.
-    pub fn print(&self, ui: &Ui) {
+    pub fn print(&self, meta: &TokenMeta, ui: &Ui) {
         let (rows, written) = (self.rows, self.written());
         let (yes, no) = (self.desirable, self.undesirable);
         let (dropped, truncated, skipped) = (self.dropped.count, self.truncated.count, self.skipped.count);
@@ -125,6 +128,14 @@ impl Report {
             ui.note(format_args!("{what} tokens: p50 {p50}, p90 {p90}, p99 {p99}, max {max}"));
         }
         self.warn(ui);
+        let [.., longest] = self.totals.percentiles();
+        let longest = (longest as u64).min(meta.max_length.into());
+        if let Some(known) = self.made_for.filter(|known| *known < longest) {
+            ui.warn(format_args!(
+                "the longest row is trained with {longest} tokens, the tokenizer's model_max_length is {known}, at which nothing is \
+                 cut: --max-length {known}"
+            ));
+        }
     }
 
     fn warn(&self, ui: &Ui) {

@@ -364,3 +364,35 @@ fn the_examples_of_the_help_run() {
         assert!(at(made).exists(), "{made}");
     }
 }
+
+/// Nothing is cut at the tokenizer's own length, so that it is passed is said.
+#[test]
+fn rows_beyond_the_tokenizers_length_are_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["tokenizer.json", "config.json", "chat_template.jinja"] {
+        fs::copy(llama().join(file), dir.path().join(file)).unwrap();
+    }
+    let set = |length: Value| {
+        let path = llama().join("tokenizer_config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        config["model_max_length"] = length;
+        fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    };
+    let input = text("Name a prime number, please. ", "Seven is a prime number, and so is eleven.");
+    let said = |flags: &[&str]| {
+        let output = run(dir.path(), flags, &input);
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    set(json!(9));
+    let warned = said(&[]);
+    assert!(
+        warned.contains("the tokenizer's model_max_length is 9, at which nothing is cut: --max-length 9"),
+        "{warned}"
+    );
+    assert!(said(&["--max-length", "10000"]).contains("model_max_length"));
+    for length in [json!(1e30), json!(9000), Value::Null] {
+        set(length);
+        assert!(!said(&[]).contains("model_max_length"));
+    }
+}

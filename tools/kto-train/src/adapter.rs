@@ -65,8 +65,10 @@ fn given_whole(adapter: &Adapter, architecture: &Architecture) -> Result<Shapes>
     }
     let tie = adapter.config.kept.get("ensure_weight_tying") == Some(&Value::Bool(true));
     if tie && whole::unties(architecture, all.keys()) {
-        let text = "ensure_weight_tying = true is not supported: head and embedding would be trained apart";
-        return Err(Error::data(text).with_hint("kto-merge makes a base of the adapter"));
+        let text = "its \"ensure_weight_tying\" has embedding and head trained as one matrix; kto-train would train two";
+        return Err(Error::data(text).with_hint(
+            "kto-merge --base MODEL --adapter DIR -o MERGED, then --model MERGED with a fresh adapter",
+        ));
     }
     Ok(all)
 }

@@ -68,7 +68,7 @@ pub struct Args {
     #[arg(long, help_heading = "Input")]
     pub force_base: bool,
 
-    /// Start from this adapter (a directory of PEFT or mlx-lm) instead of a fresh one
+    /// Start from this adapter (a directory of PEFT or mlx-lm, a run or a checkpoint of kto-train) instead of a fresh one
     #[arg(long, value_name = "DIR", help_heading = "Adapter")]
     pub init_adapter: Option<PathBuf>,
 

@@ -16,6 +16,7 @@ use kto_cli::{
     escape,
 };
 use kto_formats::{
+    lora::checkpoint::OF_PART,
     safetensors_out::{SafetensorsWriter, TensorSpec},
     tensors::{TensorStore, TensorView},
 };
@@ -106,6 +107,8 @@ pub struct State<'a> {
     pub plan: Value,
     /// Rows of a pack.
     pub pack_rows: usize,
+    /// Whether the base is the language model of one that takes images too.
+    pub of_part: bool,
 }
 
 /// Writes a checkpoint and removes old ones.
@@ -115,7 +118,8 @@ pub fn save(run: &RunDir, state: State, keep: Keep) -> Result<()> {
     atomic::create_dir_all(&parent)?;
     let step = state.position.step;
     let directory = AtomicDir::create(&path_of(run, step), true)?;
-    write_tensors(&directory.path().join(STATE), &named(state.lora, state.optimizer))?;
+    let metadata = state.of_part.then(|| (OF_PART.to_string(), "true".to_string())).into_iter().collect();
+    write_tensors(&directory.path().join(STATE), &named(state.lora, state.optimizer), &metadata)?;
     if state.position.evaluated.best_step > 0 {
         // No hard links: whoever edits a file of best/ would edit the checkpoints.
         copy_best(run, &directory.path().join(BEST))?;
@@ -202,9 +206,13 @@ fn named<'a>(lora: &'a Lora, optimizer: &'a Optimizer) -> Vec<(String, &'a Tenso
     adapter.chain(optimizer.parts(lora)).collect()
 }
 
-fn write_tensors(path: &Path, parts: &[(String, &Tensor)]) -> Result<()> {
+fn write_tensors(
+    path: &Path,
+    parts: &[(String, &Tensor)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
     let specs = parts.iter().map(|(name, t)| TensorSpec::new(name.clone(), stored(t), t.dims())).collect();
-    let mut writer = SafetensorsWriter::new(path, specs, &BTreeMap::new())?;
+    let mut writer = SafetensorsWriter::new(path, specs, metadata)?;
     for (name, tensor) in parts {
         // A whole head is large: no copy of all of it.
         let flat = tensor.flatten_all().map_err(internal)?;

@@ -80,6 +80,9 @@ pub fn report(plan: &Plan, architecture: &Architecture, tokens: &TokenSet, ui: &
         tokens.meta.dropped,
         plan.total_steps
     ));
+    if plan.eval_data.as_ref() == Some(&plan.data) {
+        ui.warn("--eval-data holds the rows of --data: evaluations of what is trained on do not show whether it helps");
+    }
     if plan.loss != "sft" {
         warn_of_imbalance(plan, desirable as f64, undesirable as f64, ui);
     }

@@ -11,11 +11,10 @@ use crate::{
 };
 use kto_cli::{Context, Error, Result, escape, input};
 use kto_formats::tokens::TokenSet;
-use kto_kernels::random;
 use kto_model::{
     architecture::Architecture,
     lora::Lora,
-    partners::{PromptGroups, purpose},
+    partners::PromptGroups,
     reference::{self, Pair},
     rows::{Batch, Packing},
     sweep::{BranchStats, Sweep},
@@ -79,19 +78,16 @@ impl HeldOut {
 
 /// Returns all rows with their KL partners: completions of other prompts, for (seed, row).
 fn drawn(tokens: &TokenSet, seed: u64, kl: bool) -> Result<Block> {
-    let prompts = PromptGroups::new(tokens);
-    let member = |row: usize| {
-        let stream = random::key(&[seed, purpose("eval"), row as u64]);
-        match prompts.partner(stream, row) {
-            Some(partner) => Ok(Member { row, partner }),
-            None if !kl => Ok(Member { row, partner: row }),
-            None => Err(Error::data(
-                "all held-out rows have the same prompt: the KL term needs completions of another prompt",
-            )
-            .with_hint("--loss apo-zero has no KL term")),
+    let partners = match PromptGroups::new(tokens).held_out(seed) {
+        Some(partners) => partners,
+        None if !kl => (0..tokens.len()).collect(),
+        None => {
+            let text =
+                "all held-out rows have the same prompt: the KL term needs completions of another prompt";
+            return Err(Error::data(text).with_hint("--loss apo-zero has no KL term"));
         }
     };
-    (0..tokens.len()).map(member).collect()
+    Ok(partners.into_iter().enumerate().map(|(row, partner)| Member { row, partner }).collect())
 }
 
 /// How the sweeps of an evaluation are cut: as those of its reference pass.

@@ -109,6 +109,11 @@ pub fn run(mut args: Args, ui: &Ui) -> Result<Exit> {
     if whole::unties(&architecture, plan.typed.whole.keys()) {
         ui.warn(TIE);
     }
+    if let Some(bias) = plan.bias.as_ref().filter(|_| !plan.typed.whole.keys().any(|n| n.ends_with(".bias")))
+    {
+        let whose = if bias == "all" { "the model has" } else { "the adapted layers have" };
+        ui.warn(format_args!("--bias: {whose} no biases, so none are trained"));
+    }
     data::check_ids(&architecture, &tokens)?;
     held_out.as_ref().map_or(Ok(()), |h| h.check_ids(&architecture))?;
     let fit = Fit::new(&args, &plan, &inputs, &order, &device)?;

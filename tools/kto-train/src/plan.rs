@@ -194,7 +194,7 @@ impl Plan {
             data: inputs.tokens.fingerprint(),
             rows: inputs.tokens.len(),
             max_length: inputs.tokens.meta.max_length as usize,
-            init_adapter: inputs.adapter.map_or("fresh".into(), fingerprint),
+            init_adapter: inputs.adapter.map_or("fresh".into(), Adapter::fingerprint),
             reference: value_name(args.reference),
             lora_r: config.r,
             lora_alpha: config.lora_alpha,
@@ -351,27 +351,6 @@ fn check_fit(args: &Args, inputs: &Inputs) -> Result<()> {
         fit::check_tokenizer(inputs.model, &held_out.tokens.meta).at("--eval-data")?;
     }
     inputs.adapter.map_or(Ok(()), |a| fit::check_adapter(inputs.model, a, "--init-adapter"))
-}
-
-/// Returns a hash over an adapter's settings and numbers.
-fn fingerprint(adapter: &Adapter) -> String {
-    let mut hash = kto_cli::hash::Sha256Hex::new();
-    let common = adapter.config.scale();
-    hash.update(&common.to_le_bytes());
-    for (name, m) in &adapter.tensors {
-        hash.update(name.as_bytes());
-        for value in m.a.iter().chain(&m.b).chain(m.magnitude.iter().flatten()) {
-            hash.update(&value.to_le_bytes());
-        }
-        if m.scale != common {
-            hash.update(&m.scale.to_le_bytes());
-        }
-    }
-    for (name, saved) in &adapter.saved {
-        hash.update(name.as_bytes());
-        saved.values.iter().for_each(|value| hash.update(&value.to_le_bytes()));
-    }
-    hash.finish()
 }
 
 fn value_name(value: impl clap::ValueEnum) -> String {

@@ -277,6 +277,7 @@ impl Steps<'_> {
             optimizer: self.optimizer,
             plan: json!(run.plan),
             pack_rows: run.memory.pack_rows,
+            of_part: run.base.directory().is_part,
         };
         checkpoint::save(run.dir, state, run.cadence.keep)?;
         run.cadence.saved(step);

@@ -5,7 +5,7 @@ use super::{
     option::{Opt, Scope, Shape},
     unknown,
 };
-use crate::{Error, Kind, Result, escape};
+use crate::{Error, Kind, Result, escape, foreign};
 use clap::{ArgMatches, parser::ValueSource};
 use serde_json::Value as Json;
 use std::{
@@ -70,6 +70,11 @@ impl Layers {
             self.set(index, words, Origin::Flag);
         }
     }
+    /// Adds the switches, by their keys, that were turned off.
+    pub fn add_off(&mut self, scope: &Scope, off: &[String]) {
+        let index = |key: &String| scope.options.iter().position(|option| option.key == *key);
+        off.iter().filter_map(index).for_each(|index| self.set(index, Words::Off, Origin::Flag));
+    }
     /// Adds a file: the keys at the top, then those of the tool's table, then those of the subcommand's table in it.
     /// Errors (78): an unknown key or table, a value of the wrong type.
     pub fn add_file(&mut self, tool: &str, scope: &Scope, path: &Path) -> Result<()> {
@@ -115,7 +120,13 @@ impl Layers {
                 if skipped(&entry.key) {
                     continue;
                 }
-                return Err(unknown(&place, "key", &entry.key, &scope.keys()));
+                return Err(match foreign::hint(&scope.tool, &entry.key) {
+                    Some(hint) => {
+                        let text = format!("{place}: unknown key \"{}\"", escape(&entry.key));
+                        Error::new(Kind::Config, text).with_hint(hint)
+                    }
+                    None => unknown(&place, "key", &entry.key, &scope.keys()),
+                });
             };
             let words = entry.item.words(&scope.options[index]);
             let words = words.map_err(|what| Error::new(Kind::Config, format!("{place}: {what}")))?;

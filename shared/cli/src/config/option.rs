@@ -33,6 +33,8 @@ pub(super) struct Opt {
     pub variables: Vec<String>,
     pub shape: Shape,
     pub defaults: Vec<OsString>,
+    /// The default that the tool finds itself, as its help names it.
+    pub derived: Option<String>,
     /// A text even when it looks like a number.
     pub text: bool,
     /// True or false as a value.
@@ -72,6 +74,7 @@ impl Opt {
                 || kind == TypeId::of::<PathBuf>()
                 || kind == TypeId::of::<OsString>(),
             boolean: kind == TypeId::of::<bool>() && !matches!(shape, Shape::Switch),
+            derived: arg.get_help().and_then(|help| derived(&help.to_string())),
             positional: arg.is_positional(),
             steering: STEERING.contains(&id.as_str()),
             common: common.contains(&id),
@@ -89,6 +92,8 @@ impl Opt {
 
 /// The options that a call can have: the tool's and those of the subcommand at hand.
 pub(super) struct Scope {
+    /// The tool.
+    pub tool: String,
     /// In the order of the help; the tool's own come first.
     pub options: Vec<Opt>,
     /// How many of them stand before the subcommand.
@@ -122,7 +127,7 @@ impl Scope {
                 others.push((each.get_name().to_string(), list(each, true)));
             }
         }
-        Self { options, own, sub, others }
+        Self { tool: command.get_name().into(), options, own, sub, others }
     }
     /// Returns the option that a file calls `name`.
     pub fn find(&self, name: &str) -> Option<&Opt> {
@@ -148,6 +153,12 @@ impl Scope {
             _ => matches,
         }
     }
+}
+
+/// What stands in `[default: …]` of a help.
+fn derived(help: &str) -> Option<String> {
+    let (_, behind) = help.split_once("[default: ")?;
+    behind.split_once(']').map(|(text, _)| text.replace('\n', " "))
 }
 
 fn is_help(arg: &Arg) -> bool {

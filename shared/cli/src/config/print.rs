@@ -10,7 +10,8 @@ pub(super) fn toml(resolution: &Resolution) -> String {
         lines.push(match text(&setting.value) {
             Some(value) => (format!("{} = {value}", setting.key), format!("# {origin}")),
             None if setting.origin == Origin::Default => {
-                (format!("# {} is not set", setting.key), String::new())
+                let derived = setting.derived.as_ref().map(|text| format!("# default: {text}"));
+                (format!("# {} is not set", setting.key), derived.unwrap_or_default())
             }
             None => (format!("# {} is not set", setting.key), format!("# {origin}")),
         });

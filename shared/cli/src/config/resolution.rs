@@ -45,6 +45,8 @@ pub(super) struct Resolved {
     pub key: String,
     pub value: Value,
     pub origin: Origin,
+    /// The default that the tool finds itself.
+    pub derived: Option<String>,
     /// A part of the manifest.
     repeated: bool,
 }
@@ -61,6 +63,7 @@ impl Resolution {
                 key: option.key.clone(),
                 value: value(option, matches),
                 origin: setting.map_or(Origin::Default, |s| s.origin.clone()),
+                derived: option.derived.clone(),
                 repeated: !option.common && !NOT_REPEATED.contains(&option.key.as_str()),
             }
         };

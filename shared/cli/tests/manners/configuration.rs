@@ -46,6 +46,35 @@ fn flag_then_environment_then_file_then_default() {
     assert_eq!(lr(&[&both[..], &["--learning-rate=1"]].concat(), &[("KTO_LR", "2")]), "lr=1");
 }
 
+/// What a file or a variable turns on, a flag turns off.
+#[test]
+fn a_switch_is_turned_off_by_a_flag() {
+    let dir = with("keep = true\n");
+    let last = |arguments: &[&str], environment: &[(&str, &str)]| {
+        let told = told(dir.path(), &[&["--config", "p.toml"], arguments].concat(), environment);
+        told.split(' ').find(|word| word.starts_with("keep=")).unwrap().to_string()
+    };
+    assert_eq!(last(&[], &[]), "keep=true");
+    for flag in ["--no-keep", "--no_keep", "--keep=false", "--keep=0"] {
+        assert_eq!(last(&[flag], &[]), "keep=false", "{flag}");
+        assert_eq!(last(&[flag], &[("KTO_KEEP", "1")]), "keep=false", "{flag}");
+    }
+    assert_eq!(last(&["--no-keep", "--keep"], &[]), "keep=true");
+    let again = with("again = true\n");
+    assert_eq!(told(again.path(), &["--config", "p.toml"], &[]), "again=Some(\"ever\")");
+    assert!(told(again.path(), &["--config", "p.toml", "--no-again"], &[]).starts_with("lr="));
+    // What it contradicts is free.
+    assert!(told(dir.path(), &["--config", "p.toml", "--no-keep", "--drop"], &[]).contains("drop=true"));
+    let arguments = ["tell", "--config", "p.toml", "--no-keep", "--no-again", "--print-config"];
+    let printed = run(dir.path(), &arguments, &[]);
+    let line =
+        |key: &str| text(&printed.stdout).lines().find(|line| line.contains(key)).unwrap().replace("  ", "");
+    assert!(line("keep").starts_with("keep = false") && line("keep").ends_with("# flag"), "{}", line("keep"));
+    assert!(line("again").starts_with("# again is not set"), "{}", line("again"));
+    assert_eq!(refused("", &["--keep=perhaps"], &[]).0, 2);
+    assert_eq!(refused("", &["--no-rank"], &[]).0, 2);
+}
+
 #[test]
 fn every_form_of_a_value() {
     let dir = with(

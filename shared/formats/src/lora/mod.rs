@@ -4,6 +4,7 @@
 //! All become one [`LoraSet`]: matrices in the orientation of PEFT and the factor of their product. [`crate::adapter`] is what of them training
 //! starts from and writes. Invariant: matrices fit each other and hold finite values.
 
+pub mod checkpoint;
 mod mlx;
 pub(crate) mod peft;
 
@@ -74,21 +75,23 @@ pub struct LoraSet {
 }
 
 impl LoraSet {
-    /// Reads an adapter directory of either form, or of a run directory of kto-train its adapter. Errors: 66 for a missing file; 65 that
-    /// names the field or tensor.
+    /// Reads an adapter directory of either form, a checkpoint of kto-train, or of a run directory its adapter. Errors: 66 for a missing
+    /// file; 65 that names the field or tensor.
     pub fn read(path: &Path) -> Result<Self> {
         let dir = adapter::directory(path);
-        let kind = std::fs::metadata(&dir).map_err(|e| Error::reading(&dir, &e))?;
+        let kind = std::fs::metadata(&dir).map_err(|e| hinted(Error::reading(&dir, &e), &dir))?;
         if !kind.is_dir() {
             return Err(Error::new(Kind::NoInput, format!("{}: not a directory", shown(&dir)))
                 .with_hint("give the directory that holds adapter_config.json"));
         }
         if !dir.join(adapter::CONFIG).exists() && dir.join("run.json").is_file() {
             let text = format!("{}: a run that is not finished has no adapter yet", shown(&dir));
-            let hint = "kto-train --resume goes on with it; best/ in it is the adapter of the best evaluation so far";
-            return Err(Error::new(Kind::NoInput, text).with_hint(hint));
+            let error = Error::new(Kind::NoInput, text).with_hint("kto-train --resume goes on with it");
+            return Err(hinted(error, &dir));
         }
-        let set = if dir.join(mlx::WEIGHTS).exists() && !dir.join(adapter::WEIGHTS).exists() {
+        let set = if checkpoint::is_one(&dir) && !dir.join(adapter::CONFIG).exists() {
+            checkpoint::read(&dir)?
+        } else if dir.join(mlx::WEIGHTS).exists() && !dir.join(adapter::WEIGHTS).exists() {
             mlx::read(&dir)?
         } else {
             peft::read(&dir)?
@@ -117,6 +120,16 @@ impl LoraSet {
     /// Returns the largest rank.
     pub fn rank(&self) -> usize {
         self.modules.values().map(|m| m.r).max().unwrap_or(0)
+    }
+}
+
+/// Names the newest checkpoint of the run that `path` is or lies in.
+fn hinted(error: Error, path: &Path) -> Error {
+    match path.ancestors().take(3).find_map(checkpoint::newest) {
+        Some(newest) => {
+            error.with_hint(format!("{} holds the adapter of the newest checkpoint", shown(&newest)))
+        }
+        None => error,
     }
 }
 

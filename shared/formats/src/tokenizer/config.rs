@@ -69,6 +69,11 @@ impl TokenizerConfig {
         }
     }
 
+    /// Returns `model_max_length`, unless it is the huge number that stands for none.
+    pub fn max_length(&self) -> Option<u64> {
+        self.fields.get("model_max_length").and_then(Value::as_u64)
+    }
+
     /// Returns the class that transformers would use.
     pub fn class(&self) -> &str {
         self.fields.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default()

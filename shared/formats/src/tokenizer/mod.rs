@@ -69,6 +69,11 @@ impl TextTokenizer {
         Ok(Self { tokenizer, config, fingerprint, vocab_size, notes, shield, dividers })
     }
 
+    /// Returns the tokens of a text that the model is made for, as tokenizer_config.json has it. Nothing is cut there.
+    pub fn max_length(&self) -> Option<u64> {
+        self.config.max_length()
+    }
+
     /// Returns the ids of `text`; control tokens in it become control tokens, as in transformers. `add_special` adds
     /// what the tokenizer puts around a text (BOS, EOS).
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {

@@ -16,8 +16,18 @@ pub struct Answer {
     ids: Vec<u32>,
     /// Their text, cut before a stop text.
     text: String,
-    /// Whether the model (or a stop text) ended it, not the limit.
-    stopped: bool,
+    finish: Finish,
+}
+
+/// Why an answer is no longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Finish {
+    /// The model, or a stop text, has ended it.
+    Stop,
+    /// The limit, or the end of the model's room.
+    Length,
+    /// There is none: the prompt takes all of the room.
+    TooLong,
 }
 
 impl Answer {
@@ -40,7 +50,13 @@ impl Answer {
         if let Some(at) = find_stop(&text, texts) {
             text.truncate(at);
         }
-        Ok(Self { ids, text, stopped })
+        let finish = if stopped { Finish::Stop } else { Finish::Length };
+        Ok(Self { ids, text, finish })
+    }
+
+    /// Returns what stands for the answer to a prompt that leaves no room for one.
+    pub fn too_long() -> Self {
+        Self { ids: Vec::new(), text: String::new(), finish: Finish::TooLong }
     }
 
     /// Writes the answer as one line of JSON, or with `--text` as it is.
@@ -56,18 +72,24 @@ impl Answer {
 
     fn row(&self, prompt: &Prompt, ids: bool) -> Map<String, Value> {
         let mut row = Map::new();
+        let answered = self.finish != Finish::TooLong;
         if ids {
             row.insert("prompt_ids".into(), json!(prompt.ids));
-            row.insert("completion_ids".into(), json!(self.ids));
+            row.insert("completion_ids".into(), json!(answered.then_some(&self.ids)));
         } else {
             let body = match &prompt.body {
                 Body::Text(text) => json!(text),
                 Body::Chat(messages) => json!(messages),
             };
             row.insert("prompt".into(), body);
-            row.insert("completion".into(), json!(self.text));
+            row.insert("completion".into(), json!(answered.then_some(&self.text)));
         }
-        row.insert("finish".into(), json!(if self.stopped { "stop" } else { "length" }));
+        let finish = match self.finish {
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+            Finish::TooLong => "too_long",
+        };
+        row.insert("finish".into(), json!(finish));
         row.insert("tokens".into(), json!(self.ids.len()));
         for (key, value) in &prompt.columns {
             if !row.contains_key(key) {

@@ -3,6 +3,7 @@
 mod answer;
 mod encode;
 mod prompts;
+mod room;
 mod stops;
 
 use crate::{
@@ -23,6 +24,7 @@ use kto_model::{
     partners::purpose,
 };
 use prompts::{Prompt, Prompts};
+use room::Room;
 use std::{io::Write, path::Path};
 use stops::Stops;
 
@@ -53,11 +55,12 @@ pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     let mut prompts = Prompts::new(paths, args)?;
     let mut out = Output::create(args.output.as_deref())?.if_changed(common.make.if_changed);
     let progress = ui.progress(0, "tokens");
+    let mut room = Room::new(policy.base.architecture.max_positions, args.max_new_tokens as usize);
     let mut outcome = Ok(true);
     while let Ok(true) = outcome {
         let mut batch = Vec::new();
         // What came before a bad row is answered before the error is reported, whatever the batch.
-        outcome = read_batch(&mut prompts, encoder.as_ref(), &mut policy, args, &mut batch);
+        outcome = read_batch(&mut prompts, encoder.as_ref(), &mut policy, (args, &mut room), &mut batch);
         let job = Job { args, policy: &policy, encoder: encoder.as_ref(), stops: &stops };
         for (prompt, answer) in batch.iter().zip(job.answer(&batch, &progress)?) {
             answer.write(&prompt.prompt, args, &mut out)?;
@@ -66,7 +69,9 @@ pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
             out.flush().map_err(|e| output::error(Path::new("standard output"), &e))?;
         }
     }
+    room.print(ui);
     outcome?;
+    room.check()?;
     out.finish()?;
     record.finish()?;
     Ok(Exit::Ok)
@@ -76,6 +81,8 @@ pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
 struct Ready {
     prompt: Prompt,
     ids: Vec<u32>,
+    /// Tokens that its answer may have; 0 where the model has no room for any.
+    limit: usize,
 }
 
 /// Reads and encodes the next prompts; false at the end of the input. Errors carry the prompt's place.
@@ -83,7 +90,7 @@ fn read_batch(
     prompts: &mut Prompts,
     encoder: Option<&Encoder>,
     policy: &mut Policy,
-    args: &GenerateArgs,
+    (args, room): (&GenerateArgs, &mut Room),
     batch: &mut Vec<Ready>,
 ) -> Result<bool> {
     let is_piped = args.files.is_empty() || args.files.iter().any(|p| p == Path::new("-"));
@@ -98,32 +105,17 @@ fn read_batch(
             (Some(encoder), _) => encoder.encode(&prompt).at(&prompt.place)?,
             (None, ids) => ids.clone(),
         };
-        check_prompt(&ids, policy, args).at(&prompt.place)?;
-        policy.reserve(ids.len() + args.max_new_tokens as usize)?;
-        batch.push(Ready { prompt, ids });
+        if ids.is_empty() {
+            return Err(Error::data("the prompt has no tokens")).at(&prompt.place);
+        }
+        policy.base.architecture.check_ids(&ids, "prompt").at(&prompt.place)?;
+        let limit = room.of(ids.len(), &prompt.place);
+        if limit > 0 {
+            policy.reserve(ids.len() + limit)?;
+        }
+        batch.push(Ready { prompt, ids, limit });
     }
     Ok(true)
-}
-
-fn check_prompt(ids: &[u32], policy: &Policy, args: &GenerateArgs) -> Result<()> {
-    if ids.is_empty() {
-        return Err(Error::data("the prompt has no tokens"));
-    }
-    policy.base.architecture.check_ids(ids, "prompt")?;
-    let (limit, wanted) = (policy.base.architecture.max_positions, args.max_new_tokens as usize);
-    if ids.len() + wanted <= limit {
-        return Ok(());
-    }
-    let n = ids.len();
-    if n >= limit {
-        return Err(Error::data(format!(
-            "a prompt of {n} tokens, the model is made for {limit} with the answer"
-        )));
-    }
-    Err(Error::data(format!(
-        "a prompt of {n} tokens and {wanted} new ones, the model is made for {limit} together"
-    ))
-    .with_hint(format!("--max-new-tokens {}", limit - n)))
 }
 
 /// What answers a batch.
@@ -154,6 +146,9 @@ impl Job<'_> {
         };
         let made = generate_batch(&self.policy.base, self.policy.lora.as_ref(), &requests, stop)?;
         let answer = |(ready, (ids, stopped)): (&Ready, (Vec<u32>, bool))| {
+            if ready.limit == 0 {
+                return Ok(Answer::too_long());
+            }
             Answer::new(&ready.ids, ids, stopped, self.stops, self.encoder, &self.args.stop)
                 .at(&ready.prompt.place)
         };
@@ -163,7 +158,9 @@ impl Job<'_> {
     fn request<'r>(&self, ready: &'r Ready) -> Request<'r> {
         let seed = random::key(&[self.args.seed, purpose("generate"), ready.prompt.number]);
         let sampling = Sampling { temperature: self.args.temperature, top_p: self.args.top_p, seed };
-        Request { prompt: &ready.ids, limit: self.args.max_new_tokens as usize, sampling }
+        // What gets no answer takes no place in the caches.
+        let prompt = if ready.limit == 0 { &[][..] } else { &ready.ids };
+        Request { prompt, limit: ready.limit, sampling }
     }
 
     /// Tokens at the end of an answer that are sure to hold a stop text that has just been completed: a token that

@@ -17,8 +17,9 @@ use kto_formats::tokens::TokenSet;
 use kto_model::{
     fit,
     loss::{Loss, LossSpec},
-    partners::{PromptGroups, stream},
+    partners::PromptGroups,
 };
+use run_plan::RunPlan;
 use scorer::{Reference, Scorer};
 use serde_json::{Map, Value, json};
 use std::{io::Write, path::Path};
@@ -39,24 +40,29 @@ pub fn check_outputs(args: &ScoreArgs) -> Result<()> {
 pub fn run(args: &ScoreArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     let assertions = args.fail_if.iter().map(|text| Assertion::parse(text)).collect::<Result<Vec<_>>>()?;
     let summary_only = args.no_rows || is_stdout(args.summary.as_deref());
-    let loss = run_plan::loss(args, ui)?;
+    let run = args.model.adapter.as_deref().and_then(|path| RunPlan::find(path, ui));
+    let loss = run_plan::loss(args, run.as_ref(), ui)?;
     check_known(args, &assertions, &loss)?;
     let mut record = begin(args, common)?;
     set_threads(args.model.threads)?;
     let tokens = read_tokens(&args.file)?;
     let policy = Policy::open(&args.model, positions(&tokens), ui)?;
     check(args, &tokens, &policy, ui)?;
-    let reference = Reference::open(&args.reference, &policy, &args.model, positions(&tokens))?;
+    let reference_path = run_plan::reference(args, run.as_ref(), ui)?;
+    let reference = Reference::open(&reference_path, &policy, &args.model, positions(&tokens))?;
     policy.note(&args.model, &mut record);
-    reference.note(&args.reference, &mut record);
+    reference.note(&reference_path, &mut record);
     if reference.is_policy() {
         ui.warn("no --adapter and no --reference: policy and reference are one model, all rewards are 0");
     }
     let groups = PromptGroups::new(&tokens);
     let partners = match args.no_kl || reference.is_policy() {
         true => None,
-        false => Some(partners(&groups, args.seed)?),
+        false => Some(partners(&groups, run_plan::seed(args, run.as_ref())?)?),
     };
+    if let Some(run) = &run {
+        run.note_micro_batches(&tokens, ui);
+    }
     let scorer =
         Scorer { policy: &policy, reference: &reference, tokens: &tokens, partners: partners.as_deref() };
     let if_changed = common.make.if_changed;
@@ -93,7 +99,8 @@ struct Verdict<'a> {
 
 /// Refuses (2) an assertion about what --no-kl leaves out, before any work.
 fn check_known(args: &ScoreArgs, assertions: &[Assertion], loss: &LossSpec) -> Result<()> {
-    let one_model = args.model.adapter.is_none() && args.reference == Path::new("base");
+    let one_model = args.model.adapter.is_none()
+        && args.reference.as_deref().is_none_or(|path| path == Path::new("base"));
     if !args.no_kl || one_model {
         return Ok(());
     }
@@ -210,8 +217,7 @@ fn check(args: &ScoreArgs, tokens: &TokenSet, policy: &Policy, ui: &Ui) -> Resul
 
 /// Draws the KL partner of every row.
 fn partners(groups: &PromptGroups, seed: u64) -> Result<Vec<usize>> {
-    let draw = |row| groups.partner(stream(seed, 0, row), row);
-    (0..groups.group_of.len()).map(draw).collect::<Option<_>>().ok_or_else(|| {
+    groups.held_out(seed).ok_or_else(|| {
         Error::data("all rows have the same prompt: the KL estimate needs completions of another prompt")
             .with_hint("--no-kl")
     })

@@ -5,12 +5,12 @@ use crate::{
     golden::Case,
 };
 use kto_formats::{
-    adapter::Adapter,
+    adapter::{Adapter, AdapterConfig},
     lora::{Ecosystem, LoraSet},
     tensors::TensorStore,
 };
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, path::Path, process::Command};
 
 pub fn settings(run: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(run.join("adapter/adapter_config.json")).unwrap()).unwrap()
@@ -203,4 +203,73 @@ fn what_names_nothing_is_refused() {
         assert!(err.contains(text), "{flags:?}: {err}");
     }
     assert!(!b.out().exists());
+}
+
+/// What a checkpoint holds of a run that is not finished is the adapter that a run of so many steps ends with.
+#[test]
+fn the_adapter_in_a_checkpoint_is_read_by_every_tool() {
+    for flags in [
+        &["--lora-dropout", "0.1", "--rank-pattern", "down_proj=4"][..],
+        &["--use-dora", "--target-modules", "q_proj,v_proj", "--layers-to-transform", "1"],
+        &["--modules-to-save", "norm,lm_head", "--use-rslora"],
+    ] {
+        let b = Bench::new();
+        let output = b.train(
+            &[&["-q", "--seed", "9", "--max-steps", "4", "--checkpoint-every", "2", "--lr", "1e-3"], flags]
+                .concat(),
+        );
+        assert!(output.status.success(), "{}", stderr(&output));
+        let run = b.out();
+        let newest = run.join("checkpoints/step-00000004");
+        let (ours, truth) = (Adapter::read(&newest).unwrap(), Adapter::read(&run).unwrap());
+        assert_eq!((&ours.tensors, &ours.saved, &ours.meta), (&truth.tensors, &truth.saved, &truth.meta));
+        let named = AdapterConfig {
+            base_model_name_or_path: truth.config.base_model_name_or_path.clone(),
+            ..ours.config
+        };
+        assert_eq!(named, truth.config);
+        assert_ne!(Adapter::read(&run.join("checkpoints/step-00000002")).unwrap().tensors, truth.tensors);
+
+        let score = |adapter: &Path| {
+            let mut command = Command::new(crate::pipeline::tool("kto-eval"));
+            command.args(["score", "-q", "--model"]).arg(&b.model).arg("--adapter").arg(adapter);
+            command.arg(&b.data).output().unwrap()
+        };
+        let by_run = score(&run);
+        assert!(by_run.status.success() && score(&newest).stdout == by_run.stdout, "{}", stderr(&by_run));
+        // As after a kill: no adapter yet.
+        std::fs::remove_dir_all(run.join("adapter")).unwrap();
+        let shown = newest.display();
+        for (path, what) in
+            [(run.clone(), "has no adapter yet"), (run.join("checkpoint-4"), "no such file or directory")]
+        {
+            let output = score(&path);
+            let said = stderr(&output);
+            let hint = format!("hint: {shown} holds the adapter of the newest checkpoint\n");
+            assert!(
+                output.status.code() == Some(66) && said.contains(what) && said.ends_with(&hint),
+                "{said}"
+            );
+        }
+        let state = newest.join("state.safetensors");
+        let mut bytes = std::fs::read(&state).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&state, bytes).unwrap();
+        let output = score(&newest);
+        let said = stderr(&output);
+        assert!(output.status.code() == Some(65) && said.contains("does not match its hash"), "{said}");
+    }
+}
+
+/// PEFT names the modules of a language model that is a part of another model otherwise: a checkpoint tells that it is one.
+#[test]
+fn a_checkpoint_knows_that_its_base_is_a_part() {
+    use crate::whole::{families, on};
+    let b = on(&families().join("gemma3-images"));
+    let output = b.train_in_batches("2", &["-q", "--max-steps", "1", "--checkpoint-every", "1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let ours = Adapter::read(&b.out().join("checkpoints/step-00000001")).unwrap();
+    let truth = Adapter::read(&b.out()).unwrap();
+    assert!(truth.meta.of_part);
+    assert_eq!((ours.meta, ours.tensors), (truth.meta, truth.tensors));
 }

@@ -108,36 +108,67 @@ fn an_evaluation_has_trls_numbers() {
     assert!(compared >= 20, "only {compared} numbers compared");
 }
 
-/// kto-eval scores the rows of a finished adapter: the last evaluation must agree with it.
+/// Runs `kto-eval score --summary -` on the adapter of a run.
+fn scored(b: &Bench, eval: &str, flags: &[&str]) -> (Value, String) {
+    let mut command = Command::new(crate::pipeline::tool("kto-eval"));
+    command.args(["score", "--summary", "-", "--model"]).arg(&b.model).arg("--adapter").arg(b.out());
+    let output = command.arg(eval).args(flags).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    (serde_json::from_slice(&output.stdout).unwrap(), stderr(&output))
+}
+
+/// kto-eval scores the rows of a finished adapter: the last evaluation must agree with it, KL partners, seed and reference included.
 #[test]
 fn an_evaluation_agrees_with_kto_eval() {
-    let b = Bench::new();
-    let tokens = part(&Case::open("llama").tokens(), 3..14, false);
-    let eval = held_out(&b, &tokens);
-    done(&b, &["--max-steps", "4", "--lr", "1e-3", "--eval-data", &eval]);
-    let tool = Path::new(env!("CARGO_BIN_EXE_kto-train")).with_file_name("kto-eval");
-    assert!(tool.exists(), "{} is missing: build the workspace first (make build)", tool.display());
-    let output = std::process::Command::new(tool)
-        .args(["score", "-q", "--model"])
-        .arg(&b.model)
-        .arg("--adapter")
-        .arg(b.out().join("adapter"))
-        .arg(&eval)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", stderr(&output));
-    let text = String::from_utf8(output.stdout).unwrap();
-    let scores: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-    assert_eq!(scores.len(), tokens.len());
-    let line = lines(&b, "eval.jsonl").pop().unwrap();
-    for (label, class) in [(true, "chosen"), (false, "rejected")] {
-        let own: Vec<&Value> = scores.iter().filter(|s| s["label"] == label).collect();
-        for (theirs, ours) in [("logps", "logps"), ("reward", "rewards")] {
-            let mean = own.iter().map(|s| s[theirs].as_f64().unwrap()).sum::<f64>() / own.len() as f64;
-            let value = line[format!("eval_{ours}/{class}")].as_f64().unwrap();
-            assert!((value - mean).abs() < 1e-9, "{class} {ours}: {value}, kto-eval has {mean}");
+    let initial = Case::open("llama_refadapter").file("adapter_init");
+    for referenced in [false, true] {
+        let b = Bench::new();
+        let copy = b.dir.path().join("initial");
+        std::fs::create_dir(&copy).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::fs::copy(initial.join(file), copy.join(file)).unwrap();
+        }
+        let eval = held_out(&b, &part(&Case::open("llama").tokens(), 3..14, false));
+        let mut flags = vec!["--max-steps", "4", "--lr", "1e-3", "--eval-data", &eval, "--seed", "7"];
+        let copy_text = copy.display().to_string();
+        if referenced {
+            flags.extend(["--init-adapter", &copy_text, "--reference", "init-adapter"]);
+        }
+        done(&b, &flags);
+        let line = lines(&b, "eval.jsonl").pop().unwrap();
+        let off = |summary: &Value, key: &str| {
+            let of = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{key} in {value}"));
+            (of(&summary[key]) - of(&line[format!("eval_{key}")])).abs()
+        };
+        let (summary, said) = scored(&b, &eval, &[]);
+        for key in ["loss", "kl_raw", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"]
+        {
+            assert!(off(&summary, key) < 1e-9, "{referenced} {key}: {summary} {line}");
+        }
+        let note = "rewards are measured against the adapter that the run began with";
+        assert_eq!(said.contains(note), referenced, "{said}");
+        assert!(off(&scored(&b, &eval, &["--seed", "8"]).0, "kl_raw") > 1e-9);
+        if referenced {
+            assert!(off(&scored(&b, &eval, &["--reference", "base"]).0, "rewards/chosen") > 1e-6);
+            // What is there is not what the run began with.
+            let trained = b.out().join("adapter/adapter_model.safetensors");
+            std::fs::copy(trained, copy.join("adapter_model.safetensors")).unwrap();
+            let (summary, said) = scored(&b, &eval, &[]);
+            assert!(said.contains("initial is another one now; --reference DIR names it"), "{said}");
+            assert!(off(&summary, "rewards/chosen") > 1e-6);
+            std::fs::remove_dir_all(&copy).unwrap();
+            assert!(scored(&b, &eval, &[]).1.contains("initial is not there; --reference DIR"));
         }
     }
+}
+
+#[test]
+fn kto_eval_says_that_trls_means_are_others() {
+    let b = Bench::new();
+    let eval = held_out(&b, &part(&Case::open("llama").tokens(), 3..14, false));
+    done(&b, &["--max-steps", "1", "--preset", "trl", "--eval-data", &eval]);
+    assert!(scored(&b, &eval, &[]).1.contains("TRL's means of micro-batches"));
+    assert!(!scored(&b, &b.data.display().to_string(), &[]).1.contains("TRL's means"));
 }
 
 /// Labels turned round: what the training improves gets worse here, from the first evaluation on.
@@ -283,4 +314,15 @@ fn the_memory_plan_covers_the_evaluation() {
         // A model of no size: the program itself is a large and uncertain part.
         assert!(measured < 1.1 * with + 4.0, "measured {measured} MiB, predicted {with} MiB");
     }
+}
+
+#[test]
+fn held_out_rows_that_are_the_trained_ones_are_a_warning() {
+    let b = Bench::new();
+    let copy = held_out(&b, &Case::open("llama").tokens());
+    let said = |eval: &str| stderr(&b.train(&["--dry-run", "--eval-data", eval]));
+    let warning = "--eval-data holds the rows of --data";
+    assert!(said(&copy).contains(warning) && said(&b.data.display().to_string()).contains(warning));
+    let other = held_out(&b, &part(&Case::open("llama").tokens(), 0..7, false));
+    assert!(!said(&other).contains(warning));
 }

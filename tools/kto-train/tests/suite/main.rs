@@ -15,6 +15,7 @@ mod kill;
 mod make;
 mod mapped;
 mod memory;
+mod names;
 mod nonfinite;
 mod optimizer;
 mod pace;

@@ -209,6 +209,17 @@ fn a_tied_head_is_taken_apart_with_a_warning() {
         let adapted = scores(&b.model, Some(&b.out()), &b.data);
         close("merged", &scores(&merged, None, &b.data), &adapted, if dtype == "f32" { 1e-5 } else { 2e-2 });
     }
+    let path = b.out().join("adapter/adapter_config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("\"ensure_weight_tying\": false", "\"ensure_weight_tying\": true"))
+        .unwrap();
+    let next = on(&families().join("qwen2"));
+    let output = next.train_in_batches("2", &["--init-adapter", &b.out().display().to_string()]);
+    refused(
+        &output,
+        65,
+        "--init-adapter: its \"ensure_weight_tying\" has embedding and head trained as one matrix",
+    );
 }
 
 #[test]
@@ -258,13 +269,26 @@ fn it_begins_with_the_values_of_a_quantized_base() {
     assert!(adapted[0] > scores(&model, None, &b.data)[0] + 1e-3, "{adapted:?}");
 }
 
-fn families() -> std::path::PathBuf {
+pub fn families() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/families")
 }
 
 /// A bench on a tiny model of a family.
-fn on(model: &Path) -> Bench {
+pub fn on(model: &Path) -> Bench {
     let b = Bench::new();
     write(&tokens(model), &b.data);
     Bench { model: model.into(), ..b }
+}
+
+#[test]
+fn biases_that_are_not_there_are_a_warning() {
+    let b = Bench::new();
+    for (bias, said) in [
+        ("all", "warning: --bias: the model has no biases, so none are trained"),
+        ("lora-only", "warning: --bias: the adapted layers have no biases, so none are trained"),
+    ] {
+        let output = b.train(&["--dry-run", "--bias", bias]);
+        assert!(output.status.success() && stderr(&output).contains(said), "{}", stderr(&output));
+    }
+    assert!(!stderr(&b.train(&["--dry-run"])).contains("biases"));
 }
