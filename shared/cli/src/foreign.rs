@@ -6,7 +6,7 @@
 /// A tool, names of others' options with hyphens, and what to do.
 type Hint = (&'static str, &'static [&'static str], &'static str);
 
-const HINTS: [Hint; 47] = [
+const HINTS: &[Hint] = &[
     (
         "kto-train",
         &["use-peft", "train", "fine-tune-type"],
