@@ -1,7 +1,7 @@
 //! The way of a tensor through memory: a piece at a time, all threads at work on it.
 
 use crate::Errors;
-use kto_cli::{Error, Result, escape, signal};
+use kto_cli::{Context, Error, Kind, Result, escape, signal};
 use kto_formats::tensors::non_finite;
 use kto_kernels::quant::{Codec, PLANES};
 use rayon::prelude::*;
@@ -78,6 +78,15 @@ pub fn encode(
     }
     encoded.map_or(Ok(()), |range| pass(&last, range))?;
     Ok(errors)
+}
+
+/// Puts the place of a tensor's values in front of what is wrong with them. A disk that is full, a stop: these are of the output, which
+/// such an error names itself.
+pub(crate) fn placed<T>(result: Result<T>, place: &str) -> Result<T> {
+    match result {
+        Err(error) if error.kind() == Kind::Data => Err(error).at(place),
+        other => other,
+    }
 }
 
 /// What is done with every piece of a tensor.
