@@ -179,13 +179,24 @@ impl Plan {
         Ok(items)
     }
 
-    /// Returns the bytes that a weight of the result takes, but for the tables and the text beside 4-bit codes.
-    pub fn bytes(&self, name: &str, target: Target) -> u64 {
-        let stored = || Weight::find(&self.inputs.base, self.inputs.stored(name)).ok().flatten();
-        match target {
-            Target::Form(form) => stored().map_or(0, |weight| form.bytes(&weight.shape)),
-            Target::Same => self.parts(name).iter().map(|part| part.data.len() as u64).sum(),
+    /// Returns the bytes that the tensors of the result take, and whether it is exactly that.
+    pub fn bytes(&self) -> Result<(u64, bool)> {
+        let (mut bytes, mut exact) = (0, true);
+        for (name, target) in &self.targets {
+            match target {
+                Target::Same => {
+                    bytes += self.parts(name).iter().map(|part| part.data.len() as u64).sum::<u64>()
+                }
+                Target::Form(form) => {
+                    let base = &self.inputs.base;
+                    let weight = Weight::find(base, base.tensors.require(self.inputs.stored(name))?.name)?;
+                    let weight = weight.ok_or_else(|| Error::internal("a weight without floats"))?;
+                    bytes += form.stored_bytes(name, &weight.shape)?;
+                    exact &= form.is_exact();
+                }
+            }
         }
+        Ok((bytes, exact))
     }
 
     /// The tensors that a weight is stored in.

@@ -173,10 +173,10 @@ fn describe(args: &Args, plan: &Plan, ui: &Ui) -> Result<String> {
     }
     text += &format!("tensors {}, of them dequantized {}\n", plan.targets.len(), plan.dequantized);
     let before = base.tensors.views().map(|view| view.data.len() as u64).sum();
-    let after = match args.form {
-        Some(FormName::Gguf) => gguf_file(args, plan, ui)?.size(),
-        _ => plan.targets.iter().map(|(name, target)| plan.bytes(name, *target)).sum(),
+    let (after, exact) = match args.form {
+        Some(FormName::Gguf) => (gguf_file(args, plan, ui)?.size(), true),
+        _ => plan.bytes()?,
     };
-    text += &format!("size {} before, {} after\n", units::size(before), units::size(after));
+    text += &units::sizes(before, after, exact);
     Ok(text)
 }

@@ -157,13 +157,12 @@ fn describe(args: &Args, model: &GgufModel, dtype: Dtype, layout: &Layout) -> St
     let report =
         args.report.as_ref().map(|report| format!("report {}\n", escape(&report.display().to_string())));
     format!(
-        "model {}\noutput {}\n{}{} weights {}\nsize {} before, {} after\n",
+        "model {}\noutput {}\n{}{} weights {}\n{}",
         model.file.place(),
         escape(&args.output.display().to_string()),
         report.unwrap_or_default(),
         layout.items().len(),
         torch_name(dtype),
-        units::size(model.bytes()),
-        units::size(layout.bytes())
+        units::sizes(model.bytes(), layout.bytes(), true)
     )
 }

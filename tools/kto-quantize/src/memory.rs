@@ -1,7 +1,7 @@
 //! What kto-train would hold in memory with the result as its base.
 
 use crate::plan::Plan;
-use kto_formats::bnb;
+use kto_cli::Result;
 use kto_kernels::Dense;
 use kto_model::{
     architecture::Architecture,
@@ -58,7 +58,8 @@ pub fn needed(of: &Plan) -> Option<Needed> {
         limit,
     };
     // Of nothing the smallest plan comes back as an error.
-    let either = |plan: Result<MemoryPlan, Box<MemoryPlan>>| plan.unwrap_or_else(|smallest| *smallest);
+    let either =
+        |plan: std::result::Result<MemoryPlan, Box<MemoryPlan>>| plan.unwrap_or_else(|smallest| *smallest);
     let host = |limit| either(plan(&demand, limit)).peak;
     let gpu = |limit| either(plan_on_gpu(&demand, &on_gpu(limit))).on_gpu.map(|gpu| gpu.peak);
     Some(Needed {
@@ -158,20 +159,19 @@ impl Batches for Rows {
     }
 }
 
-/// Returns what the weights take now and will take, in bytes.
-pub fn sizes(of: &Plan) -> (u64, u64) {
+/// Returns what the weights take now and will take, in bytes, and whether the second is exact.
+pub fn sizes(of: &Plan) -> Result<(u64, u64, bool)> {
     let before = of.model.tensors.views().map(|v| v.data.len() as u64).sum();
-    let after = of.forms.iter().map(|(name, form)| match form {
-        Some(form) => {
-            form.bytes(&shape_of(of, name)) + if matches!(form, Form::FourBit { .. }) { CONSTANTS } else { 0 }
-        }
-        None => of.model.tensors.get(name).map_or(0, |v| v.data.len() as u64),
-    });
-    (before, after.sum())
+    let (mut after, mut exact) = (0, true);
+    for (name, form) in &of.forms {
+        after += match form {
+            Some(form) => form.stored_bytes(name, &shape_of(of, name))?,
+            None => of.model.tensors.get(name).map_or(0, |v| v.data.len() as u64),
+        };
+        exact &= form.is_none_or(Form::is_exact);
+    }
+    Ok((before, after, exact))
 }
-
-/// Tables and text that every 4-bit weight has beside its codes and scales, about.
-const CONSTANTS: u64 = 64 + 1024 + 200 + 4 * bnb::BLOCK as u64 / 64;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
