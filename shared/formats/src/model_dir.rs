@@ -23,9 +23,9 @@ type Object = serde_json::Map<String, Value>;
 
 /// Longest JSON file of a model directory that is read, in bytes.
 pub const MAX_JSON: u64 = 64 << 20;
-/// Key of the source's fingerprint in the safetensors metadata of a quantized model.
+/// Key of the source's fingerprint in the safetensors metadata of a quantized model, and in a GGUF file.
 pub const QUANTIZED_FROM: &str = "kto.quantized_from";
-/// Key of the list of merges in the safetensors metadata of a merged model, and of what is made of it.
+/// Key of the list of merges in the safetensors metadata of a merged model, and in a GGUF file; also in what is made of it.
 pub const MERGED_FROM: &str = "kto.merged_from";
 /// Bytes of each end of a tensor that go into the fingerprint.
 const SAMPLE: usize = 32 << 10;

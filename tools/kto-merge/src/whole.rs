@@ -11,7 +11,7 @@ use kto_cli::{
     output::{Output, print_path},
     units,
 };
-use kto_formats::{adapter, companions, python_json};
+use kto_formats::{adapter, companions, model_dir::MERGED_FROM, python_json};
 use kto_weights::{
     Layout, Weight,
     gguf::{FileType, Gguf},
@@ -129,7 +129,11 @@ fn gguf_file(args: &Args, plan: &Plan, ui: &Ui) -> Result<Gguf> {
         all.push((name.clone(), weight.shape, weight.dtype));
     }
     let file = FileType::from(args.r#type.unwrap_or(GgufType::Q4KM));
-    Gguf::new(base, &all, file, &|_| Ok(None), ui)
+    let mut gguf = Gguf::new(base, &all, file, &|_| Ok(None), ui)?;
+    if let Some(list) = plan.inputs.metadata.get(MERGED_FROM) {
+        gguf.merged(list);
+    }
+    Ok(gguf)
 }
 
 fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {

@@ -8,7 +8,7 @@ use kto_cli::{
 };
 use kto_formats::{
     bnb::torch_name,
-    model_dir::{QUANTIZED_FROM, refuse_output},
+    model_dir::{MERGED_FROM, QUANTIZED_FROM, refuse_output},
     python_json,
     safetensors_out::pt_metadata,
     tokenizer::TextTokenizer,
@@ -91,6 +91,7 @@ impl Making<'_> {
         record.begin(&directory);
         let mut metadata = pt_metadata();
         metadata.insert(QUANTIZED_FROM.into(), fingerprint);
+        metadata.extend(model.merged_from().map(|list| (MERGED_FROM.to_string(), list.to_string())));
         let small = files.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() + config.len();
         disk::require_free(&args.output, self.layout.room(&directory, &metadata)? + small as u64)?;
         let written = self.write(&directory, &metadata, &files, ui);

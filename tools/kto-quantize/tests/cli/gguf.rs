@@ -3,8 +3,9 @@
 use super::{run, text};
 use kto_formats::{
     gguf::{GgufReader, GgufTensor, GgufValue, header},
-    model_dir::ModelDir,
+    model_dir::{MERGED_FROM, ModelDir},
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
+    tensors::TensorStore,
     tokenizer::TextTokenizer,
 };
 use kto_kernels::quant::{Codec, Ggml};
@@ -464,4 +465,28 @@ fn llama_3s_divisors_become_its_rule() {
         });
         assert_eq!((&made.config["rope_scaling"], &made.config["rope_theta"]), (&rope, &json!(5e5)));
     }
+}
+
+/// What was merged into a model goes with it through GGUF.
+#[test]
+fn the_list_of_merges_comes_back() {
+    let top = tempfile::tempdir().unwrap();
+    let source = model(top.path(), "llama3", within_llama_cpp);
+    let path = source.join("model.safetensors");
+    let store = TensorStore::open_file(&path).unwrap();
+    let tensors: Vec<_> =
+        store.views().map(|v| (TensorSpec::new(v.name, v.dtype, v.shape), v.data.to_vec())).collect();
+    drop(store);
+    let list = r#"[{"adapter":"ab","base":"cd"}]"#;
+    let mut metadata = pt_metadata();
+    metadata.insert(MERGED_FROM.into(), list.into());
+    fs::remove_file(&path).unwrap();
+    let specs = tensors.iter().map(|(spec, _)| spec.clone()).collect();
+    let mut writer = SafetensorsWriter::new(&path, specs, &metadata).unwrap();
+    tensors.iter().for_each(|(spec, data)| writer.write(&spec.name, data).unwrap());
+    writer.finish().unwrap();
+    let (file, back) = (top.path().join("m.gguf"), top.path().join("back"));
+    to_gguf(&source, &file, &["--type", "F32"]);
+    assert_eq!(GgufReader::open(&file).unwrap().text(MERGED_FROM), Some(list));
+    assert_eq!(from_gguf(&file, &back, &[]).tensors.metadata()[MERGED_FROM], list);
 }
