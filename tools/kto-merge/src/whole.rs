@@ -46,8 +46,8 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
             escape(first)
         ));
     }
-    if plan.has_fp4() {
-        ui.warn("the layers of the base are fp4, and stay so");
+    if plan.from_fp4 {
+        ui.warn("layers of the base are fp4: they are quantized anew, as nf4");
     }
     let verify = args.verify.then(|| Verify::new(args, &plan.inputs)).transpose()?;
     if args.dry_run {
