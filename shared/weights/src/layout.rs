@@ -4,8 +4,8 @@
 //! Held in memory: one piece of a tensor, and of a double-quantized one the scales.
 
 use crate::{
-    Errors, Form,
-    encode::{Keep, Values, encode, placed},
+    Errors, Form, Values,
+    encode::{Keep, encode, placed},
     form::{Origin, floats},
 };
 use kto_cli::{Error, Kind, Result, Ui, atomic, escape, signal};

@@ -3,7 +3,7 @@
 use crate::{
     Args,
     args::FormName,
-    delta::{Held, Merged, Scaled},
+    delta,
     inputs::{HEAD, Inputs},
     keep, origin,
 };
@@ -15,7 +15,7 @@ use kto_formats::{
     tensors::TensorView,
 };
 use kto_weights::{
-    Content, Form, Item, Values, Weight,
+    Content, Form, Held, Item, Values, Weight,
     roles::{Role, role},
     weights,
 };
@@ -121,12 +121,11 @@ impl Plan {
         let base: Box<dyn Values + 'a> = match self.inputs.saved(name, args.scale) {
             Some((saved, factor)) => {
                 let columns = saved.shape.last().copied().unwrap_or(1);
-                let held = Held { values: &saved.values, columns };
                 match Weight::find(base, stored)? {
                     Some(weight) if factor != 1.0 => {
-                        Box::new(Scaled { base: Box::new(weight), held, factor: factor as f32 })
+                        Box::new(delta::moved(Box::new(weight), &saved.values, factor as f32))
                     }
-                    _ => Box::new(held),
+                    _ => Box::new(Held { values: &saved.values, columns }),
                 }
             }
             None => {
@@ -135,7 +134,7 @@ impl Plan {
             }
         };
         Ok(match self.inputs.change(args, name, &*base) {
-            Some(change) => Box::new(Merged { base, change }),
+            Some(change) => Box::new(delta::merged(base, change)),
             None => base,
         })
     }

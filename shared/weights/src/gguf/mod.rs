@@ -19,7 +19,7 @@ pub use model::{GgufModel, GgufWeight};
 pub use types::{FileType, label, parse};
 
 use crate::{
-    Errors, Form, Values,
+    Errors, Form, Held, Values,
     encode::{encode, placed},
 };
 use kto_cli::{Context, Error, Result, Ui, atomic::AtomicFile, escape};
@@ -28,7 +28,7 @@ use kto_formats::{
     model_dir::{MERGED_FROM, ModelDir, QUANTIZED_FROM},
 };
 use names::{Change, Family};
-use rows::{Given, Way};
+use rows::Way;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 
@@ -179,7 +179,7 @@ impl Gguf {
         let mut end = made.bytes.len() as u64;
         for (tensor, offset) in self.tensors.iter().zip(&made.offsets) {
             let (values, place): (Box<dyn Values>, _) = match &tensor.given {
-                Some(values) => (Box::new(Given(values)), None),
+                Some(values) => (Box::new(Held { values, columns: values.len() }), None),
                 None => {
                     let (values, place) = values(&tensor.weight)?;
                     (rows::changed(values, tensor.change, Way::Into), Some(place))
