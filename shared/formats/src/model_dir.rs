@@ -198,8 +198,9 @@ const OWN_CLASSES: [(&str, &str); 8] = [
     ("stablelm", "StableLmForCausalLM"),
 ];
 
-/// Fails (65) when a configuration asks for code that is not transformers' own: without it the weights cannot be known to mean what their names say.
-fn refuse_remote_code(config: &Object) -> Result<()> {
+/// Fails (65) when a configuration asks for code that is not transformers' own: without it the weights cannot be known to mean what their
+/// names say. Whoever looks at a configuration before there is a directory calls it too.
+pub fn refuse_remote_code(config: &Object) -> Result<()> {
     let Some(map) = config.get("auto_map").filter(|map| !map.is_null()) else { return Ok(()) };
     let class = map.get("AutoModelForCausalLM").and_then(Value::as_str).unwrap_or_default();
     let class = class.rsplit('.').next().unwrap_or_default();
