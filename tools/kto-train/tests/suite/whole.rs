@@ -147,7 +147,7 @@ fn what_cannot_be_trained_is_refused_by_name() {
     for (flags, text) in [
         (&["--modules-to-save", "embed_tokens,heed"][..], "no module of the model ends with \"heed\""),
         (&["--modules-to-save", ""], "an empty name"),
-        (&["--modules-to-save", "mlp"], "\"model.layers.0.mlp\", which consists of other modules"),
+        (&["--modules-to-save", "model"], "\"model\", which is the whole decoder"),
         (
             &["--modules-to-save", "proj", "--target-modules", "q_proj"],
             "\"model.layers.0.self_attn.q_proj\" is trained whole",
