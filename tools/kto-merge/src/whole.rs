@@ -3,6 +3,7 @@
 use crate::{
     args::{Args, FormName, GgufType},
     inputs::{self, Inputs},
+    keep,
     plan::Plan,
     verify::Verify,
 };
@@ -13,7 +14,7 @@ use kto_cli::{
 };
 use kto_formats::{adapter, companions, model_dir::MERGED_FROM, python_json};
 use kto_weights::{
-    Layout, Weight,
+    Layout, Values, Weight,
     gguf::{FileType, Gguf},
 };
 use std::{collections::BTreeSet, path::Path, sync::atomic::Ordering};
@@ -93,8 +94,8 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
         let resumed = directory.resumed();
         record.commit(directory, &args.output)?;
-        if !resumed && plan.different.load(Ordering::Relaxed) == 0 {
-            ui.warn("the result equals the base: the change is smaller than the rounding");
+        if !resumed {
+            warn_if_equal(&plan, ui);
         }
         ui.note(format_args!(
             "{} of {} tensors merged, {} dequantized, {} MB; copied {}",
@@ -107,6 +108,12 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
     }
     print_path(&args.output)?;
     Ok(Exit::Ok)
+}
+
+fn warn_if_equal(plan: &Plan, ui: &Ui) {
+    if plan.different.load(Ordering::Relaxed) == 0 {
+        ui.warn("the result equals the base: the change is smaller than the rounding");
+    }
 }
 
 /// A value that is too large for its form is too large for a dtype that the user can choose.
@@ -147,10 +154,20 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
     let file = atomic::AtomicFile::create(&args.output)?;
     let file = file.if_changed(if_changed).keep_other(if_changed && !args.force);
     let base = &plan.inputs.base;
-    let place = |name: &str| base.tensors.place_of(plan.inputs.stored(name));
-    gguf.write(&file, ui, &|name| Ok((plan.values(args, name)?, place(name))), None)?;
+    let values = |name: &str| -> Result<(Box<dyn Values + '_>, String)> {
+        let source = plan.inputs.stored(name);
+        let (values, place) = (plan.values(args, name)?, base.tensors.place_of(source));
+        Ok(match Weight::find(base, base.tensors.require(source)?.name)? {
+            Some(stored) if plan.changed.contains(name) => {
+                (Box::new(keep::counted(values, stored, &plan.different)), place)
+            }
+            _ => (values, place),
+        })
+    };
+    gguf.write(&file, ui, &values, None)?;
     base.tensors.check_unchanged()?;
     file.commit()?;
+    warn_if_equal(plan, ui);
     let (merged, all, size) = (plan.changed.len(), plan.targets.len(), gguf.size());
     ui.note(format_args!("{merged} of {all} tensors merged, {} MB", size.div_ceil(1_000_000)));
     Ok(())

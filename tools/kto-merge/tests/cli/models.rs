@@ -244,3 +244,20 @@ fn a_gguf_file_tells_what_was_merged() {
     // Its weights are no quantization of the base.
     assert_eq!((keys.text(MERGED_FROM), keys.has(QUANTIZED_FROM)), (Some(&*list), false));
 }
+
+/// Nothing but the rounding is left of a change: whatever the form, that is said.
+#[test]
+fn a_result_that_equals_the_base_is_told() {
+    let top = tempfile::tempdir().unwrap();
+    let adapter = small_adapter(&top.path().join("adapter"), None);
+    let base = testdata("bnb/tiny_llama_bf16");
+    for form in [&[][..], &["--form", "nf4"], &["--form", "mlx"], &["--form", "gguf"]] {
+        for (scale, equal) in [("0", true), ("1", false)] {
+            let out = top.path().join(format!("{}{scale}", form.concat()));
+            let output = run(&base, &adapter, &out, &[form, &["--scale", scale]].concat());
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert!(output.status.success(), "{form:?}: {said}");
+            assert_eq!(said.contains("the result equals the base"), equal, "{form:?} {scale}: {said}");
+        }
+    }
+}
