@@ -1,6 +1,6 @@
 //! `FILE.gguf --dequantize`: a model directory of a file of llama.cpp.
 
-use crate::{args::Args, config};
+use crate::{args::Args, config, memory};
 use kto_cli::{
     Context, Error, Exit, Kind, Record, Result, Ui, atomic, disk, escape,
     output::{Output, print_path},
@@ -13,6 +13,7 @@ use kto_formats::{
     safetensors_out::pt_metadata,
     tokenizer::TextTokenizer,
 };
+use kto_model::architecture::Architecture;
 use kto_weights::{Content, Form, Item, Layout, MAX_SHARD, gguf::GgufModel};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -157,8 +158,12 @@ impl Making<'_> {
 fn describe(args: &Args, model: &GgufModel, dtype: Dtype, layout: &Layout) -> String {
     let report =
         args.report.as_ref().map(|report| format!("report {}\n", escape(&report.display().to_string())));
+    let made = layout.items().iter().map(|item| (item.name.as_str(), item.shape.clone(), Form::Float(dtype)));
+    let made: Vec<_> = made.collect();
+    let architecture = Architecture::from_config(&Value::Object(model.config.clone()));
+    let run = architecture.map_or(String::new(), |architecture| memory::lines(&architecture, &made));
     format!(
-        "model {}\noutput {}\n{}{} weights {}\n{}",
+        "model {}\noutput {}\n{}{} weights {}\n{}{run}",
         model.file.place(),
         escape(&args.output.display().to_string()),
         report.unwrap_or_default(),

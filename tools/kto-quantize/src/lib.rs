@@ -138,14 +138,7 @@ fn describe(args: &Args, plan: &Plan) -> Result<String> {
         text += &format!("skipped {}\n", escape(&plan.skipped.join(" ")));
     }
     text += &units::sizes(before, after, exact);
-    if let Some(memory::Needed { host, gpu, run }) = memory::needed(plan) {
-        let range = |(least, full)| {
-            format!("from {}, with everything kept {}", units::size(least), units::size(full))
-        };
-        text += &format!("kto-train needs on the CPU {}\n", range(host));
-        text += &format!("kto-train needs on a GPU, in bf16, {} (planned, not run on one)\n", range(gpu));
-        text += &format!("run {run}\n");
-    }
+    text += &memory::lines(&plan.architecture, &memory::made(plan));
     Ok(text)
 }
 

@@ -424,6 +424,7 @@ fn a_gguf_file_elsewhere_says_what_to_do() {
     assert!(String::from_utf8(made.stderr).unwrap().contains("x.gguf: GGUF version 1 is not read"));
     let plan = run(&[text(&path), "--dequantize", "--plan", "-o", text(&top.path().join("out"))]);
     let plan = String::from_utf8(plan.stdout).unwrap();
+    assert!(plan.contains("kto-train needs on a GPU, in bf16, from "), "{plan}");
     assert!(plan.contains("11 weights float32") && !top.path().join("out").exists(), "{plan}");
 }
 
