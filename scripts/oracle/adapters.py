@@ -36,11 +36,13 @@ CASES = {
         alpha_pattern={"up_proj": 7, r"^model\.layers\.0\.mlp\.down_proj": 2})),
     "regex": ("mistral-window", dict(target_modules=r".*layers\.1\.(self_attn\.(q|o)|mlp\.gate)_proj", use_rslora=True)),
     # Above a trained embedding everything needs a gradient.
+    "whole-block": ("qwen3", dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0], modules_to_save=["layers.1"])),
     "whole-embedding": ("qwen2", dict(target_modules=["v_proj"], layers_to_transform=[1], modules_to_save=["embed_tokens"])),
     "whole-ends": ("llama-biases", dict(target_modules=["q_proj", "down_proj"], modules_to_save=["embed_tokens", "lm_head"])),
     "whole-fused": ("phi3", dict(target_modules=["o_proj", "gate_up_proj"], modules_to_save=["qkv_proj", "lm_head"])),
     "whole-head": ("qwen2", dict(target_modules=["v_proj"], layers_to_transform=[1], modules_to_save=["lm_head"])),
     "whole-layers": ("stablelm", dict(target_modules=["q_proj", "up_proj"], modules_to_save=["norm", "down_proj", "k_proj"])),
+    "whole-mlp": ("llama-biases", dict(target_modules=["q_proj", "o_proj"], modules_to_save=["mlp"])),
     "whole-norms": ("gemma3", dict(target_modules=["v_proj", "gate_proj"], layers_to_transform=[2], modules_to_save=["norm"])),
     "whole-tied": ("gemma2", dict(target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head", "embed_tokens"])),
 }

@@ -27,6 +27,12 @@ pub fn size(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
+/// Returns a plan's line about the sizes of something before and after, in bytes; what is not `exact` is the most that it may be.
+pub fn sizes(before: u64, after: u64, exact: bool) -> String {
+    let most = if exact { "" } else { "at most " };
+    format!("size {} before, {most}{} ({after} bytes) after\n", size(before), size(after))
+}
+
 /// Returns bytes rounded up to a value that a flag takes and that is not less: `613MiB`.
 pub fn flag(bytes: u64) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
@@ -51,6 +57,8 @@ mod tests {
         );
         assert_eq!(size(612 << 20), "612 MiB");
         assert_eq!(size(3 << 29), "1.50 GiB");
+        assert_eq!(sizes(3 << 29, 1500, true), "size 1.50 GiB before, 1.46 KiB (1500 bytes) after\n");
+        assert_eq!(sizes(9, 5, false), "size 9 B before, at most 5 B (5 bytes) after\n");
         assert_eq!([1, 1 << 20, (1 << 20) + 1].map(flag), ["1MiB", "1MiB", "2MiB"]);
         assert_eq!(size(u64::MAX), "16777216 TiB");
         assert_eq!([3.16, 99.94, 99.96, 12_345.6].map(rate), ["3.2", "99.9", "100", "12346"]);

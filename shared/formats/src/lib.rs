@@ -23,6 +23,7 @@ pub mod model_dir;
 pub mod peft;
 pub mod python_json;
 pub mod record;
+pub mod rope;
 pub mod rows;
 mod safetensors_header;
 pub mod safetensors_out;

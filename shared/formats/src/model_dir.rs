@@ -23,9 +23,9 @@ type Object = serde_json::Map<String, Value>;
 
 /// Longest JSON file of a model directory that is read, in bytes.
 pub const MAX_JSON: u64 = 64 << 20;
-/// Key of the source's fingerprint in the safetensors metadata of a quantized model.
+/// Key of the source's fingerprint in the safetensors metadata of a quantized model, and in a GGUF file.
 pub const QUANTIZED_FROM: &str = "kto.quantized_from";
-/// Key of the list of merges in the safetensors metadata of a merged model, and of what is made of it.
+/// Key of the list of merges in the safetensors metadata of a merged model, and in a GGUF file; also in what is made of it.
 pub const MERGED_FROM: &str = "kto.merged_from";
 /// Bytes of each end of a tensor that go into the fingerprint.
 const SAMPLE: usize = 32 << 10;
@@ -198,8 +198,9 @@ const OWN_CLASSES: [(&str, &str); 8] = [
     ("stablelm", "StableLmForCausalLM"),
 ];
 
-/// Fails (65) when a configuration asks for code that is not transformers' own: without it the weights cannot be known to mean what their names say.
-fn refuse_remote_code(config: &Object) -> Result<()> {
+/// Fails (65) when a configuration asks for code that is not transformers' own: without it the weights cannot be known to mean what their
+/// names say. Whoever looks at a configuration before there is a directory calls it too.
+pub fn refuse_remote_code(config: &Object) -> Result<()> {
     let Some(map) = config.get("auto_map").filter(|map| !map.is_null()) else { return Ok(()) };
     let class = map.get("AutoModelForCausalLM").and_then(Value::as_str).unwrap_or_default();
     let class = class.rsplit('.').next().unwrap_or_default();

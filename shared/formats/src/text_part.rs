@@ -5,6 +5,7 @@
 //! which PEFT puts on the whole.
 
 use crate::adapter_config::{AdapterConfig, Targets};
+use kto_cli::{Error, Result, escape};
 use serde_json::{Map, Value, json};
 
 /// `model_type` of the whole.
@@ -80,6 +81,19 @@ pub fn name(of_whole: &str) -> Option<String> {
 /// Returns the name in a text model of what lies under the language model by its name in the whole.
 pub fn inside(of_whole: &str) -> Option<String> {
     PREFIXES.iter().find_map(|(from, to)| Some(format!("{to}{}", of_whole.strip_prefix(from)?)))
+}
+
+/// Modules of the image part, as an adapter has them.
+const IMAGES: [&str; 2] = ["vision_tower", "multi_modal_projector"];
+
+/// Returns the name in a text model of a module or tensor of an adapter, which may be one of the whole. Error (65): of the image part.
+pub fn adapted(name: &str) -> Result<String> {
+    let first = name.strip_prefix("model.").unwrap_or(name).split('.').next().unwrap_or_default();
+    if IMAGES.contains(&first) {
+        let text = format!("\"{}\" is of the part for images; of such a model", escape(name));
+        return Err(Error::data(format!("{text} these tools have the language model alone")));
+    }
+    Ok(inside(name).unwrap_or_else(|| name.to_string()))
 }
 
 /// Returns the name in the whole, as an adapter has it.

@@ -13,7 +13,7 @@ use crate::{
     numeric::Numeric,
     on_gpu::weights::{GpuLayers, HostLayer, frozen},
     projection::Linear,
-    rotary::{Rotary, Scaling},
+    rotary::{Rotary, Scaling, frequencies},
     weights::{self, EMBEDDING, FINAL_NORM, HEAD, Norms},
 };
 use candle_core::{DType, Tensor as HostTensor};
@@ -384,7 +384,7 @@ fn rotations(
     let (head, positions) = (architecture.shape.dim, positions.max(1));
     let bring = |rotary: &Rotary| {
         let scaled = |length: usize, positions: usize| {
-            let frequencies = rotary.frequencies(length);
+            let frequencies = frequencies(rotary, length);
             RopeTable::of_frequencies(head, &frequencies, rotary.attention_factor(), positions)
         };
         let table = match rotary.scaling {

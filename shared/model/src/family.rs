@@ -4,9 +4,12 @@
 //! takes from it what the engine computes and refuses the rest by name. Source of names and defaults: transformers 5.23,
 //! models/*/configuration_*.py; testdata/families holds a model of each. Unknown values are refused, never passed over.
 
-use crate::rotary::{self, Rotary, Surroundings};
-use kto_cli::{Error, Result};
-use kto_formats::json::{quoted, short};
+use kto_cli::{Context, Error, Result};
+use kto_formats::{
+    json::{quoted, short},
+    model_dir::refuse_remote_code,
+    rope::{self, Around, Rotary},
+};
 use kto_kernels::HeadShape;
 use serde_json::Value;
 
@@ -31,37 +34,36 @@ pub enum Family {
     StableLm,
 }
 
-/// All families: `model_type`, and the class of transformers.
-const FAMILIES: [(Family, &str, &str); 8] = [
-    (Family::Llama, "llama", "LlamaForCausalLM"),
-    (Family::Mistral, "mistral", "MistralForCausalLM"),
-    (Family::Qwen2, "qwen2", "Qwen2ForCausalLM"),
-    (Family::Qwen3, "qwen3", "Qwen3ForCausalLM"),
-    (Family::Phi3, "phi3", "Phi3ForCausalLM"),
-    (Family::Gemma2, "gemma2", "Gemma2ForCausalLM"),
-    (Family::Gemma3, "gemma3_text", "Gemma3ForCausalLM"),
-    (Family::StableLm, "stablelm", "StableLmForCausalLM"),
+/// All families, and their `model_type`.
+const FAMILIES: [(Family, &str); 8] = [
+    (Family::Llama, "llama"),
+    (Family::Mistral, "mistral"),
+    (Family::Qwen2, "qwen2"),
+    (Family::Qwen3, "qwen3"),
+    (Family::Phi3, "phi3"),
+    (Family::Gemma2, "gemma2"),
+    (Family::Gemma3, "gemma3_text"),
+    (Family::StableLm, "stablelm"),
 ];
 
 impl Family {
     /// Returns all of them: the engine computes each.
     pub fn all() -> [Self; FAMILIES.len()] {
-        FAMILIES.map(|(family, _, _)| family)
+        FAMILIES.map(|(family, _)| family)
     }
 
     /// Returns `model_type`.
     pub fn name(self) -> &'static str {
-        FAMILIES.iter().find(|(family, _, _)| *family == self).map_or("", |(_, name, _)| name)
+        FAMILIES.iter().find(|(family, _)| *family == self).map_or("", |(_, name)| name)
     }
 
     /// Returns the family of a configuration. Errors (65): one that is not known, with the list of those in `works`; or
     /// remote code.
     pub fn of(config: &Value, works: &[Family]) -> Result<Self> {
         let name = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
-        let known = FAMILIES.iter().find(|(_, known, _)| *known == name);
-        refuse_remote_code(config, known.map(|(_, _, class)| *class))?;
-        match known.filter(|(family, _, _)| works.contains(family)) {
-            Some((family, _, _)) => Ok(*family),
+        config.as_object().map_or(Ok(()), refuse_remote_code).at("config.json")?;
+        match FAMILIES.iter().find(|(family, known)| *known == name && works.contains(family)) {
+            Some((family, _)) => Ok(*family),
             None => {
                 let works: Vec<&str> = works.iter().map(|family| family.name()).collect();
                 Err(Error::data(format!("config.json: model_type {} is not supported", quoted(name)))
@@ -73,18 +75,6 @@ impl Family {
     fn is_gemma(self) -> bool {
         matches!(self, Self::Gemma2 | Self::Gemma3)
     }
-}
-
-/// Remote code is never run. `auto_map` passes where it names transformers' own class, as the files of models do that
-/// were published before transformers had it (Phi 3).
-fn refuse_remote_code(config: &Value, own_class: Option<&str>) -> Result<()> {
-    let Some(map) = config.get("auto_map").filter(|map| !map.is_null()) else { return Ok(()) };
-    let class = map.get("AutoModelForCausalLM").and_then(Value::as_str).unwrap_or_default();
-    let class = class.rsplit('.').next().unwrap_or_default();
-    if own_class == Some(class) {
-        return Ok(());
-    }
-    Err(Error::data("config.json: \"auto_map\" asks for remote code, which is never run"))
 }
 
 /// How rows are normed.
@@ -162,6 +152,8 @@ pub struct Record {
     pub embedding_scale: f64,
 }
 
+/// Positions that a layer with a window sees where nothing is said.
+const USUAL_WINDOW: usize = 4096;
 /// Largest value accepted for any size: beyond it, a product of two could not be an index.
 const LARGEST: u64 = 1 << 24;
 
@@ -176,17 +168,8 @@ impl Record {
         let shape = fields.heads(family, hidden)?;
         let max_positions = fields.size_or("max_position_embeddings", 2048)?;
         let window = fields.window(family)?;
-        let default_theta = if family == Family::Gemma3 { 1e6 } else { 1e4 };
         let (layer_norm, phi) = (family == Family::StableLm, family == Family::Phi3);
-        let around = Surroundings {
-            config,
-            head_dim: shape.dim,
-            max_positions,
-            default_theta,
-            default_part: if layer_norm { 0.25 } else { 1.0 },
-            default_original: if phi { 4096.0 } else { max_positions as f64 },
-            yarn_is_long: phi,
-        };
+        let around = Around { model_type: family.name(), head_dim: shape.dim, max_positions };
         let (eps, default_eps) = if layer_norm {
             ("layer_norm_eps", 1e-5)
         } else {
@@ -195,9 +178,6 @@ impl Record {
         let bias = |field: &str, default| fields.flag(field, default);
         let (attention, llama) = (bias("attention_bias", false)?, family == Family::Llama);
         let scalar = if gemma { fields.positive("query_pre_attn_scalar", 256.0)? } else { shape.dim as f64 };
-        let caps = |field: &str, default| {
-            if family == Family::Gemma2 { fields.cap(field, default) } else { fields.cap(field, None) }
-        };
         let this = Self {
             family,
             vocab_size: fields.size("vocab_size")?,
@@ -225,13 +205,21 @@ impl Record {
             o_bias: attention && (llama || gemma || family == Family::Qwen3),
             mlp_bias: llama && bias("mlp_bias", false)?,
             fused: phi,
-            rotary: rotary::read(&around, Some("full_attention"))?,
-            sliding_rotary: (family == Family::Gemma3).then(|| fields.local_rotary(&around)).transpose()?,
+            rotary: rope::read(config, &around).at("config.json")?,
+            sliding_rotary: rope::read_local(config, &around).at("config.json")?,
             sliding: fields.sliding(family, layers, window)?,
             window,
             attention_scale: scalar.powf(-0.5),
-            attention_cap: caps("attn_logit_softcapping", Some(50.0))?,
-            logit_cap: caps("final_logit_softcapping", Some(30.0))?,
+            // transformers looks at neither in other families, and at the first not in Gemma 3.
+            attention_cap: match family {
+                Family::Gemma2 => fields.cap("attn_logit_softcapping", Some(50.0))?,
+                _ => None,
+            },
+            logit_cap: match family {
+                Family::Gemma2 => fields.cap("final_logit_softcapping", Some(30.0))?,
+                Family::Gemma3 => fields.cap("final_logit_softcapping", None)?,
+                _ => None,
+            },
             embedding_scale: if gemma { (hidden as f64).sqrt() } else { 1.0 },
         };
         fields.refuse_variants(family)?;
@@ -334,10 +322,10 @@ impl Fields<'_> {
             Family::Qwen2 | Family::Qwen3 => self.flag("use_sliding_window", false)?,
             Family::Llama | Family::StableLm => false,
         };
-        match on && self.get("sliding_window").is_some() {
-            true => self.size("sliding_window").map(Some),
-            false if on && family.is_gemma() => Ok(Some(4096)),
-            false => Ok(None),
+        match self.0.get("sliding_window").filter(|_| on) {
+            None => Ok(Some(USUAL_WINDOW).filter(|_| on && family != Family::Phi3)),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.size("sliding_window").map(Some),
         }
     }
 
@@ -347,7 +335,7 @@ impl Fields<'_> {
             let kinds = list.as_array().filter(|list| list.len() == layers);
             let kinds =
                 kinds.ok_or_else(|| wrong("layer_types", &format!("a list of {layers} names"), list))?;
-            return kinds
+            let listed: Result<Vec<bool>> = kinds
                 .iter()
                 .map(|kind| match kind.as_str() {
                     Some("full_attention") => Ok(false),
@@ -361,6 +349,12 @@ impl Fields<'_> {
                     }
                 })
                 .collect();
+            // All layers of Phi 3 are alike: transformers does not look at the list.
+            return listed
+                .map(|list| if family == Family::Phi3 { vec![window.is_some(); layers] } else { list });
+        }
+        if family.is_gemma() && window.is_none() {
+            return Err(Error::data("config.json: \"sliding_window\" is null, and layers have a window"));
         }
         let pattern = match family {
             Family::Gemma3 => {
@@ -370,23 +364,15 @@ impl Fields<'_> {
             _ => 0,
         };
         let first = match family {
-            Family::Qwen2 | Family::Qwen3 if window.is_some() => self.size_or("max_window_layers", 28)?,
+            Family::Qwen2 | Family::Qwen3 if window.is_some() => match self.get("max_window_layers") {
+                Some(value) if value.as_u64() == Some(0) => 0,
+                _ => self.size_or("max_window_layers", 28)?,
+            },
             _ => 0,
         };
         let has =
             |i: usize| window.is_some() && i >= first && (pattern == 0 || !(i + 1).is_multiple_of(pattern));
         Ok((0..layers).map(has).collect())
-    }
-
-    /// Gemma 3's rotation of layers with a window: `rope_parameters`, or the older `rope_local_base_freq`, unscaled.
-    fn local_rotary(&self, around: &Surroundings) -> Result<Rotary> {
-        let kind = "sliding_attention";
-        if self.get("rope_parameters").is_some_and(|value| value.get(kind).is_some()) {
-            let around = Surroundings { default_theta: 1e4, ..*around };
-            return rotary::read(&around, Some(kind));
-        }
-        let theta = self.positive("rope_local_base_freq", 1e4)?;
-        Ok(Rotary { dim: around.head_dim, theta, scaling: rotary::Scaling::Default })
     }
 
     /// Variants of a family that compute something else.

@@ -76,19 +76,14 @@ pub fn parts(architecture: &Architecture) -> Vec<Part> {
 
 /// Returns what settings train whole. Errors (65): settings with a meaning that is not computed here.
 pub fn chosen(architecture: &Architecture, config: &PeftConfig) -> Result<Shapes> {
-    let containers = (0..architecture.layers).flat_map(|layer| {
-        let block = format!("model.layers.{layer}");
-        [format!("{block}.self_attn"), format!("{block}.mlp"), block]
-    });
-    let mut containers = containers.chain(["model".into(), "model.layers".into()]);
-    if let Some(name) = containers.find(|name| config.saves(name)) {
-        return Err(Error::data(format!(
-            "modules_to_save names \"{name}\", which consists of other modules"
-        )));
+    if let Some(name) = ["model", "model.layers"].into_iter().find(|name| config.saves(name)) {
+        return Err(Error::data(format!("modules_to_save names \"{name}\", which is the whole decoder"))
+            .with_hint("--modules-to-save self_attn,mlp,norm,embed_tokens,lm_head"));
     }
     let mut all = Shapes::new();
     for part in parts(architecture) {
-        let (saved, adapted) = (config.saves(&part.name), part.linear && config.adapts(&part.name)?);
+        let saved = within(&part.name).any(|module| config.saves(module));
+        let adapted = part.linear && config.adapts(&part.name)?;
         if saved && adapted {
             let text = "is trained whole (modules_to_save) and has LoRA matrices (target_modules)";
             return Err(Error::data(format!("\"{}\" {text}", part.name)));
@@ -111,6 +106,15 @@ pub fn chosen(architecture: &Architecture, config: &PeftConfig) -> Result<Shapes
         }
     }
     Ok(all)
+}
+
+/// Returns a module and, of one in a block, what is around it there, up to the block: naming any of these trains it whole.
+pub fn within(module: &str) -> impl Iterator<Item = &str> {
+    let inside = module.strip_prefix("model.layers.");
+    std::iter::successors(Some(module), move |name| {
+        let (outer, _) = name.rsplit_once('.')?;
+        inside.filter(|_| outer != "model.layers").map(|_| outer)
+    })
 }
 
 /// Returns whether a head that is the embedding is taken apart from it.

@@ -26,7 +26,7 @@ use kto_step::{POSITIONS, distance, floats, ids, step};
 use std::path::{Path, PathBuf};
 
 /// The adapter, and the model of testdata/families that it is on.
-const CASES: [(&str, &str); 16] = [
+const CASES: [(&str, &str); 18] = [
     ("bias-adapted", "llama-biases"),
     ("bias-all", "stablelm"),
     ("dora", "qwen2"),
@@ -36,11 +36,13 @@ const CASES: [(&str, &str); 16] = [
     ("dora-norms", "gemma3"),
     ("patterns", "qwen3"),
     ("regex", "mistral-window"),
+    ("whole-block", "qwen3"),
     ("whole-embedding", "qwen2"),
     ("whole-ends", "llama-biases"),
     ("whole-fused", "phi3"),
     ("whole-head", "qwen2"),
     ("whole-layers", "stablelm"),
+    ("whole-mlp", "llama-biases"),
     ("whole-norms", "gemma3"),
     ("whole-tied", "gemma2"),
 ];

@@ -1,7 +1,7 @@
 //! The way of a tensor through memory: a piece at a time, all threads at work on it.
 
-use crate::Errors;
-use kto_cli::{Error, Result, escape, signal};
+use crate::{Errors, Values};
+use kto_cli::{Context, Error, Kind, Result, escape, signal};
 use kto_formats::tensors::non_finite;
 use kto_kernels::quant::{Codec, PLANES};
 use rayon::prelude::*;
@@ -11,22 +11,6 @@ use std::ops::Range;
 const TASK: usize = 1 << 15;
 /// Tasks of a piece for each thread: enough that the threads end at about the same time.
 const TASKS: usize = 16;
-
-/// Where the values of a tensor come from.
-pub trait Values: Sync {
-    /// Returns how many there are.
-    fn len(&self) -> usize;
-    /// Returns whether there are none.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-    /// Returns the length of a row: reads begin at a multiple of it and ask for whole rows.
-    fn columns(&self) -> usize;
-    /// Writes the values from `start` on into `out`. Several threads do so at a time.
-    fn read(&self, start: usize, out: &mut [f32]);
-    /// Says that a range will not be read again.
-    fn done(&self, _range: Range<usize>) {}
-}
 
 /// Puts stored bytes back where nothing has changed: called with the index of the first value, the values, and the planes that
 /// the codec made of them.
@@ -78,6 +62,15 @@ pub fn encode(
     }
     encoded.map_or(Ok(()), |range| pass(&last, range))?;
     Ok(errors)
+}
+
+/// Puts the place of a tensor's values in front of what is wrong with them. A disk that is full, a stop: these are of the output, which
+/// such an error names itself.
+pub(crate) fn placed<T>(result: Result<T>, place: &str) -> Result<T> {
+    match result {
+        Err(error) if error.kind() == Kind::Data => Err(error).at(place),
+        other => other,
+    }
 }
 
 /// What is done with every piece of a tensor.

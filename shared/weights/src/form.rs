@@ -127,6 +127,17 @@ impl Form {
         })
     }
 
+    /// Returns the bytes of all tensors that the weight `name` becomes in a safetensors file: tables and texts too, the most where
+    /// their lengths depend on the values.
+    pub fn stored_bytes(self, name: &str, shape: &[usize]) -> Result<u64> {
+        Ok(self.tensors(name, shape)?.iter().map(|(spec, _)| spec.bytes()).sum())
+    }
+
+    /// Returns whether [`Form::stored_bytes`] is what is written, whatever the values.
+    pub fn is_exact(self) -> bool {
+        !matches!(self, Self::FourBit { nested: true, .. })
+    }
+
     /// Returns the bytes that a tensor of this shape takes, without constants.
     pub fn bytes(self, shape: &[usize]) -> u64 {
         let (n, columns) = (shape.iter().product(), shape.last().copied().unwrap_or(1));

@@ -4,11 +4,11 @@
 //! Held in memory: one piece of a tensor, and of a double-quantized one the scales.
 
 use crate::{
-    Errors, Form,
-    encode::{Keep, Values, encode},
+    Errors, Form, Values,
+    encode::{Keep, encode, placed},
     form::{Origin, floats},
 };
-use kto_cli::{Context, Error, Kind, Result, Ui, atomic, escape, signal};
+use kto_cli::{Error, Kind, Result, Ui, atomic, escape, signal};
 use kto_formats::{
     bnb::{NESTED_BLOCK, QuantState},
     python_json,
@@ -239,14 +239,6 @@ impl<'a> Layout<'a> {
             "weight_map": Value::Object(map),
         });
         Ok(python_json::pretty_sorted(&index) + "\n")
-    }
-}
-
-/// Puts the place in front of what is wrong with the input; that the tool was stopped has none.
-fn placed<T>(result: Result<T>, place: &str) -> Result<T> {
-    match result {
-        Err(error) if signal::is_stop(error.kind()) => Err(error),
-        other => other.at(place),
     }
 }
 

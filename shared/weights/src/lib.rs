@@ -15,12 +15,14 @@ mod layout;
 mod resume;
 pub mod roles;
 mod source;
+mod values;
 mod weight;
 
-pub use encode::{Keep, Values, encode};
+pub use encode::{Keep, encode};
 pub use errors::Errors;
 pub use form::Form;
 pub use layout::{Content, Item, Layout, MAX_SHARD, Written};
 pub use resume::{resume, source};
 pub use source::Source;
+pub use values::{Changed, Held, Values};
 pub use weight::{Weight, check_finite_all, weights};

@@ -1,7 +1,7 @@
 //! A tensor of a model as floats, whatever its form.
 
 use crate::{
-    encode::Values,
+    Values,
     source::{self, Source},
 };
 use kto_cli::{Context, Error, Kind, Result, escape};

@@ -186,7 +186,7 @@ impl From<FloatType> for Dtype {
 /// A quantized result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormName {
-    /// 4 bits of bitsandbytes, scales in 8 bits; with an nf4 base its layers and blocks
+    /// 4 bits of bitsandbytes, scales in 8 bits; with a 4-bit base its layers and blocks
     Nf4,
     /// Affine quantization of MLX: 4 bits in groups of 64; with an mlx base its layers, bits and groups
     Mlx,

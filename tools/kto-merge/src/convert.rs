@@ -2,7 +2,7 @@
 
 use crate::{
     args::{AdapterForm, Args, Method},
-    delta::{Change, Held, Part},
+    delta::{Change, Part},
     inputs::{self, EMBEDDING, HEAD, Inputs},
     low_rank::{Rows, factor},
     mix::Mix,
@@ -14,7 +14,7 @@ use kto_formats::{
     lora::{Ecosystem, LoraModule, LoraSet},
     model_dir::{ModelDir, refuse_output},
 };
-use kto_weights::{Values, Weight, roles::role, weights};
+use kto_weights::{Held, Values, Weight, roles::role, weights};
 use std::{collections::BTreeMap, path::Path};
 
 /// Writes one adapter: the given one, or with --rank the best approximation to the mixture of all.

@@ -3,8 +3,7 @@
 use crate::{args::Method, mix::Mix};
 use kto_formats::lora::LoraModule;
 use kto_kernels::add_low_rank;
-use kto_weights::Values;
-use std::ops::Range;
+use kto_weights::{Changed, Values};
 
 /// One adapter's part in a weight.
 pub struct Part<'a> {
@@ -73,74 +72,18 @@ impl Change<'_> {
     }
 }
 
-/// A weight of the base with the change added.
-pub struct Merged<'a> {
-    /// The base's weight.
-    pub base: Box<dyn Values + 'a>,
-    /// What is added.
-    pub change: Change<'a>,
+/// Returns a weight of the base with the change added.
+pub fn merged<'a>(base: Box<dyn Values + 'a>, change: Change<'a>) -> Changed<'a> {
+    let columns = base.columns();
+    let change = Box::new(move |start, out: &mut [f32]| change.add_to(start / columns, columns, out));
+    Changed { values: base, change }
 }
 
-impl Values for Merged<'_> {
-    fn len(&self) -> usize {
-        self.base.len()
-    }
-    fn columns(&self) -> usize {
-        self.base.columns()
-    }
-    fn read(&self, start: usize, out: &mut [f32]) {
-        self.base.read(start, out);
-        let columns = self.columns();
-        self.change.add_to(start / columns, columns, out);
-    }
-    fn done(&self, range: Range<usize>) {
-        self.base.done(range);
-    }
-}
-
-/// A weight of the base, moved by a part of the way to values that are held.
-pub struct Scaled<'a> {
-    /// The base's weight.
-    pub base: Box<dyn Values + 'a>,
-    /// Where the whole way leads.
-    pub held: Held<'a>,
-    /// The part.
-    pub factor: f32,
-}
-
-impl Values for Scaled<'_> {
-    fn len(&self) -> usize {
-        self.base.len()
-    }
-    fn columns(&self) -> usize {
-        self.base.columns()
-    }
-    fn read(&self, start: usize, out: &mut [f32]) {
-        self.base.read(start, out);
-        let held = &self.held.values[start..start + out.len()];
-        out.iter_mut().zip(held).for_each(|(v, h)| *v += self.factor * (h - *v));
-    }
-    fn done(&self, range: Range<usize>) {
-        self.base.done(range);
-    }
-}
-
-/// Values that are held, such as those of a module that was trained whole.
-pub struct Held<'a> {
-    /// All of them.
-    pub values: &'a [f32],
-    /// Length of a row.
-    pub columns: usize,
-}
-
-impl Values for Held<'_> {
-    fn len(&self) -> usize {
-        self.values.len()
-    }
-    fn columns(&self) -> usize {
-        self.columns
-    }
-    fn read(&self, start: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self.values[start..start + out.len()]);
-    }
+/// Returns a weight of the base, moved by a part of the way to values that are held.
+pub fn moved<'a>(base: Box<dyn Values + 'a>, to: &'a [f32], part: f32) -> Changed<'a> {
+    let change = Box::new(move |start, out: &mut [f32]| {
+        let to = &to[start..start + out.len()];
+        out.iter_mut().zip(to).for_each(|(v, t)| *v += part * (t - *v));
+    });
+    Changed { values: base, change }
 }

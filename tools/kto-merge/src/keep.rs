@@ -5,7 +5,7 @@
 
 use kto_cli::{Error, Result};
 use kto_formats::{mlx::AffineTensor, model_dir::ModelDir, tensors::float_size};
-use kto_weights::{Form, Keep, Values, Weight};
+use kto_weights::{Changed, Form, Keep, Values, Weight};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Returns the hook for an adapted weight, if its form has one. `different` counts values that differ from the base.
@@ -52,10 +52,22 @@ pub fn hook<'a>(
 
 /// Counts values that differ before they are encoded.
 fn count<'a>(stored: Weight<'a>, different: &'a AtomicU64) -> Option<Box<Keep<'a>>> {
-    Some(Box::new(move |start, values, _| {
-        let mut before = vec![0.0; values.len()];
-        stored.read(start, &mut before);
-        let changed = values.iter().zip(&before).filter(|(a, b)| a != b).count();
-        different.fetch_add(changed as u64, Ordering::Relaxed);
-    }))
+    Some(Box::new(move |start, values, _| compare(&stored, start, values, different)))
+}
+
+fn compare(stored: &Weight, start: usize, values: &[f32], different: &AtomicU64) {
+    let mut before = vec![0.0; values.len()];
+    stored.read(start, &mut before);
+    let changed = values.iter().zip(&before).filter(|(a, b)| a != b).count();
+    different.fetch_add(changed as u64, Ordering::Relaxed);
+}
+
+/// Returns values that are counted as they are read, for files whose writer has no hook.
+pub fn counted<'a>(
+    values: Box<dyn Values + 'a>,
+    stored: Weight<'a>,
+    different: &'a AtomicU64,
+) -> Changed<'a> {
+    let change = Box::new(move |start, out: &mut [f32]| compare(&stored, start, out, different));
+    Changed { values, change }
 }

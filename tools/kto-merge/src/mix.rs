@@ -135,8 +135,8 @@ fn counts(part: &Part, base: &dyn Values, bin: impl Fn(u32) -> Option<u32> + Syn
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::delta::Held;
     use kto_formats::lora::LoraModule;
+    use kto_weights::Held;
 
     fn module(values: &[f32]) -> LoraModule {
         let n = values.len();

@@ -3,7 +3,7 @@
 use crate::{
     Args,
     args::FormName,
-    delta::{Held, Merged, Scaled},
+    delta,
     inputs::{HEAD, Inputs},
     keep, origin,
 };
@@ -11,10 +11,11 @@ use kto_cli::{Error, Result, escape};
 use kto_formats::{
     bnb::{self, FourBitKind, Nf4Tensor, torch_name},
     mlx::{self, AffineTensor, Setting},
+    model_dir::ModelDir,
     tensors::TensorView,
 };
 use kto_weights::{
-    Content, Form, Item, Values, Weight,
+    Content, Form, Held, Item, Values, Weight,
     roles::{Role, role},
     weights,
 };
@@ -46,6 +47,8 @@ pub struct Plan {
     pub dequantized: usize,
     /// Values that differ from the base in the file, as far as they can be compared.
     pub different: AtomicU64,
+    /// Whether layers of the base are bitsandbytes' 4-bit floats, and of the result NF4.
+    pub from_fp4: bool,
     /// Matrices that stay floats because their columns do not fit a quantized form.
     pub unfit: Vec<String>,
     form: Option<FormName>,
@@ -62,8 +65,8 @@ impl Plan {
         let names = weights(base).filter(|name| !inputs.untied || *name != HEAD);
         let names: Vec<&str> = names.chain(inputs.untied.then_some(HEAD)).collect();
         let (mut targets, mut changed) = (BTreeMap::new(), BTreeSet::new());
-        let (mut dequantized, mut quantized, mut unfit) = (0, false, Vec::new());
-        let has_nf4 = names.iter().any(|n| matches!(Nf4Tensor::find(&base.tensors, n), Ok(Some(_))));
+        let (mut dequantized, mut quantized, mut unfit, mut from_fp4) = (0, false, Vec::new(), false);
+        let has_four = names.iter().any(|n| matches!(Nf4Tensor::find(&base.tensors, n), Ok(Some(_))));
         let has_mlx = names.iter().any(|n| matches!(AffineTensor::find(base, n), Ok(Some(_))));
         for name in names {
             let touched = inputs.saved(name, 1.0).is_some()
@@ -76,10 +79,11 @@ impl Plan {
                 continue;
             };
             quantized |= weight.quantized;
+            let now = stored_form(base, &weight)?;
             let form = match args.form {
                 None | Some(FormName::Gguf) => Form::Float(args.dtype.map_or(weight.dtype, Dtype::from)),
-                Some(FormName::Nf4) => nf4(&inputs, &weight, has_nf4)?,
-                Some(FormName::Mlx) => affine(&inputs, &weight, has_mlx)?,
+                Some(FormName::Nf4) => nf4(&weight, now, has_four),
+                Some(FormName::Mlx) => affine(&weight, now, has_mlx),
             };
             if args.form == Some(FormName::Mlx) && !has_mlx && matches!(form, Form::Float(_)) {
                 let module = name.strip_suffix(".weight").unwrap_or_default();
@@ -87,11 +91,9 @@ impl Plan {
             }
             let float = matches!(form, Form::Float(_));
             dequantized += usize::from(weight.quantized && float);
-            let same = weight.quantized
-                && !float
-                && !touched
-                && inputs.stored(name) == name
-                && (has_nf4 && is_nf4(form) || has_mlx && !is_nf4(form));
+            from_fp4 |= args.form == Some(FormName::Nf4)
+                && matches!(now, Some(Form::FourBit { kind: FourBitKind::Fp4, .. }));
+            let same = !touched && inputs.stored(name) == name && now == Some(form);
             targets.insert(name.to_string(), if same { Target::Same } else { Target::Form(form) });
         }
         if !quantized && (bnb::is_quantized(&base.tensors) || states_quantization(&base.config)) {
@@ -99,7 +101,7 @@ impl Plan {
             return Err(Error::data(format!("{place}: quantized by a method that is not known here")));
         }
         let keeps = match args.form {
-            Some(FormName::Nf4) => has_nf4,
+            Some(FormName::Nf4) => has_four,
             Some(FormName::Mlx) => has_mlx,
             _ => false,
         };
@@ -109,16 +111,7 @@ impl Plan {
             return Err(Error::usage(text).with_hint("leave --form out"));
         }
         let (form, dtype, different) = (args.form, args.dtype.map(Dtype::from), AtomicU64::new(0));
-        Ok(Self { inputs, targets, changed, dequantized, different, unfit, form, dtype, keeps })
-    }
-
-    /// Returns whether layers of the result have bitsandbytes' 4-bit floats, which an fp4 base keeps.
-    pub fn has_fp4(&self) -> bool {
-        let fp4 = |t: &Target| matches!(t, Target::Form(Form::FourBit { kind: FourBitKind::Fp4, .. }));
-        let tensors = &self.inputs.base.tensors;
-        let kept = |name: &String| matches!(Nf4Tensor::find(tensors, name), Ok(Some(t)) if t.state.kind == FourBitKind::Fp4);
-        self.form == Some(FormName::Nf4)
-            && self.targets.iter().any(|(name, t)| fp4(t) || *t == Target::Same && kept(name))
+        Ok(Self { inputs, targets, changed, dequantized, different, unfit, from_fp4, form, dtype, keeps })
     }
 
     /// Returns the values of a weight of the result.
@@ -128,12 +121,11 @@ impl Plan {
         let base: Box<dyn Values + 'a> = match self.inputs.saved(name, args.scale) {
             Some((saved, factor)) => {
                 let columns = saved.shape.last().copied().unwrap_or(1);
-                let held = Held { values: &saved.values, columns };
                 match Weight::find(base, stored)? {
                     Some(weight) if factor != 1.0 => {
-                        Box::new(Scaled { base: Box::new(weight), held, factor: factor as f32 })
+                        Box::new(delta::moved(Box::new(weight), &saved.values, factor as f32))
                     }
-                    _ => Box::new(held),
+                    _ => Box::new(Held { values: &saved.values, columns }),
                 }
             }
             None => {
@@ -142,7 +134,7 @@ impl Plan {
             }
         };
         Ok(match self.inputs.change(args, name, &*base) {
-            Some(change) => Box::new(Merged { base, change }),
+            Some(change) => Box::new(delta::merged(base, change)),
             None => base,
         })
     }
@@ -179,13 +171,24 @@ impl Plan {
         Ok(items)
     }
 
-    /// Returns the bytes that a weight of the result takes, but for the tables and the text beside 4-bit codes.
-    pub fn bytes(&self, name: &str, target: Target) -> u64 {
-        let stored = || Weight::find(&self.inputs.base, self.inputs.stored(name)).ok().flatten();
-        match target {
-            Target::Form(form) => stored().map_or(0, |weight| form.bytes(&weight.shape)),
-            Target::Same => self.parts(name).iter().map(|part| part.data.len() as u64).sum(),
+    /// Returns the bytes that the tensors of the result take, and whether it is exactly that.
+    pub fn bytes(&self) -> Result<(u64, bool)> {
+        let (mut bytes, mut exact) = (0, true);
+        for (name, target) in &self.targets {
+            match target {
+                Target::Same => {
+                    bytes += self.parts(name).iter().map(|part| part.data.len() as u64).sum::<u64>()
+                }
+                Target::Form(form) => {
+                    let base = &self.inputs.base;
+                    let weight = Weight::find(base, base.tensors.require(self.inputs.stored(name))?.name)?;
+                    let weight = weight.ok_or_else(|| Error::internal("a weight without floats"))?;
+                    bytes += form.stored_bytes(name, &weight.shape)?;
+                    exact &= form.is_exact();
+                }
+            }
         }
+        Ok((bytes, exact))
     }
 
     /// The tensors that a weight is stored in.
@@ -209,6 +212,11 @@ impl Plan {
             map.insert("tie_word_embeddings".into(), false.into());
         }
         if self.keeps {
+            if self.from_fp4
+                && let Some(Value::Object(settings)) = map.get_mut("quantization_config")
+            {
+                settings.insert("bnb_4bit_quant_type".into(), FourBitKind::Nf4.name().into());
+            }
             return config;
         }
         map.remove("quantization_config");
@@ -287,41 +295,40 @@ impl Plan {
 /// What mlx-lm makes when nothing is asked for.
 const MLX: Setting = Setting { bits: 4, group: 64 };
 
-fn is_nf4(form: Form) -> bool {
-    matches!(form, Form::FourBit { .. })
+/// The quantized form that a weight of the base has, of those that a result may have.
+fn stored_form(base: &ModelDir, weight: &Weight) -> Result<Option<Form>> {
+    if let Some(Nf4Tensor { state, .. }) = Nf4Tensor::find(&base.tensors, weight.name)? {
+        let (kind, block, nested, dtype) = (state.kind, state.block, state.nested.is_some(), state.dtype);
+        return Ok(Some(Form::FourBit { kind, block, nested, dtype }));
+    }
+    let stored = AffineTensor::find(base, weight.name)?;
+    Ok(stored.map(|s| Form::Affine { bits: s.bits, group: s.group, dtype: s.scales.dtype }))
 }
 
-/// With a 4-bit base its layers and blocks; else every linear layer in blocks of 64.
-fn nf4(inputs: &Inputs, weight: &Weight, has_nf4: bool) -> Result<Form> {
+/// With a 4-bit base its layers and blocks, whichever 4 bits these are; else every linear layer in blocks of 64.
+fn nf4(weight: &Weight, now: Option<Form>, has_four: bool) -> Form {
+    let kind = FourBitKind::Nf4;
     let module = weight.name.strip_suffix(".weight").unwrap_or_default();
-    Ok(match Nf4Tensor::find(&inputs.base.tensors, weight.name)? {
-        Some(stored) => {
-            let state = &stored.state;
-            Form::FourBit {
-                kind: state.kind,
-                block: state.block,
-                nested: state.nested.is_some(),
-                dtype: state.dtype,
-            }
+    match now {
+        Some(Form::FourBit { block, nested, dtype, .. }) => Form::FourBit { kind, block, nested, dtype },
+        _ if !has_four && matches!(role(module), Some(Role::Linear(_))) => {
+            Form::FourBit { kind, block: bnb::BLOCK, nested: true, dtype: weight.dtype }
         }
-        None if !has_nf4 && matches!(role(module), Some(Role::Linear(_))) => {
-            Form::FourBit { kind: FourBitKind::Nf4, block: bnb::BLOCK, nested: true, dtype: weight.dtype }
-        }
-        None => Form::Float(weight.dtype),
-    })
+        _ => Form::Float(weight.dtype),
+    }
 }
 
 /// With an MLX base its layers, bits and groups; else every matrix in 4 bits and groups of 64.
-fn affine(inputs: &Inputs, weight: &Weight, has_mlx: bool) -> Result<Form> {
+fn affine(weight: &Weight, now: Option<Form>, has_mlx: bool) -> Form {
     let module = weight.name.strip_suffix(".weight").unwrap_or_default();
-    let wanted = match AffineTensor::find(&inputs.base, weight.name)? {
-        Some(stored) => Form::Affine { bits: stored.bits, group: stored.group, dtype: stored.scales.dtype },
-        None if !has_mlx && role(module).is_some() => {
+    let wanted = match now {
+        Some(form @ Form::Affine { .. }) => form,
+        _ if !has_mlx && role(module).is_some() => {
             Form::Affine { bits: MLX.bits, group: MLX.group, dtype: weight.dtype }
         }
-        None => return Ok(Form::Float(weight.dtype)),
+        _ => return Form::Float(weight.dtype),
     };
-    Ok(if wanted.unfit(&weight.shape).is_none() { wanted } else { Form::Float(weight.dtype) })
+    if wanted.unfit(&weight.shape).is_none() { wanted } else { Form::Float(weight.dtype) }
 }
 
 /// config.json tells of a quantization.

@@ -3,6 +3,7 @@
 use crate::{
     args::{Args, FormName, GgufType},
     inputs::{self, Inputs},
+    keep,
     plan::Plan,
     verify::Verify,
 };
@@ -11,9 +12,9 @@ use kto_cli::{
     output::{Output, print_path},
     units,
 };
-use kto_formats::{adapter, companions, python_json};
+use kto_formats::{adapter, companions, model_dir::MERGED_FROM, python_json};
 use kto_weights::{
-    Layout, Weight,
+    Layout, Values, Weight,
     gguf::{FileType, Gguf},
 };
 use std::{collections::BTreeSet, path::Path, sync::atomic::Ordering};
@@ -46,8 +47,8 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
             escape(first)
         ));
     }
-    if plan.has_fp4() {
-        ui.warn("the layers of the base are fp4, and stay so");
+    if plan.from_fp4 {
+        ui.warn("layers of the base are fp4: they are quantized anew, as nf4");
     }
     let verify = args.verify.then(|| Verify::new(args, &plan.inputs)).transpose()?;
     if args.dry_run {
@@ -93,8 +94,8 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
         atomic::write(&directory.path().join("config.json"), config.as_bytes())?;
         let resumed = directory.resumed();
         record.commit(directory, &args.output)?;
-        if !resumed && plan.different.load(Ordering::Relaxed) == 0 {
-            ui.warn("the result equals the base: the change is smaller than the rounding");
+        if !resumed {
+            warn_if_equal(&plan, ui);
         }
         ui.note(format_args!(
             "{} of {} tensors merged, {} dequantized, {} MB; copied {}",
@@ -107,6 +108,12 @@ pub fn merge(args: &Args, ui: &Ui) -> Result<Exit> {
     }
     print_path(&args.output)?;
     Ok(Exit::Ok)
+}
+
+fn warn_if_equal(plan: &Plan, ui: &Ui) {
+    if plan.different.load(Ordering::Relaxed) == 0 {
+        ui.warn("the result equals the base: the change is smaller than the rounding");
+    }
 }
 
 /// A value that is too large for its form is too large for a dtype that the user can choose.
@@ -129,7 +136,11 @@ fn gguf_file(args: &Args, plan: &Plan, ui: &Ui) -> Result<Gguf> {
         all.push((name.clone(), weight.shape, weight.dtype));
     }
     let file = FileType::from(args.r#type.unwrap_or(GgufType::Q4KM));
-    Gguf::new(base, &all, file, &|_| Ok(None), ui)
+    let mut gguf = Gguf::new(base, &all, file, &|_| Ok(None), ui)?;
+    if let Some(list) = plan.inputs.metadata.get(MERGED_FROM) {
+        gguf.merged(list);
+    }
+    Ok(gguf)
 }
 
 fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
@@ -143,10 +154,20 @@ fn gguf(args: &Args, plan: &Plan, ui: &Ui) -> Result<()> {
     let file = atomic::AtomicFile::create(&args.output)?;
     let file = file.if_changed(if_changed).keep_other(if_changed && !args.force);
     let base = &plan.inputs.base;
-    let place = |name: &str| base.tensors.place_of(plan.inputs.stored(name));
-    gguf.write(&file, ui, &|name| Ok((plan.values(args, name)?, place(name))), None)?;
+    let values = |name: &str| -> Result<(Box<dyn Values + '_>, String)> {
+        let source = plan.inputs.stored(name);
+        let (values, place) = (plan.values(args, name)?, base.tensors.place_of(source));
+        Ok(match Weight::find(base, base.tensors.require(source)?.name)? {
+            Some(stored) if plan.changed.contains(name) => {
+                (Box::new(keep::counted(values, stored, &plan.different)), place)
+            }
+            _ => (values, place),
+        })
+    };
+    gguf.write(&file, ui, &values, None)?;
     base.tensors.check_unchanged()?;
     file.commit()?;
+    warn_if_equal(plan, ui);
     let (merged, all, size) = (plan.changed.len(), plan.targets.len(), gguf.size());
     ui.note(format_args!("{merged} of {all} tensors merged, {} MB", size.div_ceil(1_000_000)));
     Ok(())
@@ -173,10 +194,10 @@ fn describe(args: &Args, plan: &Plan, ui: &Ui) -> Result<String> {
     }
     text += &format!("tensors {}, of them dequantized {}\n", plan.targets.len(), plan.dequantized);
     let before = base.tensors.views().map(|view| view.data.len() as u64).sum();
-    let after = match args.form {
-        Some(FormName::Gguf) => gguf_file(args, plan, ui)?.size(),
-        _ => plan.targets.iter().map(|(name, target)| plan.bytes(name, *target)).sum(),
+    let (after, exact) = match args.form {
+        Some(FormName::Gguf) => (gguf_file(args, plan, ui)?.size(), true),
+        _ => plan.bytes()?,
     };
-    text += &format!("size {} before, {} after\n", units::size(before), units::size(after));
+    text += &units::sizes(before, after, exact);
     Ok(text)
 }

@@ -17,7 +17,8 @@ transformers and kto-train, mlx for mlx-lm and kto-train, gguf for llama.cpp and
 Of a decoder block every linear layer is quantized. Norms and biases stay as they are; of embedding and output head \
 --embeddings and --head decide: bitsandbytes keeps both, mlx quantizes both, gguf has a rule for each type. Tokenizer, chat \
 template, generation settings and licence are copied, or written into the GGUF file. --dequantize goes the other way, of a GGUF file \
-too: config.json and tokenizer are made of what it says.
+too: config.json and tokenizer are made of what it says. That tokenizer encodes as the original does, but its file is another \
+one: with tokens made by the original kto-train and kto-eval need --force-base.
 
 The weights go through memory once, a piece at a time, on all cores. The result appears under its name only when it is \
 complete; until then it grows as OUT.partial, and a run that was killed is gone on with, file by file, when it is given \

@@ -1,6 +1,6 @@
 //! `FILE.gguf --dequantize`: a model directory of a file of llama.cpp.
 
-use crate::{args::Args, config};
+use crate::{args::Args, config, memory};
 use kto_cli::{
     Context, Error, Exit, Kind, Record, Result, Ui, atomic, disk, escape,
     output::{Output, print_path},
@@ -8,11 +8,12 @@ use kto_cli::{
 };
 use kto_formats::{
     bnb::torch_name,
-    model_dir::{QUANTIZED_FROM, refuse_output},
+    model_dir::{MERGED_FROM, QUANTIZED_FROM, refuse_output},
     python_json,
     safetensors_out::pt_metadata,
     tokenizer::TextTokenizer,
 };
+use kto_model::architecture::Architecture;
 use kto_weights::{Content, Form, Item, Layout, MAX_SHARD, gguf::GgufModel};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -91,6 +92,7 @@ impl Making<'_> {
         record.begin(&directory);
         let mut metadata = pt_metadata();
         metadata.insert(QUANTIZED_FROM.into(), fingerprint);
+        metadata.extend(model.merged_from().map(|list| (MERGED_FROM.to_string(), list.to_string())));
         let small = files.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() + config.len();
         disk::require_free(&args.output, self.layout.room(&directory, &metadata)? + small as u64)?;
         let written = self.write(&directory, &metadata, &files, ui);
@@ -156,14 +158,17 @@ impl Making<'_> {
 fn describe(args: &Args, model: &GgufModel, dtype: Dtype, layout: &Layout) -> String {
     let report =
         args.report.as_ref().map(|report| format!("report {}\n", escape(&report.display().to_string())));
+    let made = layout.items().iter().map(|item| (item.name.as_str(), item.shape.clone(), Form::Float(dtype)));
+    let made: Vec<_> = made.collect();
+    let architecture = Architecture::from_config(&Value::Object(model.config.clone()));
+    let run = architecture.map_or(String::new(), |architecture| memory::lines(&architecture, &made));
     format!(
-        "model {}\noutput {}\n{}{} weights {}\nsize {} before, {} after\n",
+        "model {}\noutput {}\n{}{} weights {}\n{}{run}",
         model.file.place(),
         escape(&args.output.display().to_string()),
         report.unwrap_or_default(),
         layout.items().len(),
         torch_name(dtype),
-        units::size(model.bytes()),
-        units::size(layout.bytes())
+        units::sizes(model.bytes(), layout.bytes(), true)
     )
 }

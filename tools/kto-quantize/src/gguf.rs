@@ -192,6 +192,6 @@ fn describe(args: &Args, model: &ModelDir, gguf: &Gguf) -> String {
         text += &format!("{count} tensors {label}\n");
     }
     let before: u64 = model.tensors.views().map(|v| v.data.len() as u64).sum();
-    text += &format!("size {} before, {} after\n", units::size(before), units::size(gguf.size()));
+    text += &units::sizes(before, gguf.size(), true);
     text
 }

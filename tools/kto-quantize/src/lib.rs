@@ -121,7 +121,7 @@ fn write(args: &Args, plan: &Plan, layout: &Layout, directory: &atomic::AtomicDi
 
 /// The plan for --dry-run.
 fn describe(args: &Args, plan: &Plan) -> Result<String> {
-    let (before, after) = memory::sizes(plan);
+    let (before, after, exact) = memory::sizes(plan)?;
     let path = |path: &std::path::Path| escape(&path.display().to_string());
     let mut text = format!("model {}\noutput {}\n", path(&plan.model.path), path(&plan.output));
     text += &args.report.as_ref().map_or(String::new(), |report| format!("report {}\n", path(report)));
@@ -137,15 +137,8 @@ fn describe(args: &Args, plan: &Plan) -> Result<String> {
     if !plan.skipped.is_empty() {
         text += &format!("skipped {}\n", escape(&plan.skipped.join(" ")));
     }
-    text += &format!("size {} before, {} after\n", units::size(before), units::size(after));
-    if let Some(memory::Needed { host, gpu, run }) = memory::needed(plan) {
-        let range = |(least, full)| {
-            format!("from {}, with everything kept {}", units::size(least), units::size(full))
-        };
-        text += &format!("kto-train needs on the CPU {}\n", range(host));
-        text += &format!("kto-train needs on a GPU, in bf16, {} (planned, not run on one)\n", range(gpu));
-        text += &format!("run {run}\n");
-    }
+    text += &units::sizes(before, after, exact);
+    text += &memory::lines(&plan.architecture, &memory::made(plan));
     Ok(text)
 }
 
@@ -154,6 +147,7 @@ fn describe(args: &Args, plan: &Plan) -> Result<String> {
 mod tests {
     use super::*;
     use clap::Parser;
+    use kto_formats::model_dir::ModelDir;
     use std::{fs, path::Path};
 
     /// What is asked of the disk is what the result takes.
@@ -175,6 +169,15 @@ mod tests {
                 room(&plan, &layout, &directory, &config).unwrap()
             };
             make(&args, &plan, &Record::new(&args.common), &ui).unwrap();
+            // And the plan says what its tensors are, up to the digits of a number in a text.
+            let (_, planned, exact) = memory::sizes(&plan).unwrap();
+            let made: u64 = ModelDir::open(&out).unwrap().tensors.views().map(|v| v.data.len() as u64).sum();
+            let texts = 24 * plan.changed.len() as u64;
+            assert!(
+                planned == made || !exact && planned > made && planned - made <= texts,
+                "{planned} {made}"
+            );
+            assert_eq!(exact, more.contains(&"mlx"));
             let files = fs::read_dir(&out).unwrap().map(|e| e.unwrap());
             let files = files.filter(|e| e.file_name() != "manifest.json");
             let size: u64 = files.map(|e| e.metadata().unwrap().len()).sum();

@@ -1,7 +1,7 @@
 //! What kto-train would hold in memory with the result as its base.
 
 use crate::plan::Plan;
-use kto_formats::bnb;
+use kto_cli::{Result, units};
 use kto_kernels::Dense;
 use kto_model::{
     architecture::Architecture,
@@ -23,23 +23,43 @@ const ROWS: usize = 16;
 const RANK: usize = 16;
 
 /// The memory of a run: the least, and the most that is of use, in bytes.
-pub struct Needed {
+struct Needed {
     /// On the processor.
-    pub host: (u64, u64),
+    host: (u64, u64),
     /// On a GPU, of its memory.
-    pub gpu: (u64, u64),
+    gpu: (u64, u64),
     /// The run, in words.
-    pub run: String,
+    run: String,
+}
+
+/// Weights as they will be stored: name, shape and form.
+pub type Made<'a> = [(&'a str, Vec<usize>, Form)];
+
+/// Returns the weights of a plan's result.
+pub fn made(of: &Plan) -> Vec<(&str, Vec<usize>, Form)> {
+    let floats = of.forms.iter().filter_map(|(name, form)| Some((name, (*form)?)));
+    floats.map(|(name, form)| (name.as_str(), shape_of(of, name), form)).collect()
+}
+
+/// Returns the lines of a plan about a run with the result; none where no plan for a GPU comes out.
+pub fn lines(architecture: &Architecture, made: &Made) -> String {
+    let Some(Needed { host, gpu, run }) = needed(architecture, made) else { return String::new() };
+    let range =
+        |(least, full)| format!("from {}, with everything kept {}", units::size(least), units::size(full));
+    format!(
+        "kto-train needs on the CPU {}\nkto-train needs on a GPU, in bf16, {} (planned, not run on one)\nrun {run}\n",
+        range(host),
+        range(gpu)
+    )
 }
 
 /// Plans a run; `None` where no plan for a GPU comes out.
-pub fn needed(of: &Plan) -> Option<Needed> {
-    let architecture = &of.architecture;
+fn needed(architecture: &Architecture, made: &Made) -> Option<Needed> {
     let spec = LoraSpec { rank: RANK, alpha: 1.0, modules: architecture.modules().to_vec() };
     let adapter = AdapterSize::fresh(architecture, &LoraLayout::uniform(architecture, &spec));
     let demand = Demand {
         architecture,
-        weights: weights(of, architecture),
+        weights: weights(made, architecture),
         adapter,
         moments: Moments::F32,
         adapter_copy: false,
@@ -51,14 +71,15 @@ pub fn needed(of: &Plan) -> Option<Needed> {
     };
     let on_gpu = |limit| GpuDemand {
         element: Dense::Bf16,
-        weights: gpu_weights(of, architecture),
+        weights: gpu_weights(made, architecture),
         dropout: false,
         longest: 2 * TOKENS,
         held: kto_kernels::gpu::PRODUCTS as u64,
         limit,
     };
     // Of nothing the smallest plan comes back as an error.
-    let either = |plan: Result<MemoryPlan, Box<MemoryPlan>>| plan.unwrap_or_else(|smallest| *smallest);
+    let either =
+        |plan: std::result::Result<MemoryPlan, Box<MemoryPlan>>| plan.unwrap_or_else(|smallest| *smallest);
     let host = |limit| either(plan(&demand, limit)).peak;
     let gpu = |limit| either(plan_on_gpu(&demand, &on_gpu(limit))).on_gpu.map(|gpu| gpu.peak);
     Some(Needed {
@@ -69,13 +90,11 @@ pub fn needed(of: &Plan) -> Option<Needed> {
 }
 
 /// The weights as they will be stored.
-fn weights(of: &Plan, architecture: &Architecture) -> WeightSize {
+fn weights(made: &Made, architecture: &Architecture) -> WeightSize {
     let mut blocks = vec![0u64; architecture.layers];
     let mut size = WeightSize::default();
-    for (name, form) in &of.forms {
-        let Some(form) = form else { continue };
-        let shape = shape_of(of, name);
-        let bytes = form.bytes(&shape);
+    for (name, shape, form) in made {
+        let bytes = form.bytes(shape);
         let block =
             name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
         match block.and_then(|b| blocks.get_mut(b)) {
@@ -93,23 +112,21 @@ fn weights(of: &Plan, architecture: &Architecture) -> WeightSize {
 }
 
 /// The same on a GPU that computes in bf16: floats lie there in bf16, quantized matrices as stored, with a place to widen each kind in.
-fn gpu_weights(of: &Plan, architecture: &Architecture) -> GpuWeights {
+fn gpu_weights(made: &Made, architecture: &Architecture) -> GpuWeights {
     /// What the device rounds allocations up to.
     const GRAIN: u64 = 256;
     let mut blocks = vec![0u64; architecture.layers];
     let modules = architecture.modules();
     let mut widened = vec![0u64; modules.len()];
     let mut size = GpuWeights::default();
-    for (name, form) in &of.forms {
-        let Some(form) = form else { continue };
-        let shape = shape_of(of, name);
+    for (name, shape, form) in made {
         let dense = 2 * shape.iter().map(|d| *d as u64).product::<u64>();
-        let stored = form.bytes(&shape).next_multiple_of(GRAIN);
+        let stored = form.bytes(shape).next_multiple_of(GRAIN);
         let float = matches!(form, Form::Float(_));
         let inner = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
         let Some((block, rest)) = inner else {
             let head = if architecture.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-            if name == head && !float {
+            if *name == head && !float {
                 size.packed_head = stored;
             }
             continue;
@@ -158,20 +175,19 @@ impl Batches for Rows {
     }
 }
 
-/// Returns what the weights take now and will take, in bytes.
-pub fn sizes(of: &Plan) -> (u64, u64) {
+/// Returns what the weights take now and will take, in bytes, and whether the second is exact.
+pub fn sizes(of: &Plan) -> Result<(u64, u64, bool)> {
     let before = of.model.tensors.views().map(|v| v.data.len() as u64).sum();
-    let after = of.forms.iter().map(|(name, form)| match form {
-        Some(form) => {
-            form.bytes(&shape_of(of, name)) + if matches!(form, Form::FourBit { .. }) { CONSTANTS } else { 0 }
-        }
-        None => of.model.tensors.get(name).map_or(0, |v| v.data.len() as u64),
-    });
-    (before, after.sum())
+    let (mut after, mut exact) = (0, true);
+    for (name, form) in &of.forms {
+        after += match form {
+            Some(form) => form.stored_bytes(name, &shape_of(of, name))?,
+            None => of.model.tensors.get(name).map_or(0, |v| v.data.len() as u64),
+        };
+        exact &= form.is_none_or(Form::is_exact);
+    }
+    Ok((before, after, exact))
 }
-
-/// Tables and text that every 4-bit weight has beside its codes and scales, about.
-const CONSTANTS: u64 = 64 + 1024 + 200 + 4 * bnb::BLOCK as u64 / 64;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -189,16 +205,17 @@ mod tests {
         let args = ["kto-quantize", model.to_str().unwrap(), "-o", "out"];
         let ui = kto_cli::Ui::silent("kto-quantize");
         let plan = Plan::new(&crate::Args::parse_from(args), &ui).unwrap();
-        let made = ModelDir::open(&folder.join("tiny_llama_bnb4")).unwrap();
+        let directory = ModelDir::open(&folder.join("tiny_llama_bnb4")).unwrap();
         let architecture = plan.architecture.clone();
+        let made = made(&plan);
         let (planned, found) =
-            (gpu_weights(&plan, &architecture), GpuWeights::of(&architecture, &made, Dense::Bf16));
+            (gpu_weights(&made, &architecture), GpuWeights::of(&architecture, &directory, Dense::Bf16));
         let rest = |w: &GpuWeights| (w.widened, w.widest, w.vectors, w.packed_head);
         assert_eq!(rest(&planned), rest(&found));
         let matrices = (architecture.layers * architecture.modules().len()) as u64;
         // quant_map, nested_quant_map, quant_state and the rounding of each part.
         assert!(found.blocks > planned.blocks && found.blocks - planned.blocks < 3072 * matrices);
-        let host = (weights(&plan, &architecture), WeightSize::of(&architecture, &made, 0..256));
+        let host = (weights(&made, &architecture), WeightSize::of(&architecture, &directory, 0..256));
         assert!(host.1.blocks > host.0.blocks && host.1.blocks - host.0.blocks < 2048 * matrices);
     }
 }

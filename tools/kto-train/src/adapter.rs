@@ -76,7 +76,8 @@ fn given_whole(adapter: &Adapter, architecture: &Architecture) -> Result<Shapes>
 /// Refuses (2) names of --modules-to-save that name nothing, which PEFT passes over.
 fn check_saved(names: &[String], architecture: &Architecture) -> Result<()> {
     let all = whole::parts(architecture);
-    let unknown = |name: &&String| !all.iter().any(|p| p.name.ends_with(name.as_str()));
+    let named = |part: &str, name: &str| whole::within(part).any(|module| module.ends_with(name));
+    let unknown = |name: &&String| !all.iter().any(|part| named(&part.name, name));
     match names.iter().find(unknown) {
         None => Ok(()),
         Some(name) => {

@@ -96,7 +96,7 @@ fn modules(store: &TensorStore, scale: f64, dora: bool) -> Result<BTreeMap<Strin
             let (a, b) = (transposed(&a, first, r), transposed(&b, r, last));
             LoraModule { a, b, r, in_features: first, out_features: last, scale, magnitude }
         };
-        modules.insert(text_part::inside(module).unwrap_or_else(|| module.to_string()), made);
+        modules.insert(text_part::adapted(module)?, made);
     }
     Ok(modules)
 }

@@ -93,17 +93,13 @@ fn tensors(store: &TensorStore, peft: &PeftConfig) -> Result<Tensors> {
                 let values = view.to_f32()?;
                 check_finite(view.name, 0, &values)?;
                 let name = rest.replace(".modules_to_save", "").replace(BASE_LAYER, "");
-                saved.insert(
-                    text_part::inside(&name).unwrap_or(name),
-                    Saved { shape: view.shape.to_vec(), values },
-                );
+                saved.insert(text_part::adapted(&name)?, Saved { shape: view.shape.to_vec(), values });
             }
         }
     }
     let mut modules = BTreeMap::new();
     for module in names {
-        let name = text_part::inside(module).unwrap_or_else(|| module.to_string());
-        modules.insert(name, read_module(store, module, peft)?);
+        modules.insert(text_part::adapted(module)?, read_module(store, module, peft)?);
     }
     Ok((modules, saved))
 }

@@ -114,3 +114,19 @@ fn ranks_alphas_embeddings_and_saved_tensors_survive_in_peft() {
     let error = made.write(&dir.path().join("mlx"), Ecosystem::Mlx).unwrap_err().to_string();
     assert!(error.contains("one rank"), "{error}");
 }
+
+/// Of an adapter on the whole what sits on the image part is named.
+#[test]
+fn layers_of_the_image_part_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj";
+    let made = set(&[(name, module(3, 5, 4, 1.5, false)), ("model.norm", module(3, 5, 4, 1.5, false))]);
+    for ecosystem in [Ecosystem::Peft, Ecosystem::Mlx] {
+        let path = dir.path().join(format!("{ecosystem:?}"));
+        made.write(&path, ecosystem).unwrap();
+        let error = LoraSet::read(&path).err().unwrap();
+        let text = error.to_string();
+        assert_eq!(error.kind(), kto_cli::Kind::Data);
+        assert!(text.contains(&format!("\"{name}\" is of the part for images")), "{text}");
+    }
+}

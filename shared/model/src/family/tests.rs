@@ -1,7 +1,7 @@
 //! Records of transformers' configurations, rotary frequencies against its own, and what is refused.
 
 use super::*;
-use crate::rotary::Scaling;
+use crate::rotary::{Scaling, frequencies};
 use kto_formats::model_dir::ModelDir;
 use kto_formats::tensors::TensorStore;
 use serde_json::json;
@@ -41,7 +41,7 @@ fn frequencies_are_those_of_transformers() {
                 let key = format!("rope.{length}/{kind}");
                 let Some(expected) = golden.get(&key) else { continue };
                 let (expected, rotary) = (expected.to_f32().unwrap(), rotary.unwrap());
-                let found = rotary.frequencies(positions);
+                let found = frequencies(rotary, positions);
                 assert_eq!(found.len(), expected.len(), "{name} {key}");
                 for (a, b) in found.iter().zip(&expected) {
                     // The reference computes them in f32.
@@ -205,7 +205,13 @@ fn what_is_not_known_is_refused_by_name() {
             json!({"rope_scaling": {"rope_type": "llama3", "factor": 1, "low_freq_factor": 4, "high_freq_factor": 4}}),
             "must be below",
         ),
-        ("llama", json!({"partial_rotary_factor": 0.1}), "no even size"),
+        ("stablelm", json!({"partial_rotary_factor": 0.1}), "no even size"),
+        (
+            "llama",
+            json!({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}}),
+            "turns whole heads",
+        ),
+        ("gemma2", json!({"sliding_window": null}), "\"sliding_window\" is null"),
         ("llama", json!({"num_key_value_heads": 3}), "not a multiple"),
         ("llama", json!({"head_dim": 7}), "must be even"),
         ("llama", json!({"hidden_size": 30}), "not a multiple"),
@@ -213,6 +219,7 @@ fn what_is_not_known_is_refused_by_name() {
         ("llama", json!({"tie_word_embeddings": "yes"}), "must be true or false"),
         ("llama", json!({"layer_types": ["full_attention"]}), "a list of 8 names"),
         ("qwen3", json!({"layer_types": vec!["sliding_attention"; 8]}), "layer_types \"sliding_attention\""),
+        ("llama", json!({"layer_types": vec!["sliding_attention"; 8]}), "layer_types \"sliding_attention\""),
         ("qwen3", json!({"layer_types": vec!["linear_attention"; 8]}), "layer_types \"linear_attention\""),
         ("stablelm", json!({"use_parallel_residual": true}), "use_parallel_residual"),
         ("stablelm", json!({"qk_layernorm": true}), "qk_layernorm"),
@@ -225,4 +232,47 @@ fn what_is_not_known_is_refused_by_name() {
     }
     let error = Record::read(&config("gemma2", json!({})), &[Family::Llama, Family::Qwen2]).unwrap_err();
     assert_eq!(error.hint(), Some("supported families: llama, qwen2"));
+}
+
+/// Fields of other families, and such that are left out: what transformers ignores is ignored, what it obeys is obeyed, what it cannot
+/// compute is refused (`scripts/oracle/family_fields.py`).
+#[test]
+fn fields_mean_what_they_mean_to_transformers() {
+    let cases: Value = serde_json::from_slice(&std::fs::read(folder("fields.json")).unwrap()).unwrap();
+    let mut checked = 0;
+    for case in cases.as_array().unwrap() {
+        let name = case["model"].as_str().unwrap();
+        let plain = ModelDir::open(&folder(name)).unwrap().config;
+        let mut config = plain.clone();
+        for (field, value) in case["set"].as_object().unwrap() {
+            config[field] = value.clone();
+        }
+        for field in case["removed"].as_array().unwrap() {
+            config.as_object_mut().unwrap().remove(field.as_str().unwrap());
+        }
+        let (plain, found) =
+            (Record::read(&plain, &Family::all()).unwrap(), Record::read(&config, &Family::all()));
+        let place = format!("{name}: {}", case["what"]);
+        match (case["found"].as_str().unwrap(), found) {
+            ("ignored", Ok(found)) => {
+                // The texts are shorter than a usual window, and one that no layer has is none.
+                let seen = found.sliding.contains(&true) && found.window.is_some_and(|window| window < 28);
+                if !seen && found.window.is_some() && found.sliding.contains(&true) {
+                    assert_eq!(json!(found.window), case["window"], "{place}");
+                }
+                let rest = Record { window: plain.window, sliding: plain.sliding.clone(), ..found.clone() };
+                assert_eq!(if seen { found } else { rest }, plain, "{place}");
+            }
+            ("obeyed", Ok(found)) => {
+                assert_ne!(found, plain, "{place}");
+                if found.sliding.contains(&true) {
+                    assert_eq!(json!(found.window), case["window"], "{place}");
+                }
+            }
+            ("refused", Err(_)) => {}
+            (theirs, ours) => panic!("{place}: {theirs} there, here {ours:?}"),
+        }
+        checked += 1;
+    }
+    assert_eq!(checked, 8 * 17);
 }

@@ -18,14 +18,17 @@ mod vocabulary;
 pub use model::{GgufModel, GgufWeight};
 pub use types::{FileType, label, parse};
 
-use crate::{Errors, Form, Values, encode};
-use kto_cli::{Context, Error, Kind, Result, Ui, atomic::AtomicFile, escape};
+use crate::{
+    Errors, Form, Held, Values,
+    encode::{encode, placed},
+};
+use kto_cli::{Context, Error, Result, Ui, atomic::AtomicFile, escape};
 use kto_formats::{
     gguf::{GgufTensor, GgufValue, header},
-    model_dir::ModelDir,
+    model_dir::{MERGED_FROM, ModelDir, QUANTIZED_FROM},
 };
 use names::{Change, Family};
-use rows::{Given, Way};
+use rows::Way;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 
@@ -75,7 +78,10 @@ impl Gguf {
         let family = Family::of(&model.config).at(place())?;
         let settings = settings::write(&model.config, &family, file).at(place())?;
         let mut keys = settings.keys;
-        keys.push((model::QUANTIZED_FROM.into(), GgufValue::String(model.fingerprint())));
+        keys.push((QUANTIZED_FROM.into(), GgufValue::String(model.fingerprint())));
+        if let Some(list) = model.tensors.metadata().get(MERGED_FROM) {
+            keys.push((MERGED_FROM.into(), GgufValue::String(list.clone())));
+        }
         keys.extend(tokenizer::keys(&model.path, family.vocabulary, ui)?);
         let tied = !weights.iter().any(|(name, ..)| name == "lm_head.weight");
         let mut tensors = Vec::new();
@@ -136,6 +142,13 @@ impl Gguf {
         Ok(Self { keys, tensors })
     }
 
+    /// Says that the weights are those of the model with adapters merged into it: `list` is what a safetensors file has under
+    /// [`MERGED_FROM`]. They are no quantization of the model any more.
+    pub fn merged(&mut self, list: &str) {
+        self.keys.retain(|(key, _)| ![QUANTIZED_FROM, MERGED_FROM].contains(&key.as_str()));
+        self.keys.push((MERGED_FROM.into(), GgufValue::String(list.into())));
+    }
+
     fn announced(&self) -> Vec<GgufTensor> {
         let announce = |t: &Tensor| GgufTensor {
             name: t.name.clone(),
@@ -166,7 +179,7 @@ impl Gguf {
         let mut end = made.bytes.len() as u64;
         for (tensor, offset) in self.tensors.iter().zip(&made.offsets) {
             let (values, place): (Box<dyn Values>, _) = match &tensor.given {
-                Some(values) => (Box::new(Given(values)), None),
+                Some(values) => (Box::new(Held { values, columns: values.len() }), None),
                 None => {
                     let (values, place) = values(&tensor.weight)?;
                     (rows::changed(values, tensor.change, Way::Into), Some(place))
@@ -181,11 +194,10 @@ impl Gguf {
                     progress.add(bytes.len() as u64);
                     Ok(())
                 });
-            let errors = match (errors, place) {
-                // What is wrong with the input, not with the output.
-                (Err(error), Some(place)) if error.kind() == Kind::Data => Err(error).at(place),
-                (errors, _) => errors,
-            }?;
+            let errors = match place {
+                Some(place) => placed(errors, &place)?,
+                None => errors?,
+            };
             end = at;
             if let Some(report) = &mut report {
                 report(tensor, &errors)?;

@@ -12,14 +12,14 @@ use super::{
 };
 use crate::Values;
 use kto_cli::{Context, Error, Result, Ui, escape};
-use kto_formats::gguf::{GgufEntry, GgufReader, GgufValue, kind};
+use kto_formats::{
+    gguf::{GgufEntry, GgufReader, GgufValue, kind},
+    model_dir::{MERGED_FROM, QUANTIZED_FROM},
+};
 use kto_kernels::quant::Codec;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 use std::{collections::BTreeMap, ops::Range, path::Path};
-
-/// Where our own writer puts the fingerprint of what a file was made from.
-pub const QUANTIZED_FROM: &str = "kto.quantized_from";
 
 /// A weight of the model.
 pub struct GgufWeight {
@@ -80,6 +80,12 @@ impl GgufModel {
             Some(source) => format!("{own}+{source}"),
             None => own,
         }
+    }
+
+    /// Returns the list of what was merged into the model, where the file has one.
+    pub fn merged_from(&self) -> Option<&str> {
+        let is_list = |text: &&str| serde_json::from_str::<Value>(text).is_ok_and(|value| value.is_array());
+        self.file.text(MERGED_FROM).filter(is_list)
     }
 
     /// Returns the files of the tokenizer, by name, as far as they can be made; says what cannot.

@@ -1,7 +1,7 @@
 //! What llama.cpp's files have otherwise: the order of rows of queries and keys, and Gemma's norms.
 
 use super::names::Change;
-use crate::Values;
+use crate::{Changed, Values};
 use std::ops::Range;
 
 /// Which way a tensor goes.
@@ -18,7 +18,11 @@ pub fn changed<'a>(values: Box<dyn Values + 'a>, change: Change, way: Way) -> Bo
     match change {
         Change::None => values,
         Change::Interleaved(heads) => Box::new(Reordered::new(values, heads, way)),
-        Change::PlusOne => Box::new(Shifted { values, by: if way == Way::Into { 1.0 } else { -1.0 } }),
+        Change::PlusOne => {
+            let by = if way == Way::Into { 1.0 } else { -1.0 };
+            let change = Box::new(move |_, out: &mut [f32]| out.iter_mut().for_each(|v| *v += by));
+            Box::new(Changed { values, change })
+        }
     }
 }
 
@@ -74,42 +78,5 @@ impl Values for Reordered<'_> {
         if range.end == self.len() {
             self.values.done(0..range.end);
         }
-    }
-}
-
-/// Weights of Gemma's norms.
-struct Shifted<'a> {
-    values: Box<dyn Values + 'a>,
-    by: f32,
-}
-
-impl Values for Shifted<'_> {
-    fn len(&self) -> usize {
-        self.values.len()
-    }
-    fn columns(&self) -> usize {
-        self.values.columns()
-    }
-    fn read(&self, start: usize, out: &mut [f32]) {
-        self.values.read(start, out);
-        out.iter_mut().for_each(|v| *v += self.by);
-    }
-    fn done(&self, range: Range<usize>) {
-        self.values.done(range);
-    }
-}
-
-/// Values that are no weight of the model.
-pub struct Given<'a>(pub &'a [f32]);
-
-impl Values for Given<'_> {
-    fn len(&self) -> usize {
-        self.0.len()
-    }
-    fn columns(&self) -> usize {
-        self.0.len()
-    }
-    fn read(&self, start: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self.0[start..start + out.len()]);
     }
 }

@@ -2,11 +2,14 @@
 
 use super::{
     names::{Family, Kind},
-    rope::{Around, Rope},
+    rope::Rope,
     types::{self, FileType},
 };
 use kto_cli::{Error, Result, escape};
-use kto_formats::gguf::{GgufReader, GgufValue};
+use kto_formats::{
+    gguf::{GgufReader, GgufValue},
+    rope::Around,
+};
 use serde_json::{Map, Value, json};
 
 /// A whole number of both: key behind the architecture, field of config.json, and the value that is not written down.
@@ -111,7 +114,11 @@ pub fn write(config: &Value, family: &Family, file: FileType) -> Result<Settings
         return Err(Error::data(format!("heads of {dim} do not make up hidden_size {hidden}")));
     }
     let context = present(config, "max_position_embeddings").and_then(Value::as_u64).unwrap_or(2048);
-    let rope = Rope::of(config, kind, Around { head_dim: dim, context: context as usize })?;
+    let rope = Rope::of(
+        config,
+        kind,
+        &Around { model_type: kind.model_type, head_dim: dim, max_positions: context as usize },
+    )?;
     let (key, field, default) = epsilon(kind);
     keys.extend([
         (own("attention.key_length"), number(dim)),
@@ -148,7 +155,12 @@ fn layers(
         }
     }
     let mut keys = Vec::new();
-    let window = present(config, "sliding_window").map(|_| count(config, "sliding_window")).transpose()?;
+    let window = match config.get("sliding_window") {
+        // transformers' default; Phi 3 has none.
+        None => Some(4096).filter(|_| kind.model_type != "phi3"),
+        Some(Value::Null) => None,
+        Some(_) => Some(count(config, "sliding_window")?),
+    };
     let context = present(config, "max_position_embeddings").and_then(Value::as_u64);
     let mut ignored = |window: usize| {
         if context.is_none_or(|context| (window as u64) < context) {
@@ -201,6 +213,10 @@ fn gemma_layers(
         keys.push((WINDOW, GgufValue::U32(window.unwrap_or(4096) as u32)));
     }
     for (key, field, default) in CAPS {
+        // transformers looks at the first in Gemma 2 alone.
+        if kind.model_type != "gemma2" && key.starts_with("attn") {
+            continue;
+        }
         let default = if kind.model_type == "gemma2" { Some(default) } else { None };
         let value = match config.get(field) {
             None => default,
@@ -208,9 +224,6 @@ fn gemma_layers(
             Some(_) => Some(f64::from(float(config, field, 0.0)?)),
         };
         match value {
-            Some(cap) if kind.model_type == "gemma3_text" && key.starts_with("attn") => {
-                return refuse(format!("{field} {cap}"));
-            }
             Some(cap) => keys.push((key, GgufValue::F32(cap as f32))),
             // llama.cpp caps where nothing is said.
             None if kind.model_type == "gemma2" => return refuse(format!("no {field}")),
@@ -345,8 +358,8 @@ pub fn read(
     }
     biases(kind, has, &mut config);
     read_layers(file, &family, (hidden, dim), &mut config)?;
-    let around = Around { head_dim: dim, context };
-    Rope::of_file(file, kind, around)?.put(kind, around, &mut config);
+    let around = Around { model_type: kind.model_type, head_dim: dim, max_positions: context };
+    Rope::of_file(file, kind, &around)?.put(kind, &around, &mut config);
     Ok((family, config))
 }
 

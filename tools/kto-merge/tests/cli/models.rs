@@ -1,6 +1,13 @@
 //! What becomes of bases: never overwritten, their forms told in config.json, what was trained whole scaled too.
 
 use super::*;
+use kto_formats::{
+    bnb::{FourBitKind, QuantState},
+    gguf::GgufReader,
+    model_dir::{MERGED_FROM, QUANTIZED_FROM},
+    safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
+};
+use kto_kernels::quant::Kind;
 
 fn copied(from: &Path, to: &Path) -> PathBuf {
     fs::create_dir(to).unwrap();
@@ -110,5 +117,147 @@ fn a_base_has_a_name_for_adapters_too() {
         let output = command.stdin(Stdio::null()).output().unwrap();
         assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
         assert!(out.join("adapter_config.json").exists());
+    }
+}
+
+/// What a plan says of the size after, and whether that is only the most.
+fn planned(base: &Path, adapter: &Path, more: &[&str]) -> (u64, bool) {
+    let top = tempfile::tempdir().unwrap();
+    let output = run(base, adapter, &top.path().join("out"), &[&["--plan"], more].concat());
+    let said = String::from_utf8(output.stdout).unwrap();
+    let line = said.lines().find(|line| line.starts_with("size ")).unwrap();
+    let bytes = line.split_once('(').unwrap().1.split_once(" bytes) after").unwrap().0.parse().unwrap();
+    (bytes, line.contains("before, at most "))
+}
+
+#[test]
+fn a_plan_knows_the_size_to_the_byte() {
+    let top = tempfile::tempdir().unwrap();
+    let adapter = small_adapter(&top.path().join("adapter"), None);
+    let (dense, four) = (testdata("bnb/tiny_llama_bf16"), testdata("bnb/tiny_llama_bnb4"));
+    for (i, (base, more)) in [
+        (&dense, &[][..]),
+        (&dense, &["--form", "nf4"]),
+        (&dense, &["--form", "mlx"]),
+        (&four, &[]),
+        (&four, &["--form", "nf4"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let made = merged(base, &adapter, &top.path().join(i.to_string()), more);
+        let bytes: u64 = made.tensors.views().map(|view| view.data.len() as u64).sum();
+        let (planned, most) = planned(base, &adapter, more);
+        assert!(planned == bytes || most && planned > bytes && planned - bytes <= 24 * 14, "{more:?}");
+        assert_eq!(most, more.contains(&"nf4"));
+    }
+    let out = top.path().join("x.gguf");
+    assert!(run(&dense, &adapter, &out, &["--form", "gguf"]).status.success());
+    let size = fs::metadata(&out).unwrap().len();
+    assert_eq!(planned(&dense, &adapter, &["--form", "gguf"]), (size, false));
+}
+
+/// Names with the tables of FP4 in the place of NF4's: a base whose codes are those of another kind of 4 bits.
+fn fp4(from: &Path, to: &Path) -> PathBuf {
+    let base = copied(from, to);
+    let store = TensorStore::open_file(&base.join("model.safetensors")).unwrap();
+    let (nf4, fp4) = (FourBitKind::Nf4.suffix(), FourBitKind::Fp4.suffix());
+    let table: Vec<u8> = Kind::Fp4.values().iter().flat_map(|v| v.to_le_bytes()).collect();
+    let tensors: Vec<_> = store
+        .views()
+        .map(|view| {
+            let data = match view.name {
+                name if name.ends_with(nf4) => {
+                    let state = QuantState::parse(view.data).unwrap();
+                    QuantState { kind: FourBitKind::Fp4, ..state }.to_json().into_bytes()
+                }
+                name if name.ends_with(".weight.quant_map") => table.clone(),
+                _ => view.data.to_vec(),
+            };
+            let shape = if view.name.ends_with(nf4) { vec![data.len()] } else { view.shape.to_vec() };
+            (TensorSpec::new(view.name.replace(nf4, fp4), view.dtype, shape), data)
+        })
+        .collect();
+    let specs = tensors.iter().map(|(spec, _)| spec.clone()).collect();
+    drop(store);
+    fs::remove_file(base.join("model.safetensors")).unwrap();
+    let mut writer = SafetensorsWriter::new(&base.join("model.safetensors"), specs, &pt_metadata()).unwrap();
+    tensors.iter().for_each(|(spec, data)| writer.write(&spec.name, data).unwrap());
+    writer.finish().unwrap();
+    let config = fs::read_to_string(base.join("config.json")).unwrap();
+    fs::write(base.join("config.json"), config.replace("\"nf4\"", "\"fp4\"")).unwrap();
+    base
+}
+
+/// NF4 is what was asked for: the base's codes of another kind are no reason to keep them.
+#[test]
+fn a_base_of_fp4_becomes_nf4() {
+    let top = tempfile::tempdir().unwrap();
+    let adapter = small_adapter(&top.path().join("adapter"), None);
+    let base = fp4(&testdata("bnb/tiny_llama_bnb4"), &top.path().join("fp4"));
+    let out = top.path().join("out");
+    let output = run(&base, &adapter, &out, &["--form", "nf4"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && said.contains("are quantized anew, as nf4"), "{said}");
+    let (made, before) = (ModelDir::open(&out).unwrap(), ModelDir::open(&base).unwrap());
+    let settings = &made.config["quantization_config"];
+    assert_eq!(settings["bnb_4bit_quant_type"], "nf4");
+    assert_eq!(
+        settings["llm_int8_skip_modules"],
+        before.config["quantization_config"]["llm_int8_skip_modules"]
+    );
+    let mut count = 0;
+    for name in kto_weights::weights(&before) {
+        let Some(was) = Nf4Tensor::find(&before.tensors, name).unwrap() else { continue };
+        let now = Nf4Tensor::find(&made.tensors, name).unwrap().unwrap();
+        assert_eq!((was.state.kind, now.state.kind), (FourBitKind::Fp4, FourBitKind::Nf4));
+        assert_eq!(
+            (was.state.block, was.state.nested.is_some()),
+            (now.state.block, now.state.nested.is_some())
+        );
+        count += 1;
+        if name == "model.layers.1.self_attn.k_proj.weight" {
+            continue; // The adapter's.
+        }
+        let (mut old, mut new) = (vec![0.0; was.len()], vec![0.0; was.len()]);
+        was.dequantize_into(&mut old).unwrap();
+        now.dequantize_into(&mut new).unwrap();
+        let off = old.iter().zip(&new).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+        let all = old.iter().map(|a| a.powi(2)).sum::<f32>();
+        assert!(off < 0.02 * all, "{name}: {off} of {all}");
+    }
+    assert_eq!(count, 14);
+}
+
+/// What was merged goes with the weights, in whatever form.
+#[test]
+fn a_gguf_file_tells_what_was_merged() {
+    let top = tempfile::tempdir().unwrap();
+    let base = testdata("bnb/tiny_llama_bf16");
+    let print = ModelDir::open(&base).unwrap().fingerprint();
+    let adapter = small_adapter(&top.path().join("adapter"), Some(print.clone()));
+    let (directory, file) = (top.path().join("directory"), top.path().join("x.gguf"));
+    let list = merged(&base, &adapter, &directory, &[]).tensors.metadata()[MERGED_FROM].clone();
+    assert!(list.contains(&print) && list.contains("adapter"));
+    assert!(run(&base, &adapter, &file, &["--form", "gguf"]).status.success());
+    let keys = GgufReader::open(&file).unwrap();
+    // Its weights are no quantization of the base.
+    assert_eq!((keys.text(MERGED_FROM), keys.has(QUANTIZED_FROM)), (Some(&*list), false));
+}
+
+/// Nothing but the rounding is left of a change: whatever the form, that is said.
+#[test]
+fn a_result_that_equals_the_base_is_told() {
+    let top = tempfile::tempdir().unwrap();
+    let adapter = small_adapter(&top.path().join("adapter"), None);
+    let base = testdata("bnb/tiny_llama_bf16");
+    for form in [&[][..], &["--form", "nf4"], &["--form", "mlx"], &["--form", "gguf"]] {
+        for (scale, equal) in [("0", true), ("1", false)] {
+            let out = top.path().join(format!("{}{scale}", form.concat()));
+            let output = run(&base, &adapter, &out, &[form, &["--scale", scale]].concat());
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert!(output.status.success(), "{form:?}: {said}");
+            assert_eq!(said.contains("the result equals the base"), equal, "{form:?} {scale}: {said}");
+        }
     }
 }

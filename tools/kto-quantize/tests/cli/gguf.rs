@@ -3,12 +3,13 @@
 use super::{run, text};
 use kto_formats::{
     gguf::{GgufReader, GgufTensor, GgufValue, header},
-    model_dir::ModelDir,
+    model_dir::{MERGED_FROM, ModelDir},
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata},
+    tensors::TensorStore,
     tokenizer::TextTokenizer,
 };
 use kto_kernels::quant::{Codec, Ggml};
-use kto_model::architecture::Architecture;
+use kto_model::{architecture::Architecture, rotary::frequencies};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::{
@@ -114,7 +115,7 @@ fn files_of_the_gguf_package_are_read() {
         let (given, found) = (architecture(&source), architecture(&made));
         let length = 16;
         let near = |a: Vec<f64>, b: Vec<f64>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-5 * a);
-        assert!(near(given.rotary.frequencies(length), found.rotary.frequencies(length)), "{name}");
+        assert!(near(frequencies(&given.rotary, length), frequencies(&found.rotary, length)), "{name}");
         assert!((given.rotary.attention_factor() - found.rotary.attention_factor()).abs() < 1e-6, "{name}");
         let same = |a: Architecture| Architecture { rotary: given.rotary.clone(), ..a };
         assert_eq!(given, same(found), "{name}");
@@ -423,6 +424,7 @@ fn a_gguf_file_elsewhere_says_what_to_do() {
     assert!(String::from_utf8(made.stderr).unwrap().contains("x.gguf: GGUF version 1 is not read"));
     let plan = run(&[text(&path), "--dequantize", "--plan", "-o", text(&top.path().join("out"))]);
     let plan = String::from_utf8(plan.stdout).unwrap();
+    assert!(plan.contains("kto-train needs on a GPU, in bf16, from "), "{plan}");
     assert!(plan.contains("11 weights float32") && !top.path().join("out").exists(), "{plan}");
 }
 
@@ -464,4 +466,28 @@ fn llama_3s_divisors_become_its_rule() {
         });
         assert_eq!((&made.config["rope_scaling"], &made.config["rope_theta"]), (&rope, &json!(5e5)));
     }
+}
+
+/// What was merged into a model goes with it through GGUF.
+#[test]
+fn the_list_of_merges_comes_back() {
+    let top = tempfile::tempdir().unwrap();
+    let source = model(top.path(), "llama3", within_llama_cpp);
+    let path = source.join("model.safetensors");
+    let store = TensorStore::open_file(&path).unwrap();
+    let tensors: Vec<_> =
+        store.views().map(|v| (TensorSpec::new(v.name, v.dtype, v.shape), v.data.to_vec())).collect();
+    drop(store);
+    let list = r#"[{"adapter":"ab","base":"cd"}]"#;
+    let mut metadata = pt_metadata();
+    metadata.insert(MERGED_FROM.into(), list.into());
+    fs::remove_file(&path).unwrap();
+    let specs = tensors.iter().map(|(spec, _)| spec.clone()).collect();
+    let mut writer = SafetensorsWriter::new(&path, specs, &metadata).unwrap();
+    tensors.iter().for_each(|(spec, data)| writer.write(&spec.name, data).unwrap());
+    writer.finish().unwrap();
+    let (file, back) = (top.path().join("m.gguf"), top.path().join("back"));
+    to_gguf(&source, &file, &["--type", "F32"]);
+    assert_eq!(GgufReader::open(&file).unwrap().text(MERGED_FROM), Some(list));
+    assert_eq!(from_gguf(&file, &back, &[]).tensors.metadata()[MERGED_FROM], list);
 }

@@ -81,6 +81,27 @@ fn tampered(tamper: &dyn Fn(&Path, &Path)) -> String {
     said
 }
 
+/// What the disk does not take is the output's matter: the line names it, not the file that the values are of.
+#[test]
+fn a_full_disk_is_of_the_output() {
+    let top = tempfile::tempdir().unwrap();
+    let model = larger(top.path());
+    // Of a directory without tables the first tensor that does not fit is one that is copied.
+    for form in [&["--form", "nf4"][..], &["--dequantize", "--dtype", "f32"], &["--form", "gguf"]] {
+        let out = top.path().join(if form.contains(&"gguf") { "out.gguf" } else { "out" });
+        let script = "ulimit -f 60; exec \"$0\" \"$@\"";
+        let output = Command::new("bash")
+            .args(["-c", script, env!("CARGO_BIN_EXE_kto-quantize"), text(&model), "-q", "-o", text(&out)])
+            .args(form)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(74), "{form:?}: {said}");
+        assert!(said.starts_with(&format!("kto-quantize: {}", text(&out))), "{form:?}: {said}");
+        assert!(!said.contains(text(&model)) && said.lines().count() == 1, "{form:?}: {said}");
+    }
+}
+
 #[test]
 fn what_was_finished_is_used_only_as_it_was_finished() {
     let said = tampered(&|_, _| {});

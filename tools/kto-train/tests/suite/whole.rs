@@ -135,6 +135,11 @@ fn the_plan_counts_it() {
     {
         assert!(norms.contains(part), "{part}: {norms}");
     }
+    // The module around them stands for its layers.
+    let around = table(&["--modules-to-save", "mlp", "--target-modules", "q_proj"]);
+    for part in ["gate_proj", "up_proj", "down_proj"] {
+        assert!(around.contains(&format!("model.layers.*.mlp.{part}.weight")), "{part}: {around}");
+    }
     assert!(!table(&[]).contains("whole"));
     let huge = b.train(&[&ENDS[..], &["--memory", "4MiB"]].concat());
     refused(&huge, 71, "needs at least");
@@ -147,7 +152,7 @@ fn what_cannot_be_trained_is_refused_by_name() {
     for (flags, text) in [
         (&["--modules-to-save", "embed_tokens,heed"][..], "no module of the model ends with \"heed\""),
         (&["--modules-to-save", ""], "an empty name"),
-        (&["--modules-to-save", "mlp"], "\"model.layers.0.mlp\", which consists of other modules"),
+        (&["--modules-to-save", "model"], "no linear layer of the model is adapted"),
         (
             &["--modules-to-save", "proj", "--target-modules", "q_proj"],
             "\"model.layers.0.self_attn.q_proj\" is trained whole",
