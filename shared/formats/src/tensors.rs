@@ -288,6 +288,30 @@ pub fn check_finite(name: &str, start: usize, values: &[f32]) -> Result<()> {
     }
 }
 
+/// As [`check_finite`], for stored values of `view` from the index `start` on; of other dtypes than the floats' nothing is said.
+pub fn check_finite_bytes(view: &TensorView, start: usize, bytes: &[u8]) -> Result<()> {
+    // All bits of an exponent are set in infinities and NaN, and nowhere else.
+    let any = |exponent: u16| {
+        let set = |b: &[u8; 2]| u16::from_le_bytes(*b) & exponent == exponent;
+        bytes.as_chunks::<2>().0.iter().fold(false, |any, b| any | set(b))
+    };
+    let found = match view.dtype {
+        Dtype::BF16 => any(0x7f80),
+        Dtype::F16 => any(0x7c00),
+        Dtype::F32 => {
+            let set = |b: &[u8; 4]| u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000;
+            bytes.as_chunks::<4>().0.iter().fold(false, |any, b| any | set(b))
+        }
+        _ => false,
+    };
+    if !found {
+        return Ok(());
+    }
+    let mut values = vec![0.0; bytes.len() / view.dtype.bitsize().div_ceil(8).max(1)];
+    view.read_f32(start, &mut values)?;
+    check_finite(view.name, start, &values)
+}
+
 /// Returns the error (65) for a tensor whose element `index` is not finite.
 pub fn non_finite(name: &str, index: usize, value: f32) -> Error {
     let what = if value.is_nan() { "NaN" } else { "infinity" };
@@ -297,6 +321,25 @@ pub fn non_finite(name: &str, index: usize, value: f32) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn stored_values_that_are_not_finite_are_named() {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            for (bad, what) in
+                [(f32::NAN, "NaN"), (f32::INFINITY, "infinity"), (f32::NEG_INFINITY, "infinity")]
+            {
+                let mut data = Vec::new();
+                push_floats(dtype, &[1.0, 0.0, -65504.0, bad, 2.0, 0.5], &mut data).unwrap();
+                let view = TensorView { name: "x", dtype, shape: &[6], data: &data };
+                let size = data.len() / 6;
+                assert!(check_finite_bytes(&view, 0, &data[..3 * size]).is_ok());
+                let error = check_finite_bytes(&view, 2, &data[2 * size..]).unwrap_err();
+                assert_eq!(error.to_string(), format!("tensor \"x\": {what} at index 3"));
+            }
+        }
+        let view = TensorView { name: "x", dtype: Dtype::U8, shape: &[4], data: &[0xff; 4] };
+        assert!(check_finite_bytes(&view, 0, view.data).is_ok());
+    }
 
     #[test]
     fn floats_round_trip_and_other_dtypes_are_named() {

@@ -60,7 +60,9 @@ pub fn identity(adapter: &LoraSet) -> String {
         hash.update(&(name.len() as u64).to_le_bytes());
         hash.update(name.as_bytes());
         hash.update(&(values.len() as u64).to_le_bytes());
-        values.iter().for_each(|value| hash.update(&value.to_le_bytes()));
+        for part in values.chunks(1 << 14) {
+            hash.update(&part.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+        }
     };
     for (module, m) in &adapter.modules {
         floats(module, &[m.scale as f32]);

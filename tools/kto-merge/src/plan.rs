@@ -93,7 +93,9 @@ impl Plan {
             dequantized += usize::from(weight.quantized && float);
             from_fp4 |= args.form == Some(FormName::Nf4)
                 && matches!(now, Some(Form::FourBit { kind: FourBitKind::Fp4, .. }));
-            let same = !touched && inputs.stored(name) == name && now == Some(form);
+            // Floats that stay what they are need no way through f32 either.
+            let floats = !weight.quantized && args.form.is_none() && form == Form::Float(weight.dtype);
+            let same = !touched && inputs.stored(name) == name && (floats || now == Some(form));
             targets.insert(name.to_string(), if same { Target::Same } else { Target::Form(form) });
         }
         if !quantized && (bnb::is_quantized(&base.tensors) || states_quantization(&base.config)) {
