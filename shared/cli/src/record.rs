@@ -110,11 +110,21 @@ impl Record {
     fn outputs(&self) -> Vec<PathBuf> {
         self.results.iter().chain(&self.sides).cloned().collect()
     }
-    /// Fails (2) when what is written beside the result would overwrite an input, the result, or another such file.
+    /// Fails (2) when the result would overwrite an input, or what is written beside it an input, the result, or another such file.
+    /// Of inputs that are noted afterwards this has to be asked again.
     pub fn check_sides(&self) -> Result<()> {
+        let read: Vec<&PathBuf> = self.inputs.iter().flat_map(Input::paths).collect();
+        for result in &self.results {
+            let Some(own) = place(result) else { continue };
+            if read.iter().any(|input| place(input).as_ref() == Some(&own)) {
+                let result = escape(&shown(result));
+                return Err(Error::usage(format!("\"{result}\" is read and would be overwritten"))
+                    .with_hint("another name for the output"));
+            }
+        }
         let named = [self.make.depfile.clone(), self.manifest_path(None)].into_iter().flatten();
         let sides: Vec<PathBuf> = self.sides.iter().cloned().chain(named).collect();
-        let inputs: Vec<&PathBuf> = self.inputs.iter().flat_map(Input::paths).chain(&self.results).collect();
+        let inputs: Vec<&PathBuf> = read.into_iter().chain(&self.results).collect();
         for (i, side) in sides.iter().enumerate() {
             let Some(own) = place(side) else { continue };
             let other = inputs.iter().copied().chain(&sides[..i]).find(|o| place(o).as_ref() == Some(&own));

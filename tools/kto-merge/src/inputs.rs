@@ -69,7 +69,10 @@ impl Inputs {
             ui.warn("every B of the adapter is zero: the result equals the base");
         }
         let whole = |name: &str| adapters.iter().any(|adapter| adapter.saved.contains_key(name));
-        let untied = is_tied(&base) && (whole(HEAD) || whole(EMBEDDING));
+        // LoRA on the embedding changes rows that are looked up, not the head that shares them.
+        let changed =
+            |name: &str| whole(name) || name.strip_suffix(".weight").is_some_and(|m| modules.contains_key(m));
+        let untied = is_tied(&base) && (whole(HEAD) || changed(EMBEDDING));
         Ok(Self { base, adapters, weights, modules, metadata, untied })
     }
 

@@ -67,7 +67,7 @@ pub struct Args {
     #[arg(long, value_name = "FORM", help_heading = "Quantization")]
     pub form: Option<FormName>,
     /// Undo a quantization: weights in any form that these tools read become floats
-    #[arg(long, conflicts_with_all = ["form", "block_size", "double_quant", "no_double_quant", "bits", "group_size", "recipe",
+    #[arg(long, conflicts_with_all = ["form", "block_size", "no_double_quant", "bits", "group_size", "recipe",
         "r#type", "overrides", "embeddings", "head", "skip"], help_heading = "Quantization")]
     pub dequantize: bool,
     /// With --dequantize: dtype of all weights [default: what the quantization remembers; of a GGUF file that of its matrices, f16 where
@@ -91,10 +91,7 @@ pub struct Args {
     /// Values that share a scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096 [default: 64]
     #[arg(long, value_name = "N", value_parser = block_size, help_heading = "nf4 and fp4")]
     pub block_size: Option<usize>,
-    /// Store the scales in 8 bits too (the default)
-    #[arg(long, overrides_with = "no_double_quant", help_heading = "nf4 and fp4")]
-    pub double_quant: bool,
-    /// Store the scales in f32: 0.37 bit more a weight
+    /// Store the scales in f32, not in 8 bits: 0.37 bit more a weight
     #[arg(long, help_heading = "nf4 and fp4")]
     pub no_double_quant: bool,
 
@@ -150,12 +147,12 @@ impl Args {
             }
         }
         let named = self.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-        if named && (self.dequantize || self.form.is_none()) {
+        if named && self.form != Some(FormName::Gguf) {
             let text =
                 format!("{}: a directory would get this name", escape(&self.output.display().to_string()));
             return Err(Error::usage(text).with_hint(match self.dequantize {
                 true => "a name without .gguf; --form gguf makes such a file",
-                false => "--form gguf makes such a file, --form nf4 a directory",
+                false => "--form gguf makes such a file",
             }));
         }
         Ok(())
@@ -170,7 +167,7 @@ impl Args {
             (!self.overrides.is_empty(), "--override", &[Mlx, Gguf]),
             (self.r#type.is_some(), "--type", &[Gguf]),
             (self.block_size.is_some(), "--block-size", &[Nf4, Fp4]),
-            (self.double_quant || self.no_double_quant, "--double-quant", &[Nf4, Fp4]),
+            (self.no_double_quant, "--no-double-quant", &[Nf4, Fp4]),
             (self.max_shard_size.is_some(), "--max-shard-size", &[Nf4, Fp4, Int8, Mlx]),
         ];
         if let Some((_, flag, _)) = given.iter().find(|(given, _, forms)| *given && !forms.contains(&form)) {

@@ -150,8 +150,14 @@ impl Making<'_> {
         if !files.iter().any(|(name, _)| name == "tokenizer.json") {
             return Ok(());
         }
-        let sound = TextTokenizer::from_model_dir(path).map(|_| ());
-        sound.map_err(|e| Error::data(format!("its tokenizer: {e}"))).at(self.model.file.place())
+        match TextTokenizer::from_model_dir(path) {
+            Ok(_) => Ok(()),
+            Err(e) if e.kind() == Kind::Data => {
+                Err(Error::data(format!("its tokenizer: {e}"))).at(self.model.file.place())
+            }
+            // That our own file cannot be read back is a failure of the disk.
+            Err(e) => Err(e.with_kind(Kind::Io)),
+        }
     }
 }
 

@@ -67,7 +67,7 @@ impl QuantState {
     /// Returns the most bytes that [`QuantState::to_json`] has, whatever the offset.
     pub fn longest(&self) -> usize {
         // An f32 that is printed as an f64 has at most 17 digits, a point, two signs and an exponent of four characters.
-        self.to_json().len() + 24
+        self.to_json().len() + if self.nested.is_some() { 24 } else { 0 }
     }
 
     /// Returns the number of values.

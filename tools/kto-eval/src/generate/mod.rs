@@ -47,6 +47,7 @@ pub fn run(args: &GenerateArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     set_threads(args.model.threads)?;
     let mut policy = Policy::open(&args.model, POSITIONS, ui)?;
     policy.note(&args.model, &mut record);
+    record.check_sides()?;
     let encoder = match args.ids {
         true => None,
         false => Some(Encoder::open(args, ui)?),

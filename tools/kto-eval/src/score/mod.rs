@@ -52,6 +52,7 @@ pub fn run(args: &ScoreArgs, common: &Common, ui: &Ui) -> Result<Exit> {
     let reference = Reference::open(&reference_path, &policy, &args.model, positions(&tokens))?;
     policy.note(&args.model, &mut record);
     reference.note(&reference_path, &mut record);
+    record.check_sides()?;
     if reference.is_policy() {
         ui.warn("no --adapter and no --reference: policy and reference are one model, all rewards are 0");
     }

@@ -222,6 +222,31 @@ fn flags_that_make_no_sense_are_2() {
 }
 
 #[test]
+fn no_output_replaces_what_is_read() {
+    let top = tempfile::tempdir().unwrap();
+    let model = top.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(data("trl/llama/model")).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
+    }
+    let (rows, prompts) = (top.path().join("rows.kto.arrow"), top.path().join("prompts.jsonl"));
+    std::fs::write(&rows, bytes(&trl_tokens())).unwrap();
+    std::fs::write(&prompts, "{\"prompt_ids\": [1, 2]}\n").unwrap();
+    let (model, rows, prompts) = (model.display(), rows.display(), prompts.display());
+    for line in [
+        format!("score --model {model} {rows} -o {model}/model.safetensors"),
+        format!("score --model {model} {rows} -o {rows}"),
+        format!("score --model {model} {rows} --summary {model}/config.json"),
+        format!("score --model {model} {rows} -o {model}/x --depfile {model}/config.json"),
+        format!("generate --ids --model {model} {prompts} -o {prompts}"),
+        format!("generate --ids --model {model} {prompts} -o {model}/config.json"),
+    ] {
+        let (code, said) = fault(&line, b"");
+        assert!(code == 2 && said.contains("overw"), "{line}: {code} {said}");
+    }
+}
+
+#[test]
 fn nothing_in_is_nothing_out() {
     let output = run(&words(&format!("generate --model {}", data("stories260k"))), b"");
     assert_eq!((code(&output), output.stdout.len(), output.stderr.len()), (0, 0, 0));

@@ -52,6 +52,35 @@ fn an_adapter_replaces_no_model() {
     assert!(fs::read_to_string(&rule).unwrap().contains("d/adapter_config.json:"));
 }
 
+/// LoRA on an embedding changes what is looked up; the head that shared its tensor keeps the values.
+#[test]
+fn lora_on_a_tied_embedding_leaves_the_head() {
+    let top = tempfile::tempdir().unwrap();
+    let adapter = top.path().join("adapter");
+    fs::create_dir(&adapter).unwrap();
+    let config = r#"{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens"]}"#;
+    fs::write(adapter.join("adapter_config.json"), config).unwrap();
+    let name = |side| format!("base_model.model.model.embed_tokens.lora_embedding_{side}");
+    let specs = vec![
+        TensorSpec::new(name("A"), Dtype::F32, [2, 48]),
+        TensorSpec::new(name("B"), Dtype::F32, [32, 2]),
+    ];
+    let file = adapter.join("adapter_model.safetensors");
+    let mut writer = SafetensorsWriter::new(&file, specs, &pt_metadata()).unwrap();
+    for (side, n) in [("A", 2 * 48), ("B", 32 * 2)] {
+        let bytes: Vec<u8> = (0..n).flat_map(|i| (0.1 + i as f32 * 0.01).to_le_bytes()).collect();
+        writer.write(&name(side), &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    let base = testdata("families/qwen2");
+    let made = merged(&base, &adapter, &top.path().join("out"), &["--dtype", "f32"]);
+    let values = |model: &ModelDir, name: &str| model.tensors.require(name).unwrap().to_f32().unwrap();
+    let before = values(&ModelDir::open(&base).unwrap(), "model.embed_tokens.weight");
+    assert_eq!(values(&made, "lm_head.weight"), before);
+    assert_ne!(values(&made, "model.embed_tokens.weight"), before);
+    assert_eq!(made.config["tie_word_embeddings"], false);
+}
+
 #[test]
 fn what_was_trained_whole_is_scaled_and_seen() {
     let top = tempfile::tempdir().unwrap();

@@ -325,7 +325,7 @@ fn flags_that_do_not_fit_the_form_are_usage_errors() {
         &["--form", "gguf", "--block-size", "64"],
         &["--form", "mlx", "--block-size", "64"],
         &["--form", "int8", "--block-size", "64"],
-        &["--form", "int8", "--double-quant"],
+        &["--form", "int8", "--no-double-quant"],
         &["--form", "gguf", "--bits", "4"],
         &["--form", "gguf", "--type", "F16", "--embeddings", "quantize"],
         &["--form", "gguf", "--type", "BF16", "--head", "quantize"],

@@ -151,8 +151,8 @@ fn a_directory_is_not_called_like_a_file() {
     );
     let output = run(&[text(&golden("tiny_llama_bnb4")), "-o", text(&out), "--dequantize"]);
     assert!(output.status.code() == Some(2) && !out.exists());
-    assert!(run(&[text(&model), "-o", text(&out), "--form", "nf4"]).status.success());
-    assert!(Path::new(&out).is_dir());
+    let output = run(&[text(&model), "-o", text(&out), "--form", "nf4"]);
+    assert!(output.status.code() == Some(2) && !out.exists());
 }
 
 /// A plan names what would be written, a report too.
