@@ -133,7 +133,7 @@ const HINTS: &[Hint] = &[
     ("kto-quantize", &["q-mode", "quant-predicate"], "--form mlx with --bits, --group-size or --recipe"),
     ("kto-quantize", &["outtype", "quant-type"], "--form gguf --type TYPE"),
     ("kto-quantize", &["outfile"], "-o FILE"),
-    ("kto-quantize", &["model", "model-name-or-path"], "the model stands first: kto-quantize MODEL -o DIR"),
+    ("kto-quantize", &["model-name-or-path"], "the model stands first: kto-quantize MODEL -o DIR"),
     ("kto-merge", &["de-quantize"], "leave it out: --form decides"),
     ("kto-merge", &["export-gguf", "gguf-path"], "--form gguf -o FILE"),
     ("kto-merge", &["combination-type"], "--method METHOD"),
