@@ -27,6 +27,13 @@ def revision():
     return result.stdout.strip() or "unknown"
 
 
+def version(python, package):
+    """The version of a package that an interpreter has, or None."""
+    code = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    said = subprocess.run([python, "-c", code, package], capture_output=True, text=True)
+    return said.stdout.strip() if said.returncode == 0 else None
+
+
 def rates(threads):
     """Measured peaks: multiply-adds in registers, a large matrix product of ours, a copy (kernels/benches)."""
     cargo = os.environ.get("CARGO", "cargo")

@@ -40,7 +40,6 @@ LINEARS = {"self_attn.q_proj": (2048, 2048), "self_attn.k_proj": (512, 2048), "s
            "mlp.gate_proj": (8192, 2048), "mlp.up_proj": (8192, 2048), "mlp.down_proj": (2048, 8192)}
 RANK = 16
 JOBS = ("quantize", "quantize-mlx", "merge")
-VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
 
 QUANTIZE = """
 import sys, time, torch
@@ -139,10 +138,6 @@ def copy_rate(model, out):
     return size / seconds
 
 
-def versions_of(python, *packages):
-    return json.loads(subprocess.run([python, "-c", VERSIONS, *packages], check=True, capture_output=True, text=True).stdout)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
@@ -176,7 +171,9 @@ def main():
                                  "copy_bytes_per_second": rate})
                     print(json.dumps(rows[-1]), flush=True)
                     shutil.rmtree(out)
-    versions = {**versions_of(sys.executable, "torch", "transformers", "bitsandbytes", "peft"), **versions_of(args.mlx, "mlx", "mlx-lm")}
+    packages = {sys.executable: ("torch", "transformers", "bitsandbytes", "peft")}
+    packages[args.mlx] = packages.get(args.mlx, ()) + ("mlx", "mlx-lm")
+    versions = {name: machine.version(python, name) for python, names in packages.items() for name in names}
     result = {"case": "rewrite", "date": datetime.date.today().isoformat(), "revision": machine.revision(), "machine": about,
               "versions": versions, "settings": {"layers": args.layers, "rank": RANK}, "rows": rows}
     for job in JOBS:

@@ -20,15 +20,6 @@ import machine  # noqa: E402
 
 SCRIPTS = ("bnb_peers.py", "mlx_peers.py", "gguf_peers.py", "gguf_families.py", "merge_peers.py")
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "mlx", "mlx-lm", "gguf", "llama-cpp-python")
-VERSION = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
-
-
-def version(pythons, package):
-    for python in pythons:
-        said = subprocess.run([python, "-c", VERSION, package], capture_output=True, text=True)
-        if said.returncode == 0:
-            return said.stdout.strip()
-    return None
 
 
 def check(script, python):
@@ -59,7 +50,8 @@ def main():
         print(f"{result['script']}: {len(result['held'])} held, {len(result['wrong'])} did not")
     if args.save:
         date = datetime.date.today().isoformat()
-        versions = {package: version(pythons.values(), package) for package in PACKAGES}
+        found = lambda package: next(filter(None, (machine.version(p, package) for p in pythons.values())), None)  # noqa: E731
+        versions = {package: found(package) for package in PACKAGES}
         saved = {"case": "weight-peers", "date": date, "revision": machine.revision(), "versions": versions, "results": results}
         (ROOT / f"bench/runs/{date}-weight-peers.json").write_text(json.dumps(saved, indent=1) + "\n")
     return any(result["wrong"] for result in results)

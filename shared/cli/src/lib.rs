@@ -28,6 +28,7 @@ mod run;
 pub mod signal;
 mod stale;
 pub mod surroundings;
+pub mod tally;
 pub mod tool;
 mod ui;
 mod underscores;

@@ -114,21 +114,17 @@ impl Record {
     /// Of inputs that are noted afterwards this has to be asked again.
     pub fn check_sides(&self) -> Result<()> {
         let read: Vec<&PathBuf> = self.inputs.iter().flat_map(Input::paths).collect();
-        for result in &self.results {
-            let Some(own) = place(result) else { continue };
-            if read.iter().any(|input| place(input).as_ref() == Some(&own)) {
-                let result = escape(&shown(result));
-                return Err(Error::usage(format!("\"{result}\" is read and would be overwritten"))
-                    .with_hint("another name for the output"));
-            }
+        if let Some(result) =
+            self.results.iter().find(|result| at_place_of(result, read.iter().copied()).is_some())
+        {
+            let text = format!("\"{}\" is read and would be overwritten", escape(&shown(result)));
+            return Err(Error::usage(text).with_hint("another name for the output"));
         }
         let named = [self.make.depfile.clone(), self.manifest_path(None)].into_iter().flatten();
         let sides: Vec<PathBuf> = self.sides.iter().cloned().chain(named).collect();
         let inputs: Vec<&PathBuf> = read.into_iter().chain(&self.results).collect();
         for (i, side) in sides.iter().enumerate() {
-            let Some(own) = place(side) else { continue };
-            let other = inputs.iter().copied().chain(&sides[..i]).find(|o| place(o).as_ref() == Some(&own));
-            if let Some(other) = other {
+            if let Some(other) = at_place_of(side, inputs.iter().copied().chain(&sides[..i])) {
                 let (side, other) = (escape(&shown(side)), escape(&shown(other)));
                 return Err(Error::usage(format!("\"{side}\" would overwrite \"{other}\" of the same run"))
                     .with_hint("another name for the report, manifest, rule or quarantine"));
@@ -381,6 +377,12 @@ fn place(path: &Path) -> Option<PathBuf> {
             Some(fs::canonicalize(parent).ok()?.join(path.file_name()?))
         }
     }
+}
+
+/// Returns the first of the others that is, or will be, the same file.
+fn at_place_of<'a>(path: &Path, mut others: impl Iterator<Item = &'a PathBuf>) -> Option<&'a PathBuf> {
+    let own = place(path)?;
+    others.find(|other| place(other).as_ref() == Some(&own))
 }
 
 fn is_file(path: &Path) -> bool {

@@ -104,16 +104,17 @@ impl Adapter {
         hash.update(&common.to_le_bytes());
         for (name, m) in &self.tensors {
             hash.update(name.as_bytes());
-            for value in m.a.iter().chain(&m.b).chain(m.magnitude.iter().flatten()) {
-                hash.update(&value.to_le_bytes());
-            }
+            [Some(&m.a), Some(&m.b), m.magnitude.as_ref()]
+                .into_iter()
+                .flatten()
+                .for_each(|v| hash.update_floats(v));
             if m.scale != common {
                 hash.update(&m.scale.to_le_bytes());
             }
         }
         for (name, saved) in &self.saved {
             hash.update(name.as_bytes());
-            saved.values.iter().for_each(|value| hash.update(&value.to_le_bytes()));
+            hash.update_floats(&saved.values);
         }
         hash.finish()
     }

@@ -18,15 +18,13 @@ pub struct Part<'a> {
 impl Part<'_> {
     /// Writes the change of whole rows from `first` on into `out`. `base` are these rows of the base: DoRA's change depends on them.
     pub fn rows(&self, first: usize, base: &[f32], out: &mut [f32]) {
-        let m = self.module;
-        let columns = m.in_features;
-        let b = &m.b[first * m.r..][..out.len() / columns * m.r];
+        let (m, columns) = (self.module, self.module.in_features);
         let Some(magnitude) = &m.magnitude else {
             out.fill(0.0);
-            return add_low_rank(out, columns, b, &m.a, m.scale as f32);
+            return self.add_product(first, m.scale, out);
         };
         out.copy_from_slice(base);
-        add_low_rank(out, columns, b, &m.a, m.scale as f32);
+        self.add_product(first, m.scale, out);
         let rows = out.chunks_mut(columns).zip(base.chunks(columns));
         for ((out, base), magnitude) in rows.zip(&magnitude[first..]) {
             let length = out.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
@@ -34,6 +32,15 @@ impl Part<'_> {
             let factor = if length > 0.0 { (f64::from(*magnitude) / length) as f32 } else { 0.0 };
             out.iter_mut().zip(base).for_each(|(o, b)| *o = *o * factor - b);
         }
+    }
+}
+
+impl Part<'_> {
+    /// Adds factor · B · A to whole rows from `first` on.
+    fn add_product(&self, first: usize, factor: f64, rows: &mut [f32]) {
+        let m = self.module;
+        let b = &m.b[first * m.r..][..rows.len() / m.in_features * m.r];
+        add_low_rank(rows, m.in_features, b, &m.a, factor as f32);
     }
 }
 
@@ -53,12 +60,10 @@ impl Change<'_> {
         let plain =
             self.mix.method == Method::Linear && self.parts.iter().all(|p| p.module.magnitude.is_none());
         if plain {
-            for Part { module: m, weight, .. } in &self.parts {
-                let factor = (m.scale * weight * self.scale) as f32;
-                let b = &m.b[first * m.r..][..rows.len() / columns * m.r];
-                add_low_rank(rows, columns, b, &m.a, factor);
-            }
-            return;
+            return self
+                .parts
+                .iter()
+                .for_each(|p| p.add_product(first, p.module.scale * p.weight * self.scale, rows));
         }
         let n = rows.len();
         let mut changes = vec![0.0; n * self.parts.len()];

@@ -60,9 +60,7 @@ pub fn identity(adapter: &LoraSet) -> String {
         hash.update(&(name.len() as u64).to_le_bytes());
         hash.update(name.as_bytes());
         hash.update(&(values.len() as u64).to_le_bytes());
-        for part in values.chunks(1 << 14) {
-            hash.update(&part.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
-        }
+        hash.update_floats(values);
     };
     for (module, m) in &adapter.modules {
         floats(module, &[m.scale as f32]);

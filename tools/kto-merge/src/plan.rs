@@ -5,13 +5,13 @@ use crate::{
     args::FormName,
     delta,
     inputs::{HEAD, Inputs},
-    keep, origin,
+    keep,
 };
 use kto_cli::{Error, Result, escape};
 use kto_formats::{
     bnb::{self, FourBitKind, Nf4Tensor, torch_name},
     mlx::{self, AffineTensor, Setting},
-    model_dir::ModelDir,
+    model_dir::{MERGED_FROM, ModelDir},
     tensors::TensorView,
 };
 use kto_weights::{
@@ -275,11 +275,12 @@ impl Plan {
 
     /// Returns a text that tells everything the result depends on, for a later run.
     pub fn identity(&self, args: &Args) -> String {
-        let adapters: Vec<String> = self.inputs.adapters.iter().map(origin::identity).collect();
+        // Of each adapter that is merged its hash.
+        let merges = self.inputs.metadata.get(MERGED_FROM);
         let targets: Vec<String> =
             self.targets.iter().map(|(name, target)| format!("{name} {target:?}")).collect();
         format!(
-            "kto-merge {} into {}\n{adapters:?} {:?} {} {:?} {} {} {:?}\nfiles of {} bytes\n{}\n",
+            "kto-merge {} into {}\n{merges:?} {:?} {} {:?} {} {} {:?}\nfiles of {} bytes\n{}\n",
             env!("CARGO_PKG_VERSION"),
             kto_weights::source(&self.inputs.base),
             self.inputs.weights,

@@ -4,39 +4,13 @@
 //! one turn.
 
 use crate::encoder::Ids;
-use kto_cli::Ui;
+use kto_cli::{Ui, tally::Tally};
 use kto_formats::tokens::TokenMeta;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// Places kept per count.
-const PLACES: usize = 5;
-
-/// A count and where it was met first.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    pub count: u64,
-    /// The first five places, `name:line`.
-    pub first: Vec<String>,
-}
-
-impl Tally {
-    /// Counts one more.
-    pub fn note(&mut self, place: &str) {
-        self.count += 1;
-        if self.first.len() < PLACES {
-            self.first.push(place.into());
-        }
-    }
-
-    fn places(&self) -> String {
-        let more = if self.count > self.first.len() as u64 { ", …" } else { "" };
-        format!("{}{more}", self.first.join(", "))
-    }
-
-    fn json(&self) -> Value {
-        json!({"count": self.count, "first": self.first})
-    }
+fn json_of(tally: &Tally) -> Value {
+    json!({"count": tally.count, "first": tally.first})
 }
 
 /// The counts of a run.
@@ -171,11 +145,11 @@ impl Report {
             "written": self.written(),
             "desirable": self.desirable,
             "undesirable": self.undesirable,
-            "dropped": self.dropped.json(),
-            "truncated": self.truncated.json(),
-            "skipped": self.skipped.json(),
-            "control_tokens_as_text": self.shielded.json(),
-            "boundary_moved": self.boundary_moved.json(),
+            "dropped": json_of(&self.dropped),
+            "truncated": json_of(&self.truncated),
+            "skipped": json_of(&self.skipped),
+            "control_tokens_as_text": json_of(&self.shielded),
+            "boundary_moved": json_of(&self.boundary_moved),
             "prompt_tokens": self.prompts.json(),
             "completion_tokens": self.completions.json(),
             "total_tokens": self.totals.json(),

@@ -5,7 +5,7 @@
 
 use super::{
     half, read_half,
-    search::{Grid, NOTHING, each, side_by_side, symmetric, with_minimum},
+    search::{Grid, NOTHING, each, nearest, side_by_side, symmetric, with_minimum},
 };
 use crate::simd::simd;
 
@@ -46,12 +46,6 @@ fn low_halves(codes: &[u8; BLOCK], out: &mut [u8]) {
             *byte = pair[i] & 15 | (pair[i + GROUP] & 15) << 4;
         }
     }
-}
-
-/// Rounds to the nearest of the integers from `least` to `most`, ties to even.
-#[inline(always)]
-fn nearest(v: f32, least: f32, most: f32) -> f32 {
-    v.round_ties_even().clamp(least, most)
 }
 
 simd! {

@@ -70,7 +70,7 @@ pub fn with_minimum<const N: usize, const VALUES: usize>(
     let mut scale = inverse.map(|inverse| 1.0 / inverse);
     let mut best = [[0.0; N]; VALUES];
     for (l, v) in best.iter_mut().zip(x) {
-        *l = each(|g| round(inverse[g] * (v[g] - low[g]), most));
+        *l = each(|g| nearest(inverse[g] * (v[g] - low[g]), 0.0, most));
     }
     let mut least = error(x, weights, &scale, &low, &best);
     for step in 0..=grid.tries {
@@ -78,7 +78,7 @@ pub fn with_minimum<const N: usize, const VALUES: usize>(
         let mut codes = [[0.0; N]; VALUES];
         let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; N], [0.0; N], [0.0; N]);
         for ((l, v), w) in codes.iter_mut().zip(x).zip(weights) {
-            *l = each(|g| round(inverse[g] * (v[g] - low[g]), most));
+            *l = each(|g| nearest(inverse[g] * (v[g] - low[g]), 0.0, most));
             sum_l = each(|g| sum_l[g] + w[g] * l[g]);
             sum_l2 = each(|g| sum_l2[g] + w[g] * l[g] * l[g]);
             sum_xl = each(|g| sum_xl[g] + w[g] * l[g] * v[g]);
@@ -114,9 +114,10 @@ pub fn with_minimum<const N: usize, const VALUES: usize>(
     }
 }
 
+/// Rounds to the nearest of the integers from `least` to `most`, ties to even.
 #[inline(always)]
-fn round(v: f32, most: f32) -> f32 {
-    v.round_ties_even().clamp(0.0, most)
+pub fn nearest(v: f32, least: f32, most: f32) -> f32 {
+    v.round_ties_even().clamp(least, most)
 }
 
 /// The weighted squared error of scale · code + low.
@@ -167,7 +168,7 @@ fn sums<const N: usize, const VALUES: usize>(
 ) -> ([f32; N], [f32; N]) {
     let (mut sum_lx, mut sum_l2) = ([0.0; N], [0.0; N]);
     for v in x {
-        let l: [f32; N] = each(|g| (inverse[g] * v[g]).round_ties_even().clamp(-MOST, MOST - 1.0));
+        let l: [f32; N] = each(|g| nearest(inverse[g] * v[g], -MOST, MOST - 1.0));
         sum_lx = each(|g| sum_lx[g] + v[g] * v[g] * v[g] * l[g]);
         sum_l2 = each(|g| sum_l2[g] + v[g] * v[g] * l[g] * l[g]);
     }

@@ -3,7 +3,7 @@
 use super::{
     file::Origin,
     layers::{Layers, Words},
-    option::{Opt, Scope, Shape},
+    option::{Opt, Scope, Shape, on},
 };
 use crate::{Error, Kind, Result, escape};
 use std::{env, ffi::OsStr};
@@ -61,16 +61,12 @@ fn nearest<'a>(scope: &'a Scope, name: &str) -> Option<&'a str> {
 }
 
 fn words(option: &Opt, value: &OsStr) -> Option<Words> {
-    let text = value.to_str().map(str::to_ascii_lowercase);
-    let on = match text.as_deref() {
-        Some("1" | "true" | "yes" | "on") => Some(true),
-        Some("0" | "false" | "no" | "off") => Some(false),
-        _ => None,
-    };
+    let text = value.to_str();
+    let on = text.and_then(on);
     let as_switch = on.map(|on| if on { Words::Bare(1) } else { Words::Off });
     match option.shape {
         Shape::Switch => as_switch,
-        Shape::Count => match text.as_deref().map(str::parse) {
+        Shape::Count => match text.map(str::parse) {
             Some(Ok(0)) => Some(Words::Off),
             Some(Ok(times)) => Some(Words::Bare(times)),
             _ => as_switch,

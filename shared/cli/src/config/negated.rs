@@ -3,6 +3,7 @@
 //! Called by [`super::resolve`] before clap sees the arguments, for every tool: clap's own switches know no off. Invariant: a name that the
 //! tool has as it stands (`--no-kl`) means what it says. Of `--force` and `--no-force` the last one counts.
 
+use super::option::on;
 use clap::{Arg, ArgAction, Command};
 use std::ffi::OsString;
 
@@ -70,14 +71,6 @@ fn is_switch(arg: &Arg) -> bool {
 /// A switch, or an option that may stand without a value, as --resume.
 fn can_be_off(arg: &Arg) -> bool {
     is_switch(arg) || arg.get_num_args().is_some_and(|n| n.min_values() == 0 && n.takes_values())
-}
-
-fn on(value: &str) -> Option<bool> {
-    match value.to_ascii_lowercase().as_str() {
-        "1" | "true" | "yes" | "on" => Some(true),
-        "0" | "false" | "no" | "off" => Some(false),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

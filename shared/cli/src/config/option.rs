@@ -155,6 +155,15 @@ impl Scope {
     }
 }
 
+/// Returns what a word says of a switch, in any case.
+pub(super) fn on(word: &str) -> Option<bool> {
+    match word.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Some(true),
+        "0" | "false" | "no" | "off" => Some(false),
+        _ => None,
+    }
+}
+
 /// What stands in `[default: …]` of a help.
 fn derived(help: &str) -> Option<String> {
     let (_, behind) = help.split_once("[default: ")?;

@@ -3,13 +3,13 @@
 //! Called by [`super::LoraSet::read`]. Its numbers are `adapter/…` in state.safetensors, beside the optimizer's; its settings are those
 //! of the plan in manifest.json. Invariant: the numbers are the bytes that the manifest was written for.
 
-use super::{Ecosystem, LoraModule, LoraSet, Saved};
+use super::{Ecosystem, LoraModule, LoraSet, Saved, finite};
 use crate::{
     adapter_config,
     mmap::shown,
     model_dir::read_json,
     peft::PeftConfig,
-    tensors::{TensorStore, TensorView, check_finite},
+    tensors::{TensorStore, TensorView},
 };
 use kto_cli::{Context, Error, Result, escape, hash};
 use serde_json::{Map, Value, json};
@@ -59,10 +59,13 @@ fn is_hidden(path: &Path) -> bool {
 
 /// Returns the settings as adapter_config.json has them. Error (65): no manifest of a checkpoint.
 pub fn settings(dir: &Path) -> Result<Map<String, Value>> {
-    let manifest = read_json(&dir.join(MANIFEST))?;
-    let place = || shown(&dir.join(MANIFEST));
+    let path = dir.join(MANIFEST);
+    of_plan(&read_json(&path)?).at(shown(&path))
+}
+
+fn of_plan(manifest: &Map<String, Value>) -> Result<Map<String, Value>> {
     let plan = manifest.get("plan").and_then(Value::as_object);
-    let plan = plan.ok_or_else(|| Error::data(format!("{}: not of a checkpoint of kto-train", place())))?;
+    let plan = plan.ok_or_else(|| Error::data("not of a checkpoint of kto-train"))?;
     let set = |field: &str| plan.get(field).filter(|value| !value.is_null()).cloned();
     let mut settings: Map<String, Value> =
         FIELDS.iter().filter_map(|field| Some((field.to_string(), set(field)?))).collect();
@@ -74,10 +77,10 @@ pub fn settings(dir: &Path) -> Result<Map<String, Value>> {
 /// Reads the adapter. Error (65): numbers that are not those of the manifest.
 pub fn read(dir: &Path) -> Result<LoraSet> {
     let place = shown(&dir.join(MANIFEST));
-    let settings = settings(dir)?;
+    let manifest = read_json(&dir.join(MANIFEST))?;
+    let settings = of_plan(&manifest).at(&place)?;
     let config = adapter_config::from_object(&settings).at(&place)?;
     let peft = PeftConfig::read(&settings).at(&place)?;
-    let manifest = read_json(&dir.join(MANIFEST))?;
     let path = dir.join(STATE);
     check(&path, &manifest)?;
     let store = TensorStore::open_file(&path)?;
@@ -148,10 +151,4 @@ fn read_module(
         scale: peft.scale(module)?,
         magnitude,
     })
-}
-
-fn finite(view: &TensorView) -> Result<Vec<f32>> {
-    let values = view.to_f32()?;
-    check_finite(view.name, 0, &values)?;
-    Ok(values)
 }

@@ -5,7 +5,7 @@
 //! say, and adapts the last `num_layers` blocks.
 
 use super::{
-    Ecosystem, LoraModule, LoraSet,
+    Ecosystem, LoraModule, LoraSet, finite,
     peft::{is_embedding, transposed},
 };
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
     model_dir::read_json,
     python_json,
     safetensors_out::{SafetensorsWriter, TensorSpec, standard_order},
-    tensors::{TensorStore, check_finite, push_floats},
+    tensors::{TensorStore, push_floats},
     text_part,
 };
 use kto_cli::{Context, Error, Result, atomic, escape};
@@ -65,9 +65,7 @@ fn modules(store: &TensorStore, scale: f64, dora: bool) -> Result<BTreeMap<Strin
     for module in names {
         let get = |part: &str| {
             let view = store.require(&format!("{module}.{part}"))?;
-            let values = view.to_f32()?;
-            check_finite(view.name, 0, &values)?;
-            Ok::<_, Error>((view.shape.to_vec(), values))
+            Ok::<_, Error>((view.shape.to_vec(), finite(&view)?))
         };
         let ((a_shape, a), (b_shape, b)) = (get("lora_a")?, get("lora_b")?);
         let (&[first, r], &[other, last]) = (&a_shape[..], &b_shape[..]) else {

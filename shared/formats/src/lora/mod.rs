@@ -14,6 +14,7 @@ use crate::{
     adapter,
     mmap::shown,
     model_dir::{ModelDir, same_origin},
+    tensors::{TensorView, check_finite},
 };
 use kto_cli::{Error, Kind, Result};
 use std::{collections::BTreeMap, path::Path};
@@ -121,6 +122,13 @@ impl LoraSet {
     pub fn rank(&self) -> usize {
         self.modules.values().map(|m| m.r).max().unwrap_or(0)
     }
+}
+
+/// The values of a tensor. Error (65): one that is not finite.
+fn finite(view: &TensorView) -> Result<Vec<f32>> {
+    let values = view.to_f32()?;
+    check_finite(view.name, 0, &values)?;
+    Ok(values)
 }
 
 /// Names the newest checkpoint of the run that `path` is or lies in.

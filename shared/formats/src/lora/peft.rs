@@ -4,7 +4,7 @@
 //! `lora_magnitude_vector` (out); an embedding `lora_embedding_A` (R, vocabulary) and `lora_embedding_B` (hidden, R); modules of
 //! `modules_to_save` their plain names; a trained bias of a layer with matrices `base_layer.bias`.
 
-use super::{Ecosystem, LoraModule, LoraSet, Saved};
+use super::{Ecosystem, LoraModule, LoraSet, Saved, finite};
 use crate::{
     adapter::{self, AdapterMeta, PREFIX, WEIGHTS},
     adapter_config::{self, AdapterConfig, Targets, whole},
@@ -12,7 +12,7 @@ use crate::{
     model_dir::read_json,
     peft::PeftConfig,
     safetensors_out::{SafetensorsWriter, TensorSpec, pt_metadata, standard_order},
-    tensors::{TensorStore, TensorView, check_finite, push_floats},
+    tensors::{TensorStore, push_floats},
     text_part,
 };
 use kto_cli::{Context, Error, Result, atomic, escape};
@@ -90,8 +90,7 @@ fn tensors(store: &TensorStore, peft: &PeftConfig) -> Result<Tensors> {
                 )));
             }
             None => {
-                let values = view.to_f32()?;
-                check_finite(view.name, 0, &values)?;
+                let values = finite(&view)?;
                 let name = rest.replace(".modules_to_save", "").replace(BASE_LAYER, "");
                 saved.insert(text_part::adapted(&name)?, Saved { shape: view.shape.to_vec(), values });
             }
@@ -174,12 +173,6 @@ fn read_module(store: &TensorStore, module: &str, peft: &PeftConfig) -> Result<L
     // An embedding's matrices are stored the other way round: A (R, vocabulary), B (hidden, R).
     let (a, b) = (transposed(&b_values, rows, r), transposed(&a_values, r, columns));
     Ok(LoraModule { a, b, r, in_features: rows, out_features: columns, scale, magnitude })
-}
-
-fn finite(view: &TensorView) -> Result<Vec<f32>> {
-    let values = view.to_f32()?;
-    check_finite(view.name, 0, &values)?;
-    Ok(values)
 }
 
 /// Returns a (rows, columns) matrix as (columns, rows).

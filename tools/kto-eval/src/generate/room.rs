@@ -2,31 +2,7 @@
 //!
 //! As in kto-tokenize, a row that is too long is no error: it is counted, named and passed over, and the others go on.
 
-use kto_cli::{Error, Result, Ui};
-
-/// Places kept per count.
-const PLACES: usize = 5;
-
-/// Rows of one kind: how many, and the first places.
-#[derive(Default)]
-struct Tally {
-    count: u64,
-    first: Vec<String>,
-}
-
-impl Tally {
-    fn note(&mut self, place: &str) {
-        self.count += 1;
-        if self.first.len() < PLACES {
-            self.first.push(place.into());
-        }
-    }
-
-    fn places(&self) -> String {
-        let more = if self.count > self.first.len() as u64 { ", …" } else { "" };
-        format!("{}{more}", self.first.join(", "))
-    }
-}
+use kto_cli::{Error, Result, Ui, tally::Tally};
 
 /// Counts prompts by the room that they leave.
 pub struct Room {
